@@ -1,0 +1,41 @@
+# `make` targets work in a virtual environment of their own, made on first use.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
+	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+VENV ?= .venv
+EXTRAS ?= test
+RUN := $(VENV)/bin/python
+
+
+help:
+	@echo "make install    a virtual environment in $(VENV) with everything that is needed"
+	@echo "make test       all tests that are quick"
+	@echo "make test-all   all tests, slow ones too"
+	@echo "make lint       style and format"
+	@echo "make clean      remove what these targets made"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "fantasy_jax needs Python 3.11 or newer, and none was found." \
+		"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+test: install
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+test-all: install
+	$(RUN) -m pytest -n 2 --durations=15
+
+test-networks: install
+	$(RUN) -m pytest -m "networks and not slow"
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+
+clean:
+	rm -rf $(VENV) build out *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,161 @@
+"""Key names of Wan2.1's transformer and of the FantasyTalking adapter."""
+
+from typing import Any
+
+from fantasy_jax.convert.rules import IDENTITY, LINEAR, Rule, Transform, chain, permute, reshape
+from fantasy_jax.models.adapters.audio import AudioAdapterConfig
+from fantasy_jax.models.wan import WanConfig
+
+
+def official_rules(config: WanConfig) -> list[Rule]:
+    """Keys of the official file, which FantasyTalking, DiffSynth and ComfyUI read too."""
+    return [
+        *_affine("patch_embedding", "patch_in", weight=_patch(config)),
+        *_affine("text_embedding.0", "text_in"),
+        *_affine("text_embedding.2", "text_out"),
+        *_affine("time_embedding.0", "time_in"),
+        *_affine("time_embedding.2", "time_out"),
+        *_affine("time_projection.1", "time_modulation"),
+        *_norm("img_emb.proj.0", "image/norm_in"),
+        *_affine("img_emb.proj.1", "image/linear_in"),
+        *_affine("img_emb.proj.3", "image/linear_out"),
+        *_norm("img_emb.proj.4", "image/norm_out"),
+        *_block_rules(
+            self_attention="self_attn",
+            cross_attention="cross_attn",
+            projections={"q": "query", "k": "key", "v": "value", "o": "out"},
+            image={"k_img": "key", "v_img": "value"},
+            image_norm="norm_k_img",
+            cross_norm="norm3",
+            mlp=("ffn.0", "ffn.2"),
+            modulation="modulation",
+            config=config,
+        ),
+        Rule("head.modulation", "modulation_out", reshape((1, 2, config.dim), (2, config.dim))),
+        *_affine("head.head", "patch_out"),
+    ]
+
+
+def diffusers_rules(config: WanConfig) -> list[Rule]:
+    """Keys of diffusers' `WanTransformer3DModel`."""
+    embedder = "condition_embedder"
+    return [
+        *_affine("patch_embedding", "patch_in", weight=_patch(config)),
+        *_affine(f"{embedder}.text_embedder.linear_1", "text_in"),
+        *_affine(f"{embedder}.text_embedder.linear_2", "text_out"),
+        *_affine(f"{embedder}.time_embedder.linear_1", "time_in"),
+        *_affine(f"{embedder}.time_embedder.linear_2", "time_out"),
+        *_affine(f"{embedder}.time_proj", "time_modulation"),
+        *_norm(f"{embedder}.image_embedder.norm1", "image/norm_in"),
+        *_affine(f"{embedder}.image_embedder.ff.net.0.proj", "image/linear_in"),
+        *_affine(f"{embedder}.image_embedder.ff.net.2", "image/linear_out"),
+        *_norm(f"{embedder}.image_embedder.norm2", "image/norm_out"),
+        *_block_rules(
+            self_attention="attn1",
+            cross_attention="attn2",
+            projections={"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"},
+            image={"add_k_proj": "key", "add_v_proj": "value"},
+            image_norm="norm_added_k",
+            cross_norm="norm2",
+            mlp=("ffn.net.0.proj", "ffn.net.2"),
+            modulation="scale_shift_table",
+            config=config,
+        ),
+        Rule("scale_shift_table", "modulation_out", reshape((1, 2, config.dim), (2, config.dim))),
+        *_affine("proj_out", "patch_out"),
+    ]
+
+
+def audio_adapter_rules(config: AudioAdapterConfig) -> list[Rule]:
+    """Keys of `fantasytalking_model`, as a safetensors file or flattened from the .ckpt's two dictionaries."""
+    processor = "audio_processor.blocks.{layer}.cross_attn.processor"
+    return [
+        Rule("proj_model.proj.weight", "projection/kernel", LINEAR),
+        *_norm("proj_model.norm", "norm"),
+        Rule(f"{processor}.k_proj.weight", "layers/key/kernel", LINEAR),
+        Rule(f"{processor}.v_proj.weight", "layers/value/kernel", LINEAR),
+    ]
+
+
+def config_from_reference(reference: dict[str, Any]) -> WanConfig:
+    """Sizes from the `model` entry of a reference folder's config.json (official argument names)."""
+    model = reference["model"]
+    return WanConfig(
+        latent_channels=model["out_dim"],
+        condition_channels=model["in_dim"] - model["out_dim"],
+        dim=model["dim"],
+        ffn_dim=model["ffn_dim"],
+        frequency_dim=model["freq_dim"],
+        text_dim=model["text_dim"],
+        text_length=model["text_len"],
+        num_heads=model["num_heads"],
+        num_layers=model["num_layers"],
+        patch=tuple(model["patch_size"][1:]),
+        epsilon=model["eps"],
+    )
+
+
+def audio_config_from_reference(reference: dict[str, Any]) -> AudioAdapterConfig:
+    """The adapter's sizes from a reference folder's config.json."""
+    model, audio = reference["model"], reference["audio"]
+    return AudioAdapterConfig(
+        feature_width=audio["audio_in_dim"],
+        token_width=audio["audio_proj_dim"],
+        width=model["dim"],
+        num_heads=model["num_heads"],
+        num_layers=model["num_layers"],
+    )
+
+
+def _block_rules(
+    *,
+    self_attention: str,
+    cross_attention: str,
+    projections: dict[str, str],
+    image: dict[str, str],
+    image_norm: str,
+    cross_norm: str,
+    mlp: tuple[str, str],
+    modulation: str,
+    config: WanConfig,
+) -> list[Rule]:
+    """The rules of one block in either spelling; keys and values of cross-attention belong to the text."""
+    block = "blocks.{layer}"
+    rules = [
+        Rule(f"{block}.{modulation}", "blocks/modulation", reshape((1, 6, config.dim), (6, config.dim))),
+        *_norm(f"{block}.{cross_norm}", "blocks/cross_norm"),
+        *_affine(f"{block}.{mlp[0]}", "blocks/mlp_in"),
+        *_affine(f"{block}.{mlp[1]}", "blocks/mlp_out"),
+    ]
+    for theirs, ours in ((self_attention, "self_attention"), (cross_attention, "cross_attention")):
+        text = "/text" if ours == "cross_attention" else ""
+        rules += [
+            Rule(f"{block}.{theirs}.norm_q.weight", f"blocks/{ours}/query_norm/scale"),
+            Rule(f"{block}.{theirs}.norm_k.weight", f"blocks/{ours}{text}/key_norm/scale"),
+        ]
+        for projection, name in projections.items():
+            place = text if name in ("key", "value") else ""
+            rules += _affine(f"{block}.{theirs}.{projection}", f"blocks/{ours}{place}/{name}")
+    place = "blocks/cross_attention/image"
+    rules.append(Rule(f"{block}.{cross_attention}.{image_norm}.weight", f"{place}/key_norm/scale"))
+    for projection, name in image.items():
+        rules += _affine(f"{block}.{cross_attention}.{projection}", f"{place}/{name}")
+    return rules
+
+
+def _affine(source: str, target: str, weight: Transform = LINEAR) -> list[Rule]:
+    return [
+        Rule(f"{source}.weight", f"{target}/kernel", weight),
+        Rule(f"{source}.bias", f"{target}/bias", IDENTITY),
+    ]
+
+
+def _norm(source: str, target: str) -> list[Rule]:
+    return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
+
+
+def _patch(config: WanConfig) -> Transform:
+    """A convolution whose stride is its kernel is a linear layer on patches: `[D, C, 1, r, c]` to `[r c C, D]`."""
+    channels = config.latent_channels + config.condition_channels
+    spread = (1, *config.patch, channels, config.dim)
+    return chain(permute(2, 3, 4, 1, 0), reshape(spread, (-1, config.dim)))

@@ -1,0 +1,159 @@
+"""Euler's method from noise to latents, one compiled program for every step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from fantasy_jax.config import ConfigError
+from fantasy_jax.diffusion.flow import TRAIN_TIMESTEPS, sampling_sigmas
+from fantasy_jax.diffusion.guidance import Branch, ScaleSchedule, branches, combine, scale_values
+from fantasy_jax.models.condition import Condition
+from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.typing import Array, Float
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How latents are drawn; the defaults are the official script's.
+
+    Attributes:
+        steps: Euler steps.
+        shift: Of the noise schedule.
+        prompt_scale: Guidance by the prompt, a number or a schedule over the steps.
+        audio_scale: Guidance by the audio, likewise.
+        loudness: Weight of the attended audio where it is heard.
+        batch_branches: Evaluate guidance's branches as one batch (faster where memory allows), or one after
+            another.
+    """
+
+    steps: int = 30
+    shift: float = 5.0
+    prompt_scale: float | ScaleSchedule = 5.0
+    audio_scale: float | ScaleSchedule = 5.0
+    loudness: float = 1.0
+    batch_branches: bool = True
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; at least 1 is needed")
+        if self.shift <= 0:
+            raise ConfigError(f"shift is {self.shift}; a positive number is needed")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplerInputs:
+    """What a clip is sampled from.
+
+    Attributes:
+        first_frame: The first frame's condition.
+        text: The prompt, encoded, without padding.
+        negative_text: The negative prompt likewise; its length may differ.
+        image: The picture encoder's tokens.
+        audio: Speech features that span exactly the clip's video frames.
+    """
+
+    first_frame: Float[Array, "B F h w E"]
+    text: Float[Array, "B L C"]
+    negative_text: Float[Array, "B M C"]
+    image: Float[Array, "B I G"]
+    audio: Float[Array, "B A J"]
+
+
+def sample(
+    transformer: WanTransformer,
+    noise: Float[Array, "B F h w C"],
+    inputs: SamplerInputs,
+    config: SamplerConfig,
+    *,
+    progress: bool = False,
+    each_step: Callable[[int, Array], None] | None = None,
+) -> Float[Array, "B F h w C"]:
+    """Integrates the guided velocity from noise to latents.
+
+    Args:
+        transformer: With an adapter named `audio`.
+        noise: Where to start.
+        inputs: What to listen to.
+        config: Steps and guidance.
+        progress: Show a bar with the time left.
+        each_step: Called with the step's number, from 0, and the latents after it.
+
+    Returns:
+        Latents, float32, normalised as the VAE gives them.
+    """
+    sigmas = sampling_sigmas(config.steps, config.shift)
+    prompt_scales = scale_values(config.prompt_scale, config.steps)
+    audio_scales = scale_values(config.audio_scale, config.steps)
+    needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
+    graphdef, state = nnx.split(transformer)
+    conditions = _branch_conditions(graphdef, needed, state, inputs)
+    latents = jnp.array(noise, jnp.float32)  # a copy, for the step gives its argument's memory away
+    for i in tqdm(range(config.steps), desc="Sampling", unit="step", disable=not progress):
+        scales = np.array([prompt_scales[i], audio_scales[i]])
+        latents = _euler_step(
+            graphdef,
+            config.batch_branches,
+            state,
+            latents,
+            inputs.first_frame,
+            conditions,
+            sigmas[i : i + 2],
+            scales,
+        )
+        if progress:
+            latents.block_until_ready()  # or the bar would count steps that are only queued
+        if each_step is not None:
+            each_step(i, latents)
+    return latents
+
+
+@jax.jit(static_argnums=(0, 1))
+def _branch_conditions(
+    graphdef: nnx.GraphDef, needed: tuple[Branch, ...], state: nnx.State, inputs: SamplerInputs
+) -> dict[str, Condition]:
+    """What the transformer listens to in each branch: every array has a leading axis of branches."""
+    model = nnx.merge(graphdef, state)
+    batch, frames = inputs.first_frame.shape[:2]
+    prompt = model.conditions(inputs.text, inputs.image)
+    negative = model.conditions(inputs.negative_text, inputs.image)
+    audio = model.adapters["audio"].frame_level(inputs.audio, 4 * (frames - 1) + 1)
+    each = []
+    for branch in needed:
+        text = negative if branch.negative_text else prompt
+        base = {name: Condition(c.tokens, scale=jnp.ones(batch)) for name, c in text.items()}
+        heard = Condition(audio.tokens, audio.lengths, jnp.full(batch, branch.audio_scale, jnp.float32))
+        each.append(base | {"audio": heard})
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+@jax.jit(static_argnums=(0, 1), donate_argnums=3)
+def _euler_step(
+    graphdef: nnx.GraphDef,
+    batch_branches: bool,
+    state: nnx.State,
+    latents: Float[Array, "B F h w C"],
+    first_frame: Float[Array, "B F h w E"],
+    conditions: dict[str, Condition],
+    sigmas: Float[Array, "2"],
+    scales: Float[Array, "2"],
+) -> Float[Array, "B F h w C"]:
+    model = nnx.merge(graphdef, state)
+
+    def velocity(conditions: dict[str, Condition], copies: int = 1) -> Array:
+        copied = [jnp.concatenate([x] * copies) for x in (latents, first_frame)]
+        timestep = jnp.full(copied[0].shape[0], TRAIN_TIMESTEPS * sigmas[0], jnp.float32)
+        return model(*copied, timestep, conditions)
+
+    count = jax.tree.leaves(conditions)[0].shape[0]
+    if batch_branches:
+        merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), conditions)
+        velocities = velocity(merged, count).reshape(count, *latents.shape)
+    else:
+        velocities = jax.lax.map(velocity, conditions)
+    return latents + combine(list(velocities), scales[0], scales[1]) * (sigmas[1] - sigmas[0])

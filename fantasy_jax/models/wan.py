@@ -1,0 +1,345 @@
+"""Wan2.1's image-to-video diffusion transformer, at any size.
+
+Source: Wan2.1, `wan/modules/model.py`; with adapters as in fantasy-talking, `model.py`. Computed in the given
+`dtype`: the matrix products. In float32 whatever it is: timestep, rotary angles, norms, modulation, softmax, and the
+residual stream, as the official code under autocast.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from fantasy_jax.models.attention import attention
+from fantasy_jax.models.condition import Condition, KeyValue
+from fantasy_jax.models.layers import LayerNorm, RMSNorm, scan_layers, stack_layers
+from fantasy_jax.models.rope import rotary_table, rotate, timestep_sinusoid
+from fantasy_jax.sharding import axis_size, constrain
+from fantasy_jax.typing import Array, DType, Float
+
+SAVED_NAMES = ("self_attention", "cross_attention")
+"""Activations worth keeping when a block is rematerialised: the ones dearest to compute again."""
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the transformer; the defaults are Wan2.1-I2V-14B's.
+
+    Attributes:
+        latent_channels: Channels of the latents that are denoised, and of the velocity.
+        condition_channels: Channels of the first-frame condition: 4 of mask, then the latents'.
+        dim: Model width D.
+        ffn_dim: Hidden width of a block's MLP.
+        frequency_dim: Width of the timestep's sinusoid.
+        text_dim: Width of the text encoder's output.
+        text_length: Text tokens; shorter texts are padded with zeros, which are attended to.
+        image_dim: Width of the picture encoder's output.
+        num_heads: Attention heads N.
+        num_layers: Blocks.
+        patch: Rows and columns of latents that make one token.
+        epsilon: Of all norms but those of the picture's projection.
+    """
+
+    latent_channels: int = 16
+    condition_channels: int = 20
+    dim: int = 5120
+    ffn_dim: int = 13824
+    frequency_dim: int = 256
+    text_dim: int = 4096
+    text_length: int = 512
+    image_dim: int = 1280
+    num_heads: int = 40
+    num_layers: int = 40
+    patch: tuple[int, int] = (2, 2)
+    epsilon: float = 1e-6
+
+
+class SelfAttention(nnx.Module):
+    """Attention of every video token to every other, with rotary positions and normalised queries and keys."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        """Builds the four projections and two norms."""
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        self.query, self.key, self.value, self.out = (
+            nnx.Linear(config.dim, config.dim, kernel_init=_XAVIER, dtype=dtype, **types) for _ in range(4)
+        )
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.dim, epsilon=config.epsilon, **types) for _ in range(2)
+        )
+        self.num_heads = config.num_heads
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "B S F D"],
+        rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
+        space: int,
+    ) -> Float[Array, "B S F D"]:
+        """Attends over all tokens of the first `space` positions; what lies behind them is padding."""
+        batch, padded, frames, _ = x.shape
+        heads = (batch, padded, frames, self.num_heads, -1)
+        q = rotate(self.query_norm(self.query(x)).reshape(heads), *rotary).astype(self.dtype)
+        k = rotate(self.key_norm(self.key(x)).reshape(heads), *rotary).astype(self.dtype)
+        v = self.value(x).reshape(heads)
+        q = constrain(q, "batch", "space", None, "heads", None)
+        # The only exchange between devices of the context axis: each needs all keys and values.
+        k, v = (constrain(y, "batch", None, None, "heads", None) for y in (k, v))
+        q, k, v = (y.reshape(batch, padded * frames, *y.shape[3:]) for y in (q, k, v))
+        lengths = None if space == padded else jnp.full(batch, space * frames)
+        return self.out(attention(q, k, v, kv_lengths=lengths).reshape(x.shape))
+
+
+class CrossAttention(nnx.Module):
+    """One query that listens to text and picture, and to whatever adapters add."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        """Builds query, output, and the keys and values of the two conditions that the base model has."""
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        self.query, self.out = (
+            nnx.Linear(config.dim, config.dim, kernel_init=_XAVIER, dtype=dtype, **types) for _ in range(2)
+        )
+        self.query_norm = RMSNorm(config.dim, epsilon=config.epsilon, **types)
+        self.text, self.image = (
+            KeyValue(
+                config.dim,
+                config.dim,
+                config.num_heads,
+                use_bias=True,
+                norm_epsilon=config.epsilon,
+                dtype=dtype,
+                **types,
+            )
+            for _ in range(2)
+        )
+        self.num_heads = config.num_heads
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "B S F D"],
+        conditions: Mapping[str, Condition],
+        adapters: Mapping[str, KeyValue],
+    ) -> Float[Array, "B S F D"]:
+        """Sums what the query hears of every condition, then projects once."""
+        heads = (*x.shape[:3], self.num_heads, -1)
+        q = self.query_norm(self.query(x)).reshape(heads).astype(self.dtype)
+        hearers = {"text": self.text, "image": self.image, **adapters}
+        heard = sum(hearers[name](q, condition) for name, condition in conditions.items())
+        return self.out(heard.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and MLP, the first and last modulated by the timestep."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        """Builds one block."""
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        self.self_attention = SelfAttention(config, dtype=dtype, **types)
+        self.cross_norm = LayerNorm(config.dim, epsilon=config.epsilon, **types)
+        self.cross_attention = CrossAttention(config, dtype=dtype, **types)
+        self.norm = LayerNorm(config.dim, epsilon=config.epsilon, use_scale=False, use_bias=False, **types)
+        self.mlp_in = nnx.Linear(config.dim, config.ffn_dim, kernel_init=_XAVIER, dtype=dtype, **types)
+        self.mlp_out = nnx.Linear(config.ffn_dim, config.dim, kernel_init=_XAVIER, dtype=dtype, **types)
+        self.modulation = _modulation(6, config.dim, rngs, param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S F D"],
+        modulation: Float[Array, "B 6 D"],
+        rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
+        space: int,
+        conditions: Mapping[str, Condition],
+        adapters: Mapping[str, KeyValue],
+    ) -> Float[Array, "B S F D"]:
+        """Runs the block.
+
+        Args:
+            x: Video tokens, float32; space may be padded.
+            modulation: The timestep's shift, scale and gate for self-attention, then for the MLP.
+            rotary: From `rotary_table`, padded as `x`.
+            space: Space tokens that are not padding.
+            conditions: What cross-attention listens to.
+            adapters: Keys and values of this block for the conditions other than text and image.
+        """
+        x = constrain(x, "batch", "space", None, None)
+        parts = modulation + self.modulation.astype(jnp.float32)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
+            part[:, None, None] for part in jnp.moveaxis(parts, 1, 0)
+        )
+        heard = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space)
+        x = x + checkpoint_name(heard, "self_attention") * gate
+        heard = self.cross_attention(self.cross_norm(x), conditions, adapters)
+        x = x + checkpoint_name(heard, "cross_attention")
+        hidden = nnx.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
+        return x + self.mlp_out(hidden) * mlp_gate
+
+
+class ImageProjection(nnx.Module):
+    """The picture encoder's tokens to the transformer's width (`MLPProj` in the official code)."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        """Builds norm, two linear layers, norm."""
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        self.norm_in = LayerNorm(config.image_dim, epsilon=1e-5, **types)
+        self.linear_in = nnx.Linear(config.image_dim, config.image_dim, dtype=dtype, **types)
+        self.linear_out = nnx.Linear(config.image_dim, config.dim, dtype=dtype, **types)
+        self.norm_out = LayerNorm(config.dim, epsilon=1e-5, **types)
+
+    def __call__(self, features: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
+        """Projects; float32 out."""
+        hidden = nnx.gelu(self.linear_in(self.norm_in(features)), approximate=False)
+        return self.norm_out(self.linear_out(hidden))
+
+
+class WanTransformer(nnx.Module):
+    """Predicts the velocity of noisy latents, given text, picture, and what adapters add."""
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        adapters: Mapping[str, nnx.Module] | None = None,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        saved_names: Sequence[str] | None = None,
+    ):
+        """Builds the transformer.
+
+        Args:
+            config: Its sizes.
+            adapters: By the name of the condition that each brings; of each, `layers` holds the stacked
+                `KeyValue` of all blocks.
+            rngs: For the initial weights.
+            dtype: Type of matrix products.
+            param_dtype: Type in which parameters are kept.
+            saved_names: As `scan_layers` takes it: what to keep for the backward pass, None for everything.
+        """
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        self.config = config
+        self.adapters = nnx.Dict(adapters or {})
+        self.saved_names = saved_names
+        rows, columns = config.patch
+        channels = (config.latent_channels + config.condition_channels) * rows * columns
+        self.patch_in = nnx.Linear(channels, config.dim, kernel_init=_XAVIER, dtype=dtype, **types)
+        self.text_in = nnx.Linear(config.text_dim, config.dim, kernel_init=_NORMAL, dtype=dtype, **types)
+        self.text_out = nnx.Linear(config.dim, config.dim, kernel_init=_NORMAL, dtype=dtype, **types)
+        self.image = ImageProjection(config, dtype=dtype, **types)
+        self.time_in = nnx.Linear(config.frequency_dim, config.dim, kernel_init=_NORMAL, **types)
+        self.time_out = nnx.Linear(config.dim, config.dim, kernel_init=_NORMAL, **types)
+        self.time_modulation = nnx.Linear(config.dim, 6 * config.dim, **types)
+        self.blocks = stack_layers(
+            lambda rngs: Block(config, dtype=dtype, rngs=rngs, param_dtype=param_dtype),
+            config.num_layers,
+            rngs=rngs,
+        )
+        self.norm_out = LayerNorm(
+            config.dim, epsilon=config.epsilon, use_scale=False, use_bias=False, **types
+        )
+        self.modulation_out = _modulation(2, config.dim, rngs, param_dtype)
+        self.patch_out = nnx.Linear(
+            config.dim,
+            config.latent_channels * rows * columns,
+            kernel_init=nnx.initializers.zeros,
+            dtype=dtype,
+            **types,
+        )
+
+    def conditions(
+        self, text: Float[Array, "B L C"], image: Float[Array, "B I E"]
+    ) -> dict[str, Condition]:
+        """Text and picture as the blocks listen to them; adapters' conditions are added to the result.
+
+        Args:
+            text: The text encoder's output without padding, at most `text_length` tokens.
+            image: The picture encoder's tokens (CLIP: 257).
+        """
+        missing = self.config.text_length - text.shape[1]
+        if missing < 0:
+            raise ValueError(f"text has {text.shape[1]} tokens, the model takes {self.config.text_length}")
+        text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
+        text = self.text_out(nnx.gelu(self.text_in(text), approximate=True))
+        return {"text": Condition(text), "image": Condition(self.image(image))}
+
+    def __call__(
+        self,
+        latents: Float[Array, "B F h w C"],
+        first_frame: Float[Array, "B F h w E"],
+        timestep: Float[Array, " B"],
+        conditions: Mapping[str, Condition],
+    ) -> Float[Array, "B F h w C"]:
+        """Predicts velocity, noise minus data.
+
+        Args:
+            latents: Noisy latents.
+            first_frame: The first frame's condition: mask, then latents of the picture followed by grey.
+            timestep: In [0, 1000], fractional.
+            conditions: From `conditions` and from adapters.
+
+        Returns:
+            The velocity, float32.
+
+        Raises:
+            ValueError: Latents do not divide into patches, or a condition has no adapter.
+        """
+        _, frames, height, width, _ = latents.shape
+        (rows, columns), config = self.config.patch, self.config
+        if height % rows or width % columns:
+            raise ValueError(f"latents of {height} x {width} do not divide into patches {rows} x {columns}")
+        if unknown := set(conditions) - {"text", "image"} - set(self.adapters):
+            raise ValueError(f"no adapter for {sorted(unknown)}; the model has {sorted(self.adapters)}")
+        grid = (height // rows, width // columns)
+        space = grid[0] * grid[1]
+        padding = -space % axis_size("context")
+
+        x = self.patch_in(_patchify(jnp.concatenate([latents, first_frame], axis=-1), config.patch))
+        x = constrain(_pad_space(x.astype(jnp.float32), 1, padding), "batch", "space", None, None)
+        rotary = rotary_table(frames, *grid, config.dim // config.num_heads)
+        rotary = tuple(_pad_space(table, 0, padding) for table in rotary)
+        time = self.time_out(nnx.silu(self.time_in(timestep_sinusoid(timestep, config.frequency_dim))))
+        modulation = self.time_modulation(nnx.silu(time)).reshape(-1, 6, config.dim)
+
+        def step(layer: tuple[Block, Mapping[str, KeyValue]], x: Array) -> Array:
+            block, hearers = layer
+            return block(x, modulation, rotary, space, conditions, hearers)
+
+        hearers = {name: adapter.layers for name, adapter in self.adapters.items() if name in conditions}
+        x = scan_layers(step, (self.blocks, hearers), x, saved_names=self.saved_names)
+
+        shift, scale = jnp.moveaxis(self.modulation_out + time[:, None], 1, 0)[:, :, None, None]
+        x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)
+        return _unpatchify(x[:, :space].astype(jnp.float32), grid, config.patch)
+
+
+_XAVIER = nnx.initializers.xavier_uniform()
+_NORMAL = nnx.initializers.normal(0.02)
+
+
+def _modulation(count: int, dim: int, rngs: nnx.Rngs, param_dtype: DType) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), (count, dim), param_dtype) / dim**0.5)
+
+
+def _pad_space(x: Array, axis: int, padding: int) -> Array:
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)]) if padding else x
+
+
+def _patchify(x: Float[Array, "B F h w C"], patch: tuple[int, int]) -> Float[Array, "B S F P"]:
+    """Squares of latents to tokens; within a token: row, column, channel."""
+    batch, frames, height, width, channels = x.shape
+    rows, columns = patch
+    x = x.reshape(batch, frames, height // rows, rows, width // columns, columns, channels)
+    return x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(
+        batch, height // rows * (width // columns), frames, rows * columns * channels
+    )
+
+
+def _unpatchify(
+    x: Float[Array, "B S F P"], grid: tuple[int, int], patch: tuple[int, int]
+) -> Float[Array, "B F h w C"]:
+    """The reverse of `_patchify`."""
+    batch, _, frames, _ = x.shape
+    x = x.reshape(batch, *grid, frames, *patch, -1).transpose(0, 3, 1, 4, 2, 5, 6)
+    return x.reshape(batch, frames, grid[0] * patch[0], grid[1] * patch[1], -1)

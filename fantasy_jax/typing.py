@@ -1,0 +1,33 @@
+"""Array types with shapes, and the letters that name dimensions.
+
+The same letters everywhere, in shape strings and in prose:
+
+    B       batch
+    T       video frames, 4k + 1
+    F       latent frames, k + 1
+    H W     height and width in pixels
+    h w     height and width in latents (a tile's or a picture's, an eighth of the pixels)
+    S       space tokens of one latent frame, h/2 * w/2
+    L       tokens of text, or of whatever a cross-attention listens to
+    A       audio tokens
+    D       model width
+    N       attention heads
+    K       width of one head
+    C       channels
+
+Pixels are `[B, T, H, W, 3]` in [-1, 1], latents `[B, F, h, w, 16]`, activations of the transformer
+`[B, S, F, D]`: channels last, and space before frames (see `fantasy_jax.sharding` for the reason).
+
+Signatures carry these shapes through jaxtyping; they are checked at run time in the tests, where
+`tests/conftest.py` installs jaxtyping's import hook, and cost nothing elsewhere.
+"""
+
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, UInt8
+
+DType = Any
+"""Whatever `numpy.dtype` understands, bfloat16 included."""
+
+__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "UInt8"]
