@@ -1,10 +1,10 @@
 """Meshes, and which dimension of which array is cut along which mesh axis.
 
 Activations of the transformer are `[B, S, F, D]`, and the `context` axis cuts space, never frames. Audio
-(and identity, and expression) attention happens within a latent frame, so a device that holds all frames of
-its patch of the picture needs nothing from others for it; self-attention alone talks across devices, by
-gathering keys and values. Space comes first so that flattening space and frame moves nothing, and so that padding
-of space to a multiple of the axis is one suffix that key lengths can mask.
+(and identity, and expression) attention happens within a latent frame, so a device that holds all frames
+of its patch of the picture needs nothing from others for it; self-attention alone talks across devices,
+by gathering keys and values. Space comes first so that flattening space and frame moves nothing, and so
+that padding of space to a multiple of the axis is one suffix that key lengths can mask.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,12 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh over the given devices, by default as many of the first ones as it needs."""
     sizes = (data, fsdp, context, tensor)

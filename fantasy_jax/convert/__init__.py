@@ -1,0 +1,1 @@
+"""Weights between PyTorch's files and the networks here."""

@@ -36,9 +36,7 @@ class Transform:
 
 def permute(*axes: int) -> Transform:
     """PyTorch's axis order to ours."""
-    return Transform(
-        f"permute{axes}", lambda x: x.transpose(axes), lambda x: x.transpose(np.argsort(axes))
-    )
+    return Transform(f"permute{axes}", lambda x: x.transpose(axes), lambda x: x.transpose(np.argsort(axes)))
 
 
 def reshape(source: Sequence[int], target: Sequence[int]) -> Transform:
@@ -124,7 +122,7 @@ class ConversionError(ValueError):
 
 
 def flat_parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    """All parameters of a module, or of one made by `nnx.eval_shape`, by path such as `blocks/norm3/scale`."""
+    """All parameters of a module, or of its `nnx.eval_shape`, by path such as `blocks/norm3/scale`."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
@@ -162,11 +160,10 @@ def make_plan(
     entries: list[Entry] = []
     for path, spec in target.items():
         entries += _fill_one(path, spec, filled, source, problems)
-    reached = {(entry.path, entry.layer) for entry in entries}
     problems += [
-        f"unexpected: {entry.key} would go to {path}{'' if layer is None else f'[{layer}]'}, which the model lacks"
-        for (path, layer), group in filled.items()
-        if (path, layer) not in reached and path not in target
+        f"unexpected: {entry.key} would go to {path}, which the model lacks"
+        for (path, _), group in filled.items()
+        if path not in target
         for entry in group
     ]
     return Plan(entries, dict(target), ignored, problems)
@@ -174,9 +171,7 @@ def make_plan(
 
 def _pattern(template: str) -> re.Pattern[str]:
     parts = _INDEX.split(template)
-    return re.compile(
-        "".join(rf"(?P<{p}>\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts))
-    )
+    return re.compile("".join(rf"(?P<{p}>\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
 
 
 def _entry(key: str, rule: Rule, match: re.Match[str]) -> Entry:
@@ -289,5 +284,5 @@ def export(rules: Iterable[Rule], values: Mapping[str, np.ndarray]) -> Iterator[
         rule, match = matches[0]
         stacked = [n for n in _INDEX.findall(rule.source) if n not in match.groupdict()]
         for index, layer in enumerate(value) if stacked else [(None, value)]:
-            indices = match.groupdict() | {name: index for name in stacked}
+            indices = match.groupdict() | dict.fromkeys(stacked, index)
             yield rule.source.format(**indices), rule.transform.inverse(np.asarray(layer))

@@ -67,7 +67,7 @@ def diffusers_rules(config: WanConfig) -> list[Rule]:
 
 
 def audio_adapter_rules(config: AudioAdapterConfig) -> list[Rule]:
-    """Keys of `fantasytalking_model`, as a safetensors file or flattened from the .ckpt's two dictionaries."""
+    """Keys of `fantasytalking_model`: the safetensors file's, or the .ckpt's two dictionaries flattened."""
     processor = "audio_processor.blocks.{layer}.cross_attn.processor"
     return [
         Rule("proj_model.proj.weight", "projection/kernel", LINEAR),
@@ -155,7 +155,7 @@ def _norm(source: str, target: str) -> list[Rule]:
 
 
 def _patch(config: WanConfig) -> Transform:
-    """A convolution whose stride is its kernel is a linear layer on patches: `[D, C, 1, r, c]` to `[r c C, D]`."""
+    """A convolution with its kernel as stride is linear on patches: `[D, C, 1, r, c]` to `[r c C, D]`."""
     channels = config.latent_channels + config.condition_channels
     spread = (1, *config.patch, channels, config.dim)
     return chain(permute(2, 3, 4, 1, 0), reshape(spread, (-1, config.dim)))

@@ -1,0 +1,1 @@
+"""What networks are fed, made from pictures, sound and text."""

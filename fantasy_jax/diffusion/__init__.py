@@ -1,0 +1,1 @@
+"""Flow matching, guidance and sampling."""

@@ -1,0 +1,1 @@
+"""Networks: architecture only, nothing of training, files or flags."""

@@ -1,8 +1,8 @@
 """Conditions as data: what cross-attention listens to, and the keys and values it sees of it.
 
 A block of the transformer owns one query. Every condition (text, picture, audio, later identity and
-expression) adds keys and values of its own, and the attended values are summed, each with its scale, before the
-block's one output projection, as in the released weights (fantasy-talking, `model.py`,
+expression) adds keys and values of its own, and the attended values are summed, each with its scale,
+before the block's one output projection, as in the released weights (fantasy-talking, `model.py`,
 `WanCrossAttentionProcessor`). A new condition is a new entry in a mapping, not a new block.
 """
 
@@ -15,6 +15,8 @@ from flax import nnx
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.layers import RMSNorm
 from fantasy_jax.typing import Array, DType, Float, Int
+
+_XAVIER = nnx.initializers.xavier_uniform()
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +49,7 @@ class KeyValue(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
-        kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),
+        kernel_init: nnx.Initializer = _XAVIER,
     ):
         """Builds key and value projections; `norm_epsilon` None leaves keys without RMS norm."""
 

@@ -1,8 +1,8 @@
 """Wan2.1's image-to-video diffusion transformer, at any size.
 
 Source: Wan2.1, `wan/modules/model.py`; with adapters as in fantasy-talking, `model.py`. Computed in the given
-`dtype`: the matrix products. In float32 whatever it is: timestep, rotary angles, norms, modulation, softmax, and the
-residual stream, as the official code under autocast.
+`dtype`: the matrix products. In float32 whatever it is: timestep, rotary angles, norms, modulation,
+softmax, and the residual stream, as in the official code under autocast.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class WanConfig:
 
 
 class SelfAttention(nnx.Module):
-    """Attention of every video token to every other, with rotary positions and normalised queries and keys."""
+    """Attention of every video token to every other, with rotary positions, queries and keys normalised."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         """Builds the four projections and two norms."""
@@ -248,9 +248,7 @@ class WanTransformer(nnx.Module):
             **types,
         )
 
-    def conditions(
-        self, text: Float[Array, "B L C"], image: Float[Array, "B I E"]
-    ) -> dict[str, Condition]:
+    def conditions(self, text: Float[Array, "B L C"], image: Float[Array, "B I E"]) -> dict[str, Condition]:
         """Text and picture as the blocks listen to them; adapters' conditions are added to the result.
 
         Args:

@@ -115,7 +115,7 @@ def window_ranges(num_tokens: int, num_frames: int, *, expand: int = 0) -> Int[n
     # The first latent frame is one video frame, not four: its window ends where the second one starts.
     last = ranges[0][0] if ranges else half
     ranges.insert(0, (last - 2 * half, last))
-    return np.array(ranges) + [-expand, expand]
+    return np.array(ranges) + np.array([-expand, expand])
 
 
 def split_windows(

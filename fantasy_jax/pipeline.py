@@ -1,0 +1,243 @@
+"""Picture, speech and prompt to video: encoders, transformer, sampler and VAE put together.
+
+Each network is built when its phase begins and dropped when it ends, so that the text encoder's memory is
+free before the transformer needs it. Source of the steps: fantasy-talking, `infer.py` and
+`diffsynth/pipelines/wan_video.py`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from fantasy_jax.config import ConfigError
+from fantasy_jax.data.preprocessing import clip_pixels, fit_picture, to_pixels
+from fantasy_jax.data.speech import SAMPLE_RATE, LogMel, SpeechEncoder, Wav2Vec2Features
+from fantasy_jax.data.text import Tokenizer, tokenize
+from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from fantasy_jax.models.tiling import tiled_decode
+from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
+from fantasy_jax.models.vae import VAEConfig, WanVAE
+from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from fantasy_jax.typing import Array, Float, UInt8
+
+PIXELS_PER_LATENT = 8
+"""In height and in width; four frames make one latent frame, but the first alone makes one too."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All networks of a system.
+
+    Attributes:
+        transformer: The diffusion transformer.
+        audio_adapter: What makes it hear.
+        vae: Pixels to latents and back.
+        text_encoder: Prompt to tokens.
+        image_encoder: Picture to tokens.
+        speech_encoder: Sound to features; None takes log-mel bands, as many as the adapter has inputs.
+        dtype: Type of matrix products, and of the weights of networks that are not trained.
+    """
+
+    transformer: WanConfig = WanConfig()
+    audio_adapter: AudioAdapterConfig = AudioAdapterConfig()
+    vae: VAEConfig = VAEConfig()
+    text_encoder: UMT5Config = UMT5Config()
+    image_encoder: CLIPVisionConfig = CLIPVisionConfig()
+    speech_encoder: Wav2Vec2Config | None = Wav2Vec2Config()
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class SampleConfig(SamplerConfig):
+    """How a clip is made; the defaults are the official script's.
+
+    Attributes:
+        longest_edge: The picture is made this large, in pixels; both sides then grow to multiples of 16.
+        fps: Frames a second.
+        max_frames: Longest clip, 4k + 1; speech beyond it is cut.
+        negative_prompt: What the picture should not be.
+        tile: Rows and columns of latents that are decoded at once.
+        tile_stride: From one tile to the next; what overlaps is blended.
+    """
+
+    longest_edge: int = 512
+    fps: int = 23
+    max_frames: int = 81
+    negative_prompt: str = ""
+    tile: tuple[int, int] = (30, 52)
+    tile_stride: tuple[int, int] = (15, 26)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.longest_edge < 16:
+            raise ConfigError(f"longest_edge is {self.longest_edge}; at least 16 pixels are needed")
+        if self.fps < 1:
+            raise ConfigError(f"fps is {self.fps}; at least 1 is needed")
+        if self.max_frames < 5 or self.max_frames % 4 != 1:
+            raise ConfigError(f"max_frames is {self.max_frames}; it must be 4k + 1 and at least 5")
+        if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
+            raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
+
+
+class Networks(Protocol):
+    """Where a pipeline gets its networks from: random, converted, or trained weights."""
+
+    def text_encoder(self) -> tuple[UMT5Encoder, Tokenizer]:
+        """The text encoder and the tokenizer it was trained with."""
+        ...
+
+    def image_encoder(self) -> CLIPVisionModel:
+        """The picture encoder."""
+        ...
+
+    def speech_encoder(self) -> SpeechEncoder:
+        """The maker of speech features."""
+        ...
+
+    def vae(self) -> WanVAE:
+        """The VAE."""
+        ...
+
+    def transformer(self) -> WanTransformer:
+        """The transformer with its adapters."""
+        ...
+
+
+class RandomNetworks:
+    """Networks with random weights: the whole path runs, and what it makes is noise."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0):
+        """Keeps what is needed to build each network when it is asked for."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.seed = seed
+
+    def _build(self, network: Callable[..., nnx.Module], config: object, **more: object) -> nnx.Module:
+        dtype = jnp.dtype(self.config.dtype)
+        return network(config, rngs=nnx.Rngs(self.seed), dtype=dtype, param_dtype=dtype, **more)
+
+    def text_encoder(self) -> tuple[UMT5Encoder, Tokenizer]:
+        """A random encoder and the given tokenizer."""
+        return self._build(UMT5Encoder, self.config.text_encoder), self.tokenizer
+
+    def image_encoder(self) -> CLIPVisionModel:
+        """A random tower."""
+        return self._build(CLIPVisionModel, self.config.image_encoder)
+
+    def speech_encoder(self) -> SpeechEncoder:
+        """A random wav2vec2, or log-mel, which needs no weights."""
+        if self.config.speech_encoder is None:
+            return LogMel(self.config.audio_adapter.feature_width)
+        return Wav2Vec2Features(self._build(Wav2Vec2Model, self.config.speech_encoder))
+
+    def vae(self) -> WanVAE:
+        """A random VAE."""
+        return self._build(WanVAE, self.config.vae)
+
+    def transformer(self) -> WanTransformer:
+        """A random transformer with an adapter that starts from zero."""
+        adapter = self._build(AudioAdapter, self.config.audio_adapter)
+        return self._build(WanTransformer, self.config.transformer, adapters={"audio": adapter})
+
+
+Phase = Callable[[str], AbstractContextManager]
+"""Wraps each phase of the work, by its name, to time and report it."""
+
+
+def clip_frames(seconds: float, config: SampleConfig) -> int:
+    """Video frames for speech of this length: `min(floor(fps * seconds / 4) * 4 + 5, max_frames)`."""
+    return min(int(config.fps * seconds // 4) * 4 + 5, config.max_frames)
+
+
+def generate(
+    networks: Networks,
+    config: SampleConfig,
+    *,
+    picture: Image.Image,
+    sound: Float[np.ndarray, " samples"],
+    prompt: str,
+    seed: int = 0,
+    phase: Phase = lambda name: nullcontext(),
+    progress: bool = False,
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Makes a picture talk.
+
+    Args:
+        networks: Where the networks come from.
+        config: Size, length, sampler.
+        picture: The portrait, RGB.
+        sound: The speech, 16 kHz, mono; what lies beyond the clip is not heard.
+        prompt: What happens.
+        seed: Of the starting noise.
+        phase: Called with the name of each phase; the work runs inside what it returns.
+        progress: Show bars.
+    """
+    num_frames = clip_frames(sound.size / SAMPLE_RATE, config)
+    with phase("Text encoder"):
+        text, negative = encode_text(networks, [prompt, config.negative_prompt])
+    with phase("Picture encoder"):
+        pixels = jnp.asarray(to_pixels(fit_picture(picture, config.longest_edge)))
+        image = encode_picture(networks, pixels)
+    with phase("Speech encoder"):
+        audio = networks.speech_encoder()(sound[: int(num_frames / config.fps * SAMPLE_RATE)])
+    with phase("First frame through the VAE"):
+        vae = networks.vae()
+        first_frame = first_frame_condition(vae, pixels, num_frames)
+        first_frame.block_until_ready()
+    with phase("Transformer"):
+        transformer = networks.transformer()
+        inputs = SamplerInputs(first_frame, text, negative, image, audio)
+        shape = (*first_frame.shape[:-1], transformer.config.latent_channels)
+        noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+        latents = sample(transformer, noise, inputs, config, progress=progress)
+        del transformer
+    with phase("Latents to video"):
+        video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
+        return to_uint8(np.asarray(video[0]))
+
+
+def to_uint8(video: Float[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
+    """Pixels in [-1, 1] to bytes, cut off as the official code does, not rounded."""
+    return ((video + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+
+def encode_text(networks: Networks, prompts: list[str]) -> list[Float[Array, "1 L C"]]:
+    """Each prompt through the text encoder, without padding."""
+    encoder, tokenizer = networks.text_encoder()
+    ids, lengths = tokenize(prompts, tokenizer)
+    encoded = nnx.jit(lambda encoder, *tokens: encoder(*tokens))(
+        encoder, jnp.asarray(ids), jnp.asarray(lengths)
+    )
+    return [encoded[i : i + 1, :length].astype(jnp.float32) for i, length in enumerate(lengths)]
+
+
+def encode_picture(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[Array, "1 L C"]:
+    """The portrait through the picture encoder."""
+    encoder = networks.image_encoder()
+    small = clip_pixels(pixels[None], encoder.config.image_size)
+    return nnx.jit(lambda encoder, x: encoder(x))(encoder, small).astype(jnp.float32)
+
+
+def first_frame_condition(
+    vae: WanVAE, pixels: Float[Array, "H W 3"], num_frames: int
+) -> Float[Array, "1 F h w C"]:
+    """What tells the transformer how the clip begins.
+
+    Four channels of mask, one in the first latent frame and zero after it, then the latents of the
+    picture followed by mid-grey frames (not zero latents).
+    """
+    grey = jnp.zeros((num_frames - 1, *pixels.shape), pixels.dtype)
+    video = jnp.concatenate([pixels[None], grey])[None]
+    latents = nnx.jit(lambda vae, video: vae.encode(video))(vae, video).astype(jnp.float32)
+    mask = jnp.zeros((*latents.shape[:-1], 4)).at[:, 0].set(1)
+    return jnp.concatenate([mask, latents], axis=-1)

@@ -1,0 +1,63 @@
+"""Makes a portrait talk: picture, speech and prompt in, mp4 out."""
+
+from pathlib import Path
+
+from fantasy_jax import cli, media
+from fantasy_jax.config import build
+from fantasy_jax.data.text import byte_tokenizer
+from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, generate
+
+EXAMPLES = """\
+examples:
+  python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4
+  python sample.py --config=configs/tiny.py --image=portrait.jpg --audio=song.mp3 --prompt="A man sings." \\
+      --output=out/song.mp4 --seed=7 --config.sample.steps=20 --config.sample.audio_scale=4.5
+
+Every setting of the config file can be given as --config.NAME=VALUE.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and samples one clip."""
+    parser = cli.ArgumentParser(prog="sample.py", description=__doc__, epilog=EXAMPLES)
+    cli.add_config_argument(parser)
+    parser.add_argument("--image", required=True, help="the portrait, in any common format")
+    parser.add_argument("--audio", required=True, help="the speech: a sound file, or a video with sound")
+    parser.add_argument(
+        "--prompt", default="A person is talking.", help="what happens (default: %(default)s)"
+    )
+    parser.add_argument("--output", required=True, help="the mp4 to write; its folder is made")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
+    arguments, config = cli.parse(parser, argv)
+
+    model = build(ModelConfig, config.model, "model")
+    settings = build(SampleConfig, config.sample, "sample")
+    output = Path(arguments.output)
+    media.check_writable(output)
+    with cli.phase("Picture and sound"):
+        picture = media.read_picture(arguments.image)
+        sound = media.read_sound(arguments.audio)
+    print("No weights given: they are random, and the video will be noise.")
+    video = generate(
+        RandomNetworks(model, byte_tokenizer()),
+        settings,
+        picture=picture,
+        sound=sound,
+        prompt=arguments.prompt,
+        seed=arguments.seed,
+        phase=cli.phase,
+        progress=True,
+    )
+    with cli.phase("Video and sound to mp4"):
+        written = media.write_video(output, video, settings.fps, sound=arguments.audio)
+    if written.cut:
+        print(
+            f"The sound lasts {written.sound_seconds:.2f} s; it is cut to the video's {written.video_seconds:.2f} s."
+        )
+    print(
+        f"Wrote {output}: {len(video)} frames of {video.shape[2]} x {video.shape[1]} at {settings.fps} a second"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
