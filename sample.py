@@ -51,12 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     with cli.phase("Video and sound to mp4"):
         written = media.write_video(output, video, settings.fps, sound=arguments.audio)
     if written.cut:
-        print(
-            f"The sound lasts {written.sound_seconds:.2f} s; it is cut to the video's {written.video_seconds:.2f} s."
-        )
-    print(
-        f"Wrote {output}: {len(video)} frames of {video.shape[2]} x {video.shape[1]} at {settings.fps} a second"
-    )
+        print(f"The sound lasts {written.sound_seconds:.2f} s; cut to the video's {written.video_seconds:.2f} s.")
+    frames, height, width, _ = video.shape
+    print(f"Wrote {output}: {frames} frames of {width} x {height} at {settings.fps} a second")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def rotary_table(
 
     A head's `head_width / 2` pairs are shared out: a third each to row and column (rounded down), the
     rest to the frame. Angles are made in float64 on the host, one small table an axis, and only spread over
-    the grid inside the compiled program. Source: Wan2.1, `wan/modules/model.py`, `rope_params` and `rope_apply`.
+    the grid inside the compiled program. Source: Wan2.1, `wan/modules/model.py`, `rope_apply`.
 
     Args:
         frames: Latent frames F.

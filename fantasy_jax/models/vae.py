@@ -1,0 +1,320 @@
+"""Wan2.1's causal 3D VAE: video to latents and back, an eighth in space, a quarter in time.
+
+Source: Wan2.1, `wan/modules/vae.py`. A video is worked through in chunks, the first of one frame, the others of
+four (one latent frame each), under `jax.lax.scan`; every causal convolution carries the last frames that it
+saw into the next chunk, so memory does not grow with the length. A convolution that has seen nothing carries
+zeros, which is what causal padding is.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fantasy_jax.models.attention import attention
+from fantasy_jax.typing import Array, DType, Float
+
+CHUNK = 4
+"""Video frames of a latent frame, but of the first, which is one."""
+
+Carried = tuple[Array, ...]
+"""Frames that the layers carry from chunk to chunk, in the order in which they run."""
+
+
+class LatentStatistic(nnx.Variable):
+    """Mean or deviation of the latents, by channel; stored with the weights, not trained, in no official file."""
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE; the defaults are Wan2.1's.
+
+    Attributes:
+        dim: Width of the outermost stage.
+        latent_channels: Channels of the latents.
+        dim_mult: Width of each stage, from the outside, in units of `dim`.
+        num_res_blocks: Residual blocks of an encoder's stage; a decoder's has one more.
+        temporal_downsample: Whether the step after each stage but the last halves time as well as space.
+        latent_mean: Of the posterior's mean over much video, by channel.
+        latent_std: Its deviation.
+    """
+
+    dim: int = 96
+    latent_channels: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    latent_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+
+
+class FrameMemory:
+    """Hands each layer the frames that it kept from the chunk before, and collects those for the next.
+
+    Layers ask in the same order in every chunk.
+    """
+
+    def __init__(self, carried: Carried | None):
+        """Starts a chunk; None is the first one, of a single frame, before which all is zero."""
+        self.first = carried is None
+        self._before = list(carried or ())
+        self._kept: list[Array] = []
+
+    @property
+    def carried(self) -> Carried:
+        """What the next chunk starts from."""
+        return tuple(self._kept)
+
+    def extend(
+        self, x: Float[Array, "B T H W C"], frames: int, *, keep: Float[Array, "B U H W C"] | None = None
+    ) -> Float[Array, "B V H W C"]:
+        """Puts the last `frames` frames in front of `x`.
+
+        The last frames of the result are kept for the next chunk, or `keep` is.
+        """
+        before = jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:])) if self.first else self._before.pop(0)
+        extended = jnp.concatenate([before, x], axis=1)
+        self._kept.append(extended[:, -frames:] if keep is None else keep)
+        return extended
+
+
+class VAERMSNorm(nnx.Module):
+    """Channels scaled to unit length, times the root of their number."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        """Normalises in float32."""
+        y = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.sum(y * y, axis=-1, keepdims=True))
+        y = y / jnp.maximum(length, 1e-12) * y.shape[-1] ** 0.5
+        return (y * self.scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class CausalConv(nnx.Module):
+    """A convolution over time, height and width that sees no later frame."""
+
+    def __init__(self, inputs: int, outputs: int, **types):
+        """Builds a convolution of three frames, rows and columns."""
+        self.conv = nnx.Conv(inputs, outputs, (3, 3, 3), padding=[(0, 0), (1, 1), (1, 1)], **types)
+
+    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W D"]:
+        """Convolves a chunk, after the frames of the one before."""
+        return self.conv(memory.extend(x, 2))
+
+
+class ResidualBlock(nnx.Module):
+    """Twice norm, SiLU, convolution, around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, **types):
+        self.norm1 = VAERMSNorm(inputs, **types)
+        self.conv1 = CausalConv(inputs, outputs, **types)
+        self.norm2 = VAERMSNorm(outputs, **types)
+        self.conv2 = CausalConv(outputs, outputs, **types)
+        self.shortcut = nnx.Linear(inputs, outputs, **types) if inputs != outputs else None
+
+    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W D"]:
+        """Runs on a chunk."""
+        y = self.conv1(nnx.silu(self.norm1(x)), memory)
+        y = self.conv2(nnx.silu(self.norm2(y)), memory)
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """Attention with one head over the positions of each frame."""
+
+    def __init__(self, dim: int, **types):
+        self.norm = VAERMSNorm(dim, **types)
+        self.qkv = nnx.Linear(dim, 3 * dim, **types)
+        self.out = nnx.Linear(dim, dim, **types)
+
+    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W C"]:
+        """Runs on a chunk; frames do not see each other."""
+        batch, frames, height, width, _ = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 1, -1)
+        heard = attention(*jnp.split(qkv, 3, axis=-1))
+        return x + self.out(heard.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves space, and time if asked; the first frame stays one frame."""
+
+    def __init__(self, dim: int, *, temporal: bool, **types):
+        padding = [(0, 0), (0, 1), (0, 1)]
+        self.conv = nnx.Conv(dim, dim, (1, 3, 3), strides=(1, 2, 2), padding=padding, **types)
+        stride = {"strides": (2, 1, 1), "padding": "VALID"}
+        self.time_conv = nnx.Conv(dim, dim, (3, 1, 1), **stride, **types) if temporal else None
+
+    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U h w C"]:
+        """Runs on a chunk."""
+        x = self.conv(x)
+        if self.time_conv is None:
+            return x
+        extended = memory.extend(x, 1)
+        return x if memory.first else self.time_conv(extended)
+
+
+class Upsample(nnx.Module):
+    """Doubles space and halves channels, and doubles time if asked; the first frame stays one frame."""
+
+    def __init__(self, dim: int, *, temporal: bool, **types):
+        self.conv = nnx.Conv(dim, dim // 2, (1, 3, 3), padding="SAME", **types)
+        self.time_conv = nnx.Conv(dim, 2 * dim, (3, 1, 1), padding="VALID", **types) if temporal else None
+
+    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U H W D"]:
+        """Runs on a chunk."""
+        if self.time_conv is not None:
+            # The first frame is not doubled, and is not remembered: the second chunk sees zeros before it.
+            nothing = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if memory.first else None
+            extended = memory.extend(x, 2, keep=nothing)
+            if not memory.first:
+                batch, frames, height, width, channels = x.shape
+                pairs = self.time_conv(extended).reshape(batch, frames, height, width, 2, channels)
+                x = pairs.transpose(0, 1, 4, 2, 3, 5).reshape(batch, 2 * frames, height, width, channels)
+        return self.conv(x.repeat(2, axis=2).repeat(2, axis=3))
+
+
+class Coder(nnx.Module):
+    """Encoder or decoder: a convolution in, a list of layers, a norm and a convolution out."""
+
+    def __init__(self, inputs: int, outputs: int, widths: tuple[int, int], layers: list[nnx.Module], **types):
+        """Builds it; `widths` are those of the first and last layer."""
+        self.conv_in = CausalConv(inputs, widths[0], **types)
+        self.layers = nnx.List(layers)
+        self.norm_out = VAERMSNorm(widths[1], **types)
+        self.conv_out = CausalConv(widths[1], outputs, **types)
+
+    def __call__(self, x: Float[Array, "B T H W C"], carried: Carried | None) -> tuple[Array, Carried]:
+        """Runs one chunk; returns what comes out and what the next chunk needs."""
+        memory = FrameMemory(carried)
+        x = self.conv_in(x, memory)
+        for layer in self.layers:
+            x = layer(x, memory)
+        return self.conv_out(nnx.silu(self.norm_out(x)), memory), memory.carried
+
+
+def _middle(dim: int, **types) -> list[nnx.Module]:
+    return [ResidualBlock(dim, dim, **types), AttentionBlock(dim, **types), ResidualBlock(dim, dim, **types)]
+
+
+def make_encoder(config: VAEConfig, **types) -> Coder:
+    """Three channels of pixels to mean and log variance of the posterior."""
+    widths = [config.dim * m for m in (1, *config.dim_mult)]
+    layers: list[nnx.Module] = []
+    for stage, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        layers.append(ResidualBlock(inputs, outputs, **types))
+        layers += [ResidualBlock(outputs, outputs, **types) for _ in range(config.num_res_blocks - 1)]
+        if stage < len(config.temporal_downsample):
+            layers.append(Downsample(outputs, temporal=config.temporal_downsample[stage], **types))
+    layers += _middle(widths[-1], **types)
+    return Coder(3, 2 * config.latent_channels, (widths[0], widths[-1]), layers, **types)
+
+
+def make_decoder(config: VAEConfig, **types) -> Coder:
+    """Latents to three channels of pixels."""
+    widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    temporal = config.temporal_downsample[::-1]
+    layers = _middle(widths[0], **types)
+    for stage, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        inputs = inputs if stage == 0 else inputs // 2  # the upsampling before it halved them
+        layers.append(ResidualBlock(inputs, outputs, **types))
+        layers += [ResidualBlock(outputs, outputs, **types) for _ in range(config.num_res_blocks)]
+        if stage < len(temporal):
+            layers.append(Upsample(outputs, temporal=temporal[stage], **types))
+    return Coder(config.latent_channels, 3, (widths[0], widths[-1]), layers, **types)
+
+
+class WanVAE(nnx.Module):
+    """Encodes video to normalised latents, and decodes them."""
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+    ):
+        """Builds encoder and decoder."""
+        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.encoder = make_encoder(config, **types)
+        self.moments = nnx.Linear(2 * config.latent_channels, 2 * config.latent_channels, **types)
+        self.latents_in = nnx.Linear(config.latent_channels, config.latent_channels, **types)
+        self.decoder = make_decoder(config, **types)
+        self.latent_mean = LatentStatistic(jnp.asarray(config.latent_mean, jnp.float32))
+        self.latent_std = LatentStatistic(jnp.asarray(config.latent_std, jnp.float32))
+
+    def encode_moments(
+        self, video: Float[Array, "B T H W 3"]
+    ) -> tuple[Float[Array, "B F h w C"], Float[Array, "B F h w C"]]:
+        """Mean and log variance of the posterior, not normalised: what a VAE is trained with.
+
+        Args:
+            video: T = 4k + 1 frames in [-1, 1], sides multiples of the spatial factor.
+
+        Raises:
+            ValueError: The length or a side does not fit.
+        """
+        factor = 2 ** len(self.config.temporal_downsample)
+        if video.shape[1] % CHUNK != 1 or video.shape[2] % factor or video.shape[3] % factor:
+            raise ValueError(
+                f"a video of {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]} does not fit: "
+                f"frames must be 4k + 1, sides multiples of {factor}"
+            )
+        first, carried = self.encoder(video[:, :1], None)
+        graphdef, state = nnx.split(self.encoder)
+
+        @jax.checkpoint
+        def encode_chunk(state: nnx.State, carried: Carried, index: Array) -> tuple[Array, Carried]:
+            chunk = jax.lax.dynamic_slice_in_dim(video, 1 + CHUNK * index, CHUNK, axis=1)
+            return nnx.merge(graphdef, state)(chunk, carried)
+
+        def body(carried: Carried, index: Array) -> tuple[Carried, Array]:
+            encoded, carried = encode_chunk(state, carried, index)
+            return carried, encoded[:, 0]
+
+        _, rest = jax.lax.scan(body, carried, jnp.arange(video.shape[1] // CHUNK))
+        moments = jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
+        mean, log_variance = jnp.split(self.moments(moments), 2, axis=-1)
+        return mean, log_variance
+
+    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+        """Normalised latents of a video: the posterior's mean.
+
+        Args and errors as `encode_moments`.
+        """
+        mean, _ = self.encode_moments(video)
+        return (mean - self.latent_mean.get_value()) / self.latent_std.get_value()
+
+    def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
+        """Video of normalised latents; not clamped to [-1, 1], which is the caller's to do."""
+        latents = latents * self.latent_std.get_value() + self.latent_mean.get_value()
+        latents = self.latents_in(latents)
+        first, carried = self.decoder(latents[:, :1], None)
+        graphdef, state = nnx.split(self.decoder)
+
+        @jax.checkpoint
+        def decode_chunk(state: nnx.State, carried: Carried, latent: Array) -> tuple[Array, Carried]:
+            return nnx.merge(graphdef, state)(latent, carried)
+
+        def body(before: tuple[Carried, Array], index: Array) -> tuple[tuple[Carried, Array], None]:
+            carried, video = before
+            latent = jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
+            frames, carried = decode_chunk(state, carried, latent)
+            return (carried, jax.lax.dynamic_update_slice_in_dim(video, frames, CHUNK * index - 3, axis=1)), None
+
+        # Frames are written in place; stacked by the scan they would be copied once more.
+        shape = (first.shape[0], CHUNK * (latents.shape[1] - 1) + 1, *first.shape[2:])
+        video = jnp.zeros(shape, first.dtype).at[:, :1].set(first)
+        (_, video), _ = jax.lax.scan(body, (carried, video), jnp.arange(1, latents.shape[1]))
+        return video
