@@ -147,14 +147,15 @@ def make_plan(
     ignored: dict[str, str] = {}
     filled: dict[tuple[str, int | None], list[Entry]] = {}
     for key in source:
+        if pattern := next((p for p in ignore if fnmatchcase(key, p)), None):
+            ignored[key] = pattern
+            continue
         matches = [_entry(key, rule, match) for rule, regex in compiled if (match := regex.fullmatch(key))]
         if len(matches) > 1:
             paths = ", ".join(sorted({entry.path for entry in matches}))
             problems.append(f"doubly mapped: {key} is taken by {len(matches)} rules, to {paths}")
         elif matches:
             filled.setdefault((matches[0].path, matches[0].layer), []).append(matches[0])
-        elif pattern := next((p for p in ignore if fnmatchcase(key, p)), None):
-            ignored[key] = pattern
         else:
             problems.append(f"unexpected: {key} {list(source[key].shape)} has no place in the model")
     entries: list[Entry] = []

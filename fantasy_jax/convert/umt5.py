@@ -1,0 +1,58 @@
+"""Key names of UMT5's encoder."""
+
+from typing import Any
+
+from fantasy_jax.convert.rules import LINEAR, Rule
+from fantasy_jax.models.umt5 import UMT5Config
+
+
+def official_rules(config: UMT5Config) -> list[Rule]:
+    """Keys of `models_t5_umt5-xxl-enc-bf16.pth`."""
+    block = "blocks.{layer}"
+    return [
+        Rule("token_embedding.weight", "embed/embedding"),
+        Rule(f"{block}.norm1.weight", "blocks/norm1/scale"),
+        Rule(f"{block}.attn.q.weight", "blocks/query/kernel", LINEAR),
+        Rule(f"{block}.attn.k.weight", "blocks/key/kernel", LINEAR),
+        Rule(f"{block}.attn.v.weight", "blocks/value/kernel", LINEAR),
+        Rule(f"{block}.attn.o.weight", "blocks/out/kernel", LINEAR),
+        Rule(f"{block}.pos_embedding.embedding.weight", "blocks/position/embedding"),
+        Rule(f"{block}.norm2.weight", "blocks/norm2/scale"),
+        Rule(f"{block}.ffn.gate.0.weight", "blocks/gate/kernel", LINEAR),
+        Rule(f"{block}.ffn.fc1.weight", "blocks/mlp_in/kernel", LINEAR),
+        Rule(f"{block}.ffn.fc2.weight", "blocks/mlp_out/kernel", LINEAR),
+        Rule("norm.weight", "norm/scale"),
+    ]
+
+
+def transformers_rules(config: UMT5Config) -> list[Rule]:
+    """Keys of transformers' `UMT5EncoderModel`, which diffusers' folders hold as `text_encoder`."""
+    attention = "encoder.block.{layer}.layer.0"
+    mlp = "encoder.block.{layer}.layer.1"
+    return [
+        Rule("shared.weight", "embed/embedding"),
+        Rule(f"{attention}.layer_norm.weight", "blocks/norm1/scale"),
+        Rule(f"{attention}.SelfAttention.q.weight", "blocks/query/kernel", LINEAR),
+        Rule(f"{attention}.SelfAttention.k.weight", "blocks/key/kernel", LINEAR),
+        Rule(f"{attention}.SelfAttention.v.weight", "blocks/value/kernel", LINEAR),
+        Rule(f"{attention}.SelfAttention.o.weight", "blocks/out/kernel", LINEAR),
+        Rule(f"{attention}.SelfAttention.relative_attention_bias.weight", "blocks/position/embedding"),
+        Rule(f"{mlp}.layer_norm.weight", "blocks/norm2/scale"),
+        Rule(f"{mlp}.DenseReluDense.wi_0.weight", "blocks/gate/kernel", LINEAR),
+        Rule(f"{mlp}.DenseReluDense.wi_1.weight", "blocks/mlp_in/kernel", LINEAR),
+        Rule(f"{mlp}.DenseReluDense.wo.weight", "blocks/mlp_out/kernel", LINEAR),
+        Rule("encoder.final_layer_norm.weight", "norm/scale"),
+    ]
+
+
+def config_from_reference(reference: dict[str, Any]) -> UMT5Config:
+    """Sizes from a reference folder's config.json."""
+    return UMT5Config(
+        vocab_size=reference["vocab"],
+        dim=reference["dim"],
+        dim_attn=reference["dim_attn"],
+        dim_ffn=reference["dim_ffn"],
+        num_heads=reference["num_heads"],
+        num_layers=reference["num_layers"],
+        num_buckets=reference["num_buckets"],
+    )

@@ -1,0 +1,117 @@
+"""Pictures and sound as the networks take them, equal to what the original programs make of them."""
+
+import jax.numpy as jnp
+import numpy as np
+import soxr
+from PIL import Image
+
+from fantasy_jax.typing import Array, Float, Float32
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_WINDOW, _HOP = 400, 320
+"""Samples that one feature sees, and from one to the next: wav2vec2's grid, 25 ms every 20 ms."""
+
+
+def fit_picture(picture: Image.Image, longest_edge: int, *, multiple: int = 16) -> Image.Image:
+    """The picture in the size that is generated.
+
+    The longest edge becomes `longest_edge` (Lanczos; sides cut to whole pixels), then both sides grow
+    to multiples of `multiple` (bicubic). Source: fantasy-talking, `utils.py` and `pipelines/wan_video.py`.
+
+    Args:
+        picture: RGB.
+        longest_edge: In pixels.
+        multiple: Of eight pixels a latent and two latents a token.
+    """
+    scale = longest_edge / max(picture.size)
+    width, height = (max(int(side * scale), 1) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    grown = tuple(-(-side // multiple) * multiple for side in picture.size)
+    return picture.resize(grown)
+
+
+def to_pixels(picture: Image.Image) -> Float[np.ndarray, "H W 3"]:
+    """A picture's bytes in [-1, 1], float32."""
+    return np.asarray(picture, np.float32) * np.float32(2 / 255) - np.float32(1)
+
+
+def clip_pixels(pixels: Float[Array, "B H W 3"], size: int = 224) -> Float[Array, "B {size} {size} 3"]:
+    """Pixels in [-1, 1] as CLIP takes them: resized to a square, normalised by its mean and deviation.
+
+    Resized like PyTorch's bicubic (a = -0.75, corners not aligned, no antialiasing), which JAX's is not: that one
+    has a = -0.5 and antialiases. Source: Wan2.1, `wan/modules/clip.py`, `CLIPModel.visual`.
+    """
+    rows = jnp.asarray(bicubic_matrix(pixels.shape[1], size), pixels.dtype)
+    columns = jnp.asarray(bicubic_matrix(pixels.shape[2], size), pixels.dtype)
+    resized = jnp.einsum("bhwc,xw->bhxc", pixels, columns)
+    resized = jnp.einsum("bhxc,yh->byxc", resized, rows)
+    return (resized * 0.5 + 0.5 - jnp.asarray(_CLIP_MEAN)) / jnp.asarray(_CLIP_STD)
+
+
+def bicubic_matrix(source: int, target: int) -> Float32[np.ndarray, "{target} {source}"]:
+    """Weights that resize one side; pixels beyond the border repeat the one at the border.
+
+    Positions and weights are float32 in PyTorch, and are here: in float64 the result is 4e-6 off.
+    """
+    a, one = np.float32(-0.75), np.float32(1)
+
+    def near(x):  # up to one pixel away
+        return ((a + 2) * x - (a + 3)) * x * x + one
+
+    def far(x):  # up to two
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    half = np.float32(0.5)
+    position = np.float32(source / target) * (np.arange(target, dtype=np.float32) + half) - half
+    left = np.floor(position)
+    fraction = position - left
+    weights = (far(fraction + one), near(fraction), near(one - fraction), far(one - fraction + one))
+    matrix = np.zeros((target, source), np.float32)
+    for offset, weight in zip((-1, 0, 1, 2), weights, strict=True):
+        taps = np.clip(left.astype(int) + offset, 0, source - 1)
+        np.add.at(matrix, (np.arange(target), taps), weight)
+    return matrix
+
+
+def normalise_waveform(waveform: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples"]:
+    """Zero mean, unit variance, as transformers' `Wav2Vec2FeatureExtractor`."""
+    return ((waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)).astype(np.float32)
+
+
+def resample(
+    waveform: Float[np.ndarray, " samples"], rate: float, target: float = 16_000
+) -> Float[np.ndarray, " resampled"]:
+    """Another sampling rate, by soxr at high quality, as `librosa.load` does."""
+    return waveform if rate == target else soxr.resample(waveform, rate, target, quality="HQ")
+
+
+def log_mel(waveform: Float[np.ndarray, " samples"], bands: int = 40) -> Float[np.ndarray, "A {bands}"]:
+    """Loudness in bands of equal width to the ear, at wav2vec2's 50 Hz and with its count of features.
+
+    Args:
+        waveform: 16 kHz, at least 400 samples; shorter is padded with silence.
+        bands: From 60 Hz to 7600 Hz.
+
+    Returns:
+        Natural logarithm of power, shifted and scaled to around zero and one for speech.
+    """
+    waveform = np.pad(waveform, (0, max(_WINDOW - waveform.size, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(waveform, _WINDOW)[::_HOP]
+    spectrum = np.abs(np.fft.rfft(windows * np.hanning(_WINDOW), n=512)) ** 2
+    power = spectrum @ _mel_filters(bands)
+    return ((np.log(power + 1e-5) + 3) / 4).astype(np.float32)
+
+
+def _mel_filters(bands: int) -> Float[np.ndarray, "257 {bands}"]:
+    """Triangles whose corners lie evenly on the mel scale."""
+
+    def mel(hertz):
+        return 2595 * np.log10(1 + hertz / 700)
+
+    corners = 700 * (10 ** (np.linspace(mel(60), mel(7600), bands + 2) / 2595) - 1)
+    frequency = np.arange(257)[:, None] * 16_000 / 512
+    left, center, right = corners[:-2], corners[1:-1], corners[2:]
+    rising, falling = (frequency - left) / (center - left), (right - frequency) / (right - center)
+    triangles = np.maximum(np.minimum(rising, falling), 0)
+    return triangles / np.maximum(triangles.sum(axis=0), 1e-9)

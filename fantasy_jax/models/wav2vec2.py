@@ -1,0 +1,194 @@
+"""wav2vec2, which hears the speech. Source: transformers, `models/wav2vec2/modeling_wav2vec2.py`.
+
+Two kinds exist: `base`, one norm over time in the first convolution and norms behind each layer, and the larger
+models' with a layer norm in every convolution and norms in front of each layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fantasy_jax.models.attention import attention
+from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
+from fantasy_jax.typing import Array, DType, Float
+
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Wav2Vec2Config:
+    """Sizes of the network, under transformers' names; the defaults are wav2vec2-base-960h's."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_bias: bool = False
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    feat_extract_norm: Literal["group", "layer"] = "group"
+    do_stable_layer_norm: bool = False
+
+
+class FeatureConv(nnx.Module):
+    """One strided convolution of the waveform's encoder, perhaps a norm, GELU."""
+
+    def __init__(
+        self, inputs: int, index: int, config: Wav2Vec2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType
+    ):
+        """Builds the `index`-th of them."""
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        width = config.conv_dim[index]
+        self.conv = nnx.Conv(
+            inputs,
+            width,
+            config.conv_kernel[index],
+            strides=config.conv_stride[index],
+            padding="VALID",
+            use_bias=config.conv_bias,
+            dtype=dtype,
+            **types,
+        )
+        if config.feat_extract_norm == "layer":
+            self.norm = LayerNorm(width, epsilon=_EPSILON, **types)
+        else:
+            self.norm = TimeNorm(width, **types) if index == 0 else None
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B U D"]:
+        """Convolves, normalises, activates."""
+        x = self.conv(x)
+        return nnx.gelu(x if self.norm is None else self.norm(x), approximate=False)
+
+
+class TimeNorm(nnx.Module):
+    """Each channel normalised over time: PyTorch's GroupNorm with as many groups as channels."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, param_dtype: DType):
+        """Starts from the identity."""
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """Normalises in float32."""
+        x = x.astype(jnp.float32)
+        centered = x - x.mean(axis=1, keepdims=True)
+        variance = jnp.mean(centered**2, axis=1, keepdims=True)
+        return centered * jax.lax.rsqrt(variance + _EPSILON) * self.scale + self.bias
+
+
+class PositionConv(nnx.Module):
+    """Positions by a wide grouped convolution, whose kernel is kept as direction and length (weight norm)."""
+
+    def __init__(self, config: Wav2Vec2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        """Builds direction, length and bias."""
+        width, taps = config.hidden_size, config.num_conv_pos_embeddings
+        self.groups = config.num_conv_pos_embedding_groups
+        shape = (taps, width // self.groups, width)
+        direction = jax.random.normal(rngs.params(), shape, param_dtype) * (4 / (taps * width)) ** 0.5
+        self.direction = nnx.Param(direction)
+        self.length = nnx.Param(_norm(direction).astype(param_dtype))
+        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "B A D"]) -> Float[Array, "B A D"]:
+        """Convolves around each position and activates."""
+        direction = self.direction.astype(jnp.float32)
+        kernel = direction * (self.length.astype(jnp.float32) / _norm(direction))[:, None, None]
+        taps = kernel.shape[0]
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (1,),
+            [(taps // 2, (taps - 1) // 2)],
+            dimension_numbers=("NHC", "HIO", "NHC"),
+            feature_group_count=self.groups,
+        )
+        return nnx.gelu(x + self.bias, approximate=False)
+
+
+class Wav2Vec2Layer(nnx.Module):
+    """Self-attention and MLP, with norms behind or in front."""
+
+    def __init__(self, config: Wav2Vec2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        """Builds one layer."""
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        width = config.hidden_size
+        self.query, self.key, self.value, self.out = (
+            nnx.Linear(width, width, dtype=dtype, **types) for _ in range(4)
+        )
+        self.norm1, self.norm2 = (LayerNorm(width, epsilon=_EPSILON, **types) for _ in range(2))
+        self.mlp_in = nnx.Linear(width, config.intermediate_size, dtype=dtype, **types)
+        self.mlp_out = nnx.Linear(config.intermediate_size, width, dtype=dtype, **types)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B A D"]) -> Float[Array, "B A D"]:
+        """Runs the layer."""
+        if self.config.do_stable_layer_norm:
+            x = x + self._attend(self.norm1(x))
+            return x + self._mlp(self.norm2(x))
+        x = self.norm1(x + self._attend(x))
+        return self.norm2(x + self._mlp(x))
+
+    def _attend(self, x: Array) -> Array:
+        heads = (*x.shape[:2], self.config.num_attention_heads, -1)
+        q, k, v = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
+        return self.out(attention(q, k, v).reshape(x.shape))
+
+    def _mlp(self, x: Array) -> Array:
+        return self.mlp_out(nnx.gelu(self.mlp_in(x), approximate=False))
+
+
+class Wav2Vec2Model(nnx.Module):
+    """Waveform to the last hidden state, at 50 Hz."""
+
+    def __init__(
+        self,
+        config: Wav2Vec2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+    ):
+        """Builds the network."""
+        self.config = config
+        types = {"rngs": rngs, "param_dtype": param_dtype}
+        inputs: Sequence[int] = (1, *config.conv_dim[:-1])
+        self.features = nnx.List(
+            FeatureConv(width, i, config, dtype=dtype, **types) for i, width in enumerate(inputs)
+        )
+        self.feature_norm = LayerNorm(config.conv_dim[-1], epsilon=_EPSILON, **types)
+        self.projection = nnx.Linear(config.conv_dim[-1], config.hidden_size, dtype=dtype, **types)
+        self.position = PositionConv(config, dtype=dtype, **types)
+        self.norm = LayerNorm(config.hidden_size, epsilon=_EPSILON, **types)
+        self.layers = stack_layers(
+            lambda rngs: Wav2Vec2Layer(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype),
+            config.num_hidden_layers,
+            rngs=rngs,
+        )
+
+    def __call__(self, waveform: Float[Array, "B T"]) -> Float[Array, "B A D"]:
+        """Encodes; float32.
+
+        Args:
+            waveform: 16 kHz, of zero mean and unit variance.
+        """
+        x = waveform[..., None]
+        for layer in self.features:
+            x = layer(x)
+        x = self.projection(self.feature_norm(x)).astype(jnp.float32)
+        x = x + self.position(x)
+        if not self.config.do_stable_layer_norm:
+            x = self.norm(x)
+        x = scan_layers(lambda layer, x: layer(x), self.layers, x)
+        return self.norm(x) if self.config.do_stable_layer_norm else x
+
+
+def _norm(direction: Float[Array, "taps C D"]) -> Float[Array, " taps"]:
+    return jnp.sqrt(jnp.sum(direction.astype(jnp.float32) ** 2, axis=(1, 2)))
