@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import build
+from fantasy_jax.data.speech import SAMPLE_RATE
 from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, generate
 
@@ -49,12 +50,13 @@ def main(argv: list[str] | None = None) -> None:
         progress=True,
     )
     with cli.phase("Video and sound to mp4"):
-        written = media.write_video(output, video, settings.fps, sound=arguments.audio)
-    if written.cut:
-        print(f"The sound lasts {written.sound_seconds:.2f} s; cut to the video's {written.video_seconds:.2f} s.")
+        media.write_video(output, video, settings.fps, sound=arguments.audio)
+    seconds, sound_seconds = len(video) / settings.fps, sound.size / SAMPLE_RATE
+    if sound_seconds > seconds:
+        print(f"The sound lasts {sound_seconds:.2f} s and is cut to the video's {seconds:.2f} s.")
     frames, height, width, _ = video.shape
     print(f"Wrote {output}: {frames} frames of {width} x {height} at {settings.fps} a second")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "sample.py")

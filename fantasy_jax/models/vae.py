@@ -79,7 +79,9 @@ class FrameMemory:
 
         The last frames of the result are kept for the next chunk, or `keep` is.
         """
-        before = jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:])) if self.first else self._before.pop(0)
+        before = (
+            jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:])) if self.first else self._before.pop(0)
+        )
         extended = jnp.concatenate([before, x], axis=1)
         self._kept.append(extended[:, -frames:] if keep is None else keep)
         return extended
@@ -311,7 +313,10 @@ class WanVAE(nnx.Module):
             carried, video = before
             latent = jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
             frames, carried = decode_chunk(state, carried, latent)
-            return (carried, jax.lax.dynamic_update_slice_in_dim(video, frames, CHUNK * index - 3, axis=1)), None
+            return (
+                carried,
+                jax.lax.dynamic_update_slice_in_dim(video, frames, CHUNK * index - 3, axis=1),
+            ), None
 
         # Frames are written in place; stacked by the scan they would be copied once more.
         shape = (first.shape[0], CHUNK * (latents.shape[1] - 1) + 1, *first.shape[2:])

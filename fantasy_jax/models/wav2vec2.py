@@ -41,7 +41,14 @@ class FeatureConv(nnx.Module):
     """One strided convolution of the waveform's encoder, perhaps a norm, GELU."""
 
     def __init__(
-        self, inputs: int, index: int, config: Wav2Vec2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType
+        self,
+        inputs: int,
+        index: int,
+        config: Wav2Vec2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType,
+        param_dtype: DType,
     ):
         """Builds the `index`-th of them."""
         types = {"rngs": rngs, "param_dtype": param_dtype}

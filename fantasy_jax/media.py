@@ -1,0 +1,239 @@
+"""Pictures, sound and video in and out: the only file that touches a codec."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import soxr
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fantasy_jax.typing import Float32, UInt8
+
+_SOUND_RATE = 44_100
+"""Of the sound in a written video, in Hz."""
+
+
+class MediaError(ValueError):
+    """A file that cannot be read or written; the message is one line: which file, what is wrong, what to do."""
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Reads a picture as RGB, 8 bits.
+
+    Turned upright by its EXIF tag; 16 bits, grey and palettes are converted; what is transparent is laid
+    over white (the official code drops transparency, which shows whatever colour lies under it).
+
+    Raises:
+        MediaError: The file is missing, no picture, or truncated.
+    """
+    _check_exists(path, "picture")
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            picture.load()
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{path}: not a picture that can be read; give a PNG, JPEG or WebP") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: the picture is damaged or cut off ({error}); save it anew") from error
+    if picture.mode.startswith(("I", "F")):
+        picture = _to_eight_bits(picture, path)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        paper = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(paper, picture)
+    return picture.convert("RGB")
+
+
+def _to_eight_bits(picture: Image.Image, path: str | Path) -> Image.Image:
+    """Grey pictures of 16 or 32 bits; Pillow would cut their values off at 255."""
+    values = np.asarray(picture, np.float64)
+    if not np.isfinite(values).all():
+        raise MediaError(f"{path}: the picture holds values that are no numbers; save it as 8 bits")
+    largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(picture.mode, 65535.0)
+    return Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def read_sound(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray, " samples"]:
+    """Reads the sound of any file that has some, mono, in [-1, 1].
+
+    The mean of the channels, resampled by soxr at high quality, as `librosa.load` does.
+
+    Args:
+        path: A sound file, or a video.
+        rate: In Hz.
+
+    Raises:
+        MediaError: The file is missing, holds no sound, or sound that is empty or no numbers.
+    """
+    waveform, source_rate = _decode_sound(path)
+    mono = waveform.mean(axis=0, dtype=np.float32)
+    return mono if source_rate == rate else soxr.resample(mono, source_rate, rate, quality="HQ")
+
+
+def _decode_sound(
+    path: str | Path, *, rate: int | None = None, layout: str | None = None, seconds: float = float("inf")
+) -> tuple[Float32[np.ndarray, "channels samples"], int]:
+    """Samples by channel, and their rate; stops soon after `seconds`."""
+    _check_exists(path, "sound file")
+    if os.path.getsize(path) == 0:
+        raise MediaError(f"{path}: the file is empty; give a sound file")
+    pieces: list[np.ndarray] = []
+    length = 0
+    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise MediaError(f"{path}: holds no sound; give a file that does")
+            source_rate = rate or container.streams.audio[0].rate
+            for frame in container.decode(audio=0):
+                pieces += [part.to_ndarray() for part in resampler.resample(frame)]
+                length += pieces[-1].shape[1] if pieces else 0
+                if length > seconds * source_rate:
+                    break
+            pieces += [part.to_ndarray() for part in resampler.resample(None)]
+    except av.FFmpegError as error:
+        raise MediaError(
+            f"{path}: not sound that can be read ({error.strerror}); give a WAV or MP3"
+        ) from error
+    if not pieces or sum(piece.shape[1] for piece in pieces) == 0:
+        raise MediaError(f"{path}: the sound has no samples; give one that is not empty")
+    waveform = np.concatenate(pieces, axis=1)
+    if not np.isfinite(waveform).all():
+        raise MediaError(f"{path}: the sound holds samples that are no numbers (NaN); save it anew")
+    return waveform, source_rate
+
+
+def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
+    """Frames and frames a second of a whole video.
+
+    Raises:
+        MediaError: The file is missing or holds no video.
+    """
+    _check_exists(path, "video")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: holds no video")
+            fps = float(container.streams.video[0].average_rate)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: not a video that can be read ({error.strerror})") from error
+    if not frames:
+        raise MediaError(f"{path}: the video has no frames")
+    return np.stack(frames), fps
+
+
+def write_video(
+    path: str | Path, frames: UInt8[np.ndarray, "T H W 3"], fps: int, *, sound: str | Path | None = None
+) -> None:
+    """Writes an mp4 (h264, aac) that any player plays; whole, or not at all.
+
+    Args:
+        path: Where to; an existing file is replaced.
+        frames: The video. A side of odd length is doubled at its edge, for h264 has none.
+        fps: Frames a second.
+        sound: A file whose sound the video carries, cut to its length or followed by silence.
+
+    Raises:
+        MediaError: The folder cannot be written to, or the sound not be read.
+    """
+    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")
+    waveform = None
+    if sound is not None:
+        seconds = len(frames) / fps
+        waveform, _ = _decode_sound(sound, rate=_SOUND_RATE, layout="stereo", seconds=seconds)
+        samples = round(seconds * _SOUND_RATE)
+        waveform = np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
+    with _whole_or_nothing(path) as partial:
+        options = {"movflags": "+faststart"}
+        with av.open(str(partial), "w", format="mp4", container_options=options) as container:
+            video = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+            video.height, video.width = frames.shape[1:3]
+            video.pix_fmt = "yuv420p"
+            audio = None if waveform is None else container.add_stream("aac", rate=_SOUND_RATE)
+            if audio is not None:
+                audio.layout, audio.bit_rate = "stereo", 192_000
+            for frame in frames:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(video.encode(None))
+            if audio is not None:
+                _encode_sound(container, audio, waveform)
+
+
+def _encode_sound(container, stream, waveform: Float32[np.ndarray, "2 samples"]) -> None:
+    for start in range(0, waveform.shape[1], 1024):
+        piece = np.ascontiguousarray(waveform[:, start : start + 1024])
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = _SOUND_RATE, start, Fraction(1, _SOUND_RATE)
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def write_contact_sheet(
+    path: str | Path, frames: UInt8[np.ndarray, "T H W 3"], fps: float, *, columns: int = 6, rows: int = 2
+) -> None:
+    """Writes one picture of frames picked evenly from a video, each with its time.
+
+    Raises:
+        MediaError: The folder cannot be written to.
+    """
+    picked = np.unique(np.linspace(0, len(frames) - 1, columns * rows).round().astype(int))
+    side = 192
+    tiles = []
+    for index in picked:
+        height, width = frames.shape[1:3]
+        size = (side, round(side * height / width / 2) * 2)
+        tile = cv2.resize(frames[index], size, interpolation=cv2.INTER_CUBIC)
+        tile = cv2.copyMakeBorder(tile, 0, 20, 0, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        where = (4, tile.shape[0] - 5)
+        cv2.putText(
+            tile, f"{index / fps:.2f} s", where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA
+        )
+        tiles.append(tile)
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+    with _whole_or_nothing(path) as partial:
+        Image.fromarray(sheet).save(partial, format="PNG")
+
+
+def check_writable(path: str | Path) -> None:
+    """Makes the folder of an output and tries to write there, before any work is done for it.
+
+    Raises:
+        MediaError: The folder cannot be made or written to, or a folder lies where the file should.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+@contextmanager
+def _whole_or_nothing(path: str | Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place when all went well and vanishes otherwise."""
+    path = Path(path)
+    check_writable(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_exists(path: str | Path, kind: str) -> None:
+    if not Path(path).is_file():
+        raise MediaError(f"{path}: no such {kind}")
