@@ -1,7 +1,7 @@
 """Settings: a short Python file gives a ConfigDict, and that is built once into frozen dataclasses.
 
-Library code sees dataclasses only, never a ConfigDict or a flag. A setting that does not exist or is of the wrong
-type is found while building, and named by its full path.
+Library code sees dataclasses only, never a ConfigDict or a flag. A setting that does not exist or is of
+the wrong type is found while building, and named by its full path.
 """
 
 import ast
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 def load_config(location: str) -> ConfigDict:
-    """Runs a config file's `get_config`, with the argument that may follow a colon: `configs/tiny.py:quick`."""
+    """Runs a config file's `get_config`, with the argument that may follow a colon, as in `tiny.py:quick`."""
     path, _, argument = location.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such config file; configs/tiny.py is one that works")

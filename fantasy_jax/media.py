@@ -20,7 +20,7 @@ _SOUND_RATE = 44_100
 
 
 class MediaError(ValueError):
-    """A file that cannot be read or written; the message is one line: which file, what is wrong, what to do."""
+    """A file that cannot be read or written; one line says which, what is wrong and what to do."""
 
 
 def read_picture(path: str | Path) -> Image.Image:

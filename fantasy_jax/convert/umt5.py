@@ -45,6 +45,11 @@ def transformers_rules(config: UMT5Config) -> list[Rule]:
     ]
 
 
+def transformers_ignored_keys(config: UMT5Config) -> tuple[str, ...]:
+    """A second name of `shared.weight`, for the same tensor."""
+    return ("encoder.embed_tokens.weight",)
+
+
 def config_from_reference(reference: dict[str, Any]) -> UMT5Config:
     """Sizes from a reference folder's config.json."""
     return UMT5Config(

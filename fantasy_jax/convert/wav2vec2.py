@@ -4,28 +4,24 @@ Weight norm's two parts are called `weight_g` and `weight_v` in the hosted files
 `parametrizations.weight.original0` and `1` by transformers 5; models with a head put `wav2vec2.` before all.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from fantasy_jax.convert.rules import CONV1D, LINEAR, Rule, reshape
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
 
-IGNORED = ("*masked_spec_embed", "lm_head.*", "quantizer.*", "project_hid.*", "project_q.*")
-"""What the files hold besides: parts for training and for other tasks."""
 
-
-def transformers_rules(
-    config: Wav2Vec2Config, *, prefix: str = "", old_weight_norm: bool = False
-) -> list[Rule]:
-    """Keys of transformers' `Wav2Vec2Model`.
+def official_rules(config: Wav2Vec2Config, keys: Collection[str] = ()) -> list[Rule]:
+    """Keys of transformers' `Wav2Vec2Model`, or of a file that spells them otherwise.
 
     Args:
         config: Sizes, which decide where norms and biases are.
-        prefix: `wav2vec2.` for files of models with a head.
-        old_weight_norm: Whether weight norm is spelled `weight_g`, `weight_v`.
+        keys: All keys of the file, whose spelling is followed; without them it is transformers 5's.
     """
+    prefix = "wav2vec2." if any(key.startswith("wav2vec2.") for key in keys) else ""
     norm_length, norm_direction = (
         ("weight_g", "weight_v")
-        if old_weight_norm
+        if any(key.endswith(".weight_g") for key in keys)
         else ("parametrizations.weight.original0", "parametrizations.weight.original1")
     )
     position, layer = f"{prefix}encoder.pos_conv_embed.conv", f"{prefix}encoder.layers.{{layer}}"
@@ -53,6 +49,11 @@ def transformers_rules(
         if i == 0 or config.feat_extract_norm == "layer":
             rules += _affine(f"{source}.layer_norm", f"{target}/norm", "scale")
     return rules
+
+
+def ignored_keys(config: Wav2Vec2Config) -> tuple[str, ...]:
+    """What the files hold besides: parts for training and for other tasks."""
+    return ("*masked_spec_embed", "lm_head.*", "quantizer.*", "project_hid.*", "project_q.*")
 
 
 def config_from_reference(reference: dict[str, Any]) -> Wav2Vec2Config:

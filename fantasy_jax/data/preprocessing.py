@@ -1,5 +1,8 @@
 """Pictures and sound as the networks take them, equal to what the original programs make of them."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import soxr
@@ -39,34 +42,36 @@ def to_pixels(picture: Image.Image) -> Float[np.ndarray, "H W 3"]:
 def clip_pixels(pixels: Float[Array, "B H W 3"], size: int = 224) -> Float[Array, "B {size} {size} 3"]:
     """Pixels in [-1, 1] as CLIP takes them: resized to a square, normalised by its mean and deviation.
 
-    Resized like PyTorch's bicubic (a = -0.75, corners not aligned, no antialiasing), which JAX's is not: that one
-    has a = -0.5 and antialiases. Source: Wan2.1, `wan/modules/clip.py`, `CLIPModel.visual`.
+    Resized like PyTorch's bicubic (a = -0.75, corners not aligned, no antialiasing), which JAX's is not:
+    that one has a = -0.5 and antialiases. Source: Wan2.1, `wan/modules/clip.py`, `CLIPModel.visual`.
     """
     rows = jnp.asarray(bicubic_matrix(pixels.shape[1], size), pixels.dtype)
     columns = jnp.asarray(bicubic_matrix(pixels.shape[2], size), pixels.dtype)
-    resized = jnp.einsum("bhwc,xw->bhxc", pixels, columns)
-    resized = jnp.einsum("bhxc,yh->byxc", resized, rows)
+    exact = jax.lax.Precision.HIGHEST  # an accelerator's default keeps eight bits of a colour, or ten
+    resized = jnp.einsum("bhwc,xw->bhxc", pixels, columns, precision=exact)
+    resized = jnp.einsum("bhxc,yh->byxc", resized, rows, precision=exact)
     return (resized * 0.5 + 0.5 - jnp.asarray(_CLIP_MEAN)) / jnp.asarray(_CLIP_STD)
 
 
 def bicubic_matrix(source: int, target: int) -> Float32[np.ndarray, "{target} {source}"]:
     """Weights that resize one side; pixels beyond the border repeat the one at the border.
 
-    Positions and weights are float32 in PyTorch, and are here: in float64 the result is 4e-6 off.
+    PyTorch keeps positions in float32, rounded once (a fused multiply-add), and so does this: positions in
+    float64 put the result up to 4e-5 off, float32 rounded twice 2e-6.
     """
-    a, one = np.float32(-0.75), np.float32(1)
+    a = -0.75
 
     def near(x):  # up to one pixel away
-        return ((a + 2) * x - (a + 3)) * x * x + one
+        return ((a + 2) * x - (a + 3)) * x * x + 1
 
     def far(x):  # up to two
         return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
 
-    half = np.float32(0.5)
-    position = np.float32(source / target) * (np.arange(target, dtype=np.float32) + half) - half
+    scale = np.float64(np.float32(source) / np.float32(target))
+    position = (scale * (np.arange(target) + 0.5) - 0.5).astype(np.float32)
     left = np.floor(position)
-    fraction = position - left
-    weights = (far(fraction + one), near(fraction), near(one - fraction), far(one - fraction + one))
+    fraction = (position - left).astype(np.float64)
+    weights = (far(fraction + 1), near(fraction), near(1 - fraction), far(2 - fraction))
     matrix = np.zeros((target, source), np.float32)
     for offset, weight in zip((-1, 0, 1, 2), weights, strict=True):
         taps = np.clip(left.astype(int) + offset, 0, source - 1)
@@ -75,15 +80,34 @@ def bicubic_matrix(source: int, target: int) -> Float32[np.ndarray, "{target} {s
 
 
 def normalise_waveform(waveform: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples"]:
-    """Zero mean, unit variance, as transformers' `Wav2Vec2FeatureExtractor`."""
-    return ((waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)).astype(np.float32)
+    """Zero mean, unit variance, in float32, as transformers' `Wav2Vec2FeatureExtractor`."""
+    waveform = waveform.astype(np.float32)
+    return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
 
 
 def resample(
     waveform: Float[np.ndarray, " samples"], rate: float, target: float = 16_000
 ) -> Float[np.ndarray, " resampled"]:
-    """Another sampling rate, by soxr at high quality, as `librosa.load` does."""
-    return waveform if rate == target else soxr.resample(waveform, rate, target, quality="HQ")
+    """Another sampling rate, by soxr at high quality, as `librosa.load` does.
+
+    Args:
+        waveform: One channel.
+        rate: Its samples a second.
+        target: The samples a second that are wanted.
+
+    Returns:
+        `ceil(samples * target / rate)` samples: soxr's own count may be one less, and is filled with silence.
+    """
+    if rate == target:
+        return waveform
+    length = math.ceil(waveform.size * target / rate)
+    resampled = soxr.resample(waveform, rate, target, quality="HQ")[:length]
+    return np.pad(resampled, (0, length - resampled.size))
+
+
+def wav2vec2_length(samples: int) -> int:
+    """How many features wav2vec2 makes of a waveform of 16 kHz, for any of its released sizes."""
+    return max(samples - _WINDOW, -_HOP) // _HOP + 1
 
 
 def log_mel(waveform: Float[np.ndarray, " samples"], bands: int = 40) -> Float[np.ndarray, "A {bands}"]:

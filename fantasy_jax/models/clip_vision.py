@@ -1,7 +1,7 @@
 """CLIP's vision tower, which looks at the portrait. Source: Wan2.1, `wan/modules/clip.py`.
 
-The transformer listens to the features of the last block but one, so the last block, the norm behind it and the
-projection to CLIP's common space are not built.
+The transformer listens to the features of the last block but one, so the last block, the norm behind it
+and the projection to CLIP's common space are not built.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,14 @@
 """Wan2.1's causal 3D VAE: video to latents and back, an eighth in space, a quarter in time.
 
-Source: Wan2.1, `wan/modules/vae.py`. A video is worked through in chunks, the first of one frame, the others of
-four (one latent frame each), under `jax.lax.scan`; every causal convolution carries the last frames that it
-saw into the next chunk, so memory does not grow with the length. A convolution that has seen nothing carries
-zeros, which is what causal padding is.
+Source: Wan2.1, `wan/modules/vae.py`. A video is worked through in chunks, the first of one frame, the
+others of four (one latent frame each), under `jax.lax.scan`; every causal convolution carries the last
+frames that it saw into the next chunk, so memory does not grow with the length. A convolution that has seen
+nothing carries zeros, which is what causal padding is.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,17 @@ from fantasy_jax.typing import Array, DType, Float
 CHUNK = 4
 """Video frames of a latent frame, but of the first, which is one."""
 
+# As PyTorch draws them. (A normal draw for each of some sixty kernels takes seconds to compile.)
+_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+Conv = partial(nnx.Conv, kernel_init=_UNIFORM)
+Linear = partial(nnx.Linear, kernel_init=_UNIFORM)
+
 Carried = tuple[Array, ...]
 """Frames that the layers carry from chunk to chunk, in the order in which they run."""
 
 
 class LatentStatistic(nnx.Variable):
-    """Mean or deviation of the latents, by channel; stored with the weights, not trained, in no official file."""
+    """Mean or deviation of the latents by channel: kept with the weights, never trained, in no official file."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,14 @@ class FrameMemory:
 
         The last frames of the result are kept for the next chunk, or `keep` is.
         """
-        before = (
-            jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:])) if self.first else self._before.pop(0)
-        )
+        before = _zero_frames(x, frames) if self.first else self._before.pop(0)
         extended = jnp.concatenate([before, x], axis=1)
         self._kept.append(extended[:, -frames:] if keep is None else keep)
         return extended
+
+
+def _zero_frames(x: Float[Array, "B T H W C"], frames: int) -> Float[Array, "B U H W C"]:
+    return jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:]))
 
 
 class VAERMSNorm(nnx.Module):
@@ -107,7 +116,7 @@ class CausalConv(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, **types):
         """Builds a convolution of three frames, rows and columns."""
-        self.conv = nnx.Conv(inputs, outputs, (3, 3, 3), padding=[(0, 0), (1, 1), (1, 1)], **types)
+        self.conv = Conv(inputs, outputs, (3, 3, 3), padding=[(0, 0), (1, 1), (1, 1)], **types)
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W D"]:
         """Convolves a chunk, after the frames of the one before."""
@@ -122,7 +131,7 @@ class ResidualBlock(nnx.Module):
         self.conv1 = CausalConv(inputs, outputs, **types)
         self.norm2 = VAERMSNorm(outputs, **types)
         self.conv2 = CausalConv(outputs, outputs, **types)
-        self.shortcut = nnx.Linear(inputs, outputs, **types) if inputs != outputs else None
+        self.shortcut = Linear(inputs, outputs, **types) if inputs != outputs else None
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W D"]:
         """Runs on a chunk."""
@@ -136,8 +145,8 @@ class AttentionBlock(nnx.Module):
 
     def __init__(self, dim: int, **types):
         self.norm = VAERMSNorm(dim, **types)
-        self.qkv = nnx.Linear(dim, 3 * dim, **types)
-        self.out = nnx.Linear(dim, dim, **types)
+        self.qkv = Linear(dim, 3 * dim, **types)
+        self.out = Linear(dim, dim, **types)
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W C"]:
         """Runs on a chunk; frames do not see each other."""
@@ -152,9 +161,9 @@ class Downsample(nnx.Module):
 
     def __init__(self, dim: int, *, temporal: bool, **types):
         padding = [(0, 0), (0, 1), (0, 1)]
-        self.conv = nnx.Conv(dim, dim, (1, 3, 3), strides=(1, 2, 2), padding=padding, **types)
+        self.conv = Conv(dim, dim, (1, 3, 3), strides=(1, 2, 2), padding=padding, **types)
         stride = {"strides": (2, 1, 1), "padding": "VALID"}
-        self.time_conv = nnx.Conv(dim, dim, (3, 1, 1), **stride, **types) if temporal else None
+        self.time_conv = Conv(dim, dim, (3, 1, 1), **stride, **types) if temporal else None
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U h w C"]:
         """Runs on a chunk."""
@@ -169,14 +178,14 @@ class Upsample(nnx.Module):
     """Doubles space and halves channels, and doubles time if asked; the first frame stays one frame."""
 
     def __init__(self, dim: int, *, temporal: bool, **types):
-        self.conv = nnx.Conv(dim, dim // 2, (1, 3, 3), padding="SAME", **types)
-        self.time_conv = nnx.Conv(dim, 2 * dim, (3, 1, 1), padding="VALID", **types) if temporal else None
+        self.conv = Conv(dim, dim // 2, (1, 3, 3), padding="SAME", **types)
+        self.time_conv = Conv(dim, 2 * dim, (3, 1, 1), padding="VALID", **types) if temporal else None
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U H W D"]:
         """Runs on a chunk."""
         if self.time_conv is not None:
             # The first frame is not doubled, and is not remembered: the second chunk sees zeros before it.
-            nothing = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if memory.first else None
+            nothing = _zero_frames(x, 2) if memory.first else None
             extended = memory.extend(x, 2, keep=nothing)
             if not memory.first:
                 batch, frames, height, width, channels = x.shape
@@ -212,7 +221,7 @@ def make_encoder(config: VAEConfig, **types) -> Coder:
     """Three channels of pixels to mean and log variance of the posterior."""
     widths = [config.dim * m for m in (1, *config.dim_mult)]
     layers: list[nnx.Module] = []
-    for stage, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for stage, (inputs, outputs) in enumerate(pairwise(widths)):
         layers.append(ResidualBlock(inputs, outputs, **types))
         layers += [ResidualBlock(outputs, outputs, **types) for _ in range(config.num_res_blocks - 1)]
         if stage < len(config.temporal_downsample):
@@ -226,7 +235,7 @@ def make_decoder(config: VAEConfig, **types) -> Coder:
     widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
     temporal = config.temporal_downsample[::-1]
     layers = _middle(widths[0], **types)
-    for stage, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for stage, (inputs, outputs) in enumerate(pairwise(widths)):
         inputs = inputs if stage == 0 else inputs // 2  # the upsampling before it halved them
         layers.append(ResidualBlock(inputs, outputs, **types))
         layers += [ResidualBlock(outputs, outputs, **types) for _ in range(config.num_res_blocks)]
@@ -250,8 +259,8 @@ class WanVAE(nnx.Module):
         types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.encoder = make_encoder(config, **types)
-        self.moments = nnx.Linear(2 * config.latent_channels, 2 * config.latent_channels, **types)
-        self.latents_in = nnx.Linear(config.latent_channels, config.latent_channels, **types)
+        self.moments = Linear(2 * config.latent_channels, 2 * config.latent_channels, **types)
+        self.latents_in = Linear(config.latent_channels, config.latent_channels, **types)
         self.decoder = make_decoder(config, **types)
         self.latent_mean = LatentStatistic(jnp.asarray(config.latent_mean, jnp.float32))
         self.latent_std = LatentStatistic(jnp.asarray(config.latent_std, jnp.float32))
@@ -313,10 +322,8 @@ class WanVAE(nnx.Module):
             carried, video = before
             latent = jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
             frames, carried = decode_chunk(state, carried, latent)
-            return (
-                carried,
-                jax.lax.dynamic_update_slice_in_dim(video, frames, CHUNK * index - 3, axis=1),
-            ), None
+            video = jax.lax.dynamic_update_slice_in_dim(video, frames, CHUNK * index - 3, axis=1)
+            return (carried, video), None
 
         # Frames are written in place; stacked by the scan they would be copied once more.
         shape = (first.shape[0], CHUNK * (latents.shape[1] - 1) + 1, *first.shape[2:])

@@ -1,7 +1,7 @@
 """wav2vec2, which hears the speech. Source: transformers, `models/wav2vec2/modeling_wav2vec2.py`.
 
-Two kinds exist: `base`, one norm over time in the first convolution and norms behind each layer, and the larger
-models' with a layer norm in every convolution and norms in front of each layer.
+Two kinds exist: `base`, with one norm over time in the first convolution and norms behind each layer, and
+the larger models', with a layer norm in every convolution and norms in front of each layer.
 """
 
 from collections.abc import Sequence
