@@ -10,10 +10,11 @@ from typing import NoReturn
 from ml_collections import ConfigDict
 
 from fantasy_jax.config import ConfigError, load_config, override
+from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.rules import ConversionError
 from fantasy_jax.media import MediaError
 
-EXPECTED = (ConfigError, ConversionError, MediaError, OSError)
+EXPECTED = (ConfigError, ConversionError, MediaError, WeightsError, OSError)
 """Errors that a user's input causes: one line says what, where and what to do."""
 
 

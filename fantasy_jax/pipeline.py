@@ -127,7 +127,9 @@ class RandomNetworks:
 
         @nnx.jit  # one compiled program draws all weights; one by one they take ten times as long
         def build(more: dict[str, object]) -> nnx.Module:
-            return network(config, rngs=nnx.Rngs(self.seed), dtype=dtype, param_dtype=dtype, **more)
+            # The usual generator would take most of that time to compile, once for each parameter.
+            rngs = nnx.Rngs(jax.random.key(self.seed, impl="rbg"))
+            return network(config, rngs=rngs, dtype=dtype, param_dtype=dtype, **more)
 
         return build(more)
 

@@ -47,7 +47,7 @@ def clip_pixels(pixels: Float[Array, "B H W 3"], size: int = 224) -> Float[Array
     """
     rows = jnp.asarray(bicubic_matrix(pixels.shape[1], size), pixels.dtype)
     columns = jnp.asarray(bicubic_matrix(pixels.shape[2], size), pixels.dtype)
-    exact = jax.lax.Precision.HIGHEST  # an accelerator's default keeps eight bits of a colour, or ten
+    exact = jax.lax.Precision.HIGHEST  # by default a TPU would round colours to bfloat16 here
     resized = jnp.einsum("bhwc,xw->bhxc", pixels, columns, precision=exact)
     resized = jnp.einsum("bhxc,yh->byxc", resized, rows, precision=exact)
     return (resized * 0.5 + 0.5 - jnp.asarray(_CLIP_MEAN)) / jnp.asarray(_CLIP_STD)
@@ -86,7 +86,7 @@ def normalise_waveform(waveform: Float[np.ndarray, " samples"]) -> Float[np.ndar
 
 
 def resample(
-    waveform: Float[np.ndarray, " samples"], rate: float, target: float = 16_000
+    waveform: Float[np.ndarray, " samples"], rate: int, target: int = 16_000
 ) -> Float[np.ndarray, " resampled"]:
     """Another sampling rate, by soxr at high quality, as `librosa.load` does.
 

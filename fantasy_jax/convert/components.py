@@ -1,0 +1,196 @@
+"""The networks that files can hold, how each is recognised, and which table maps it."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from flax import nnx
+
+from fantasy_jax.convert import clip_vision, umt5, vae, wan, wav2vec2
+from fantasy_jax.convert.files import WeightsError, WeightsFile
+from fantasy_jax.convert.rules import Rule, flat_parameters, make_plan
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
+from fantasy_jax.models.vae import VAEConfig, WanVAE
+from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One spelling of a network's keys.
+
+    Attributes:
+        name: `official`, `diffusers`, `transformers`, ...
+        signature: Keys by which a file of this layout is recognised.
+        rules: The table for a config.
+    """
+
+    name: str
+    signature: Collection[str]
+    rules: Callable[[Any], list[Rule]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network.
+
+    Attributes:
+        name: What it is called on the command line.
+        network: Its class: `network(config, rngs=...)`.
+        presets: Published sizes by name.
+        from_json: Sizes from the config.json of a reference folder.
+        layouts: The spellings of its keys, the more special ones first.
+        ignored: Patterns of keys that files hold besides, and that are not needed.
+        prefix: What stands before its keys in a file that it shares with another network.
+    """
+
+    name: str
+    network: Callable[..., nnx.Module]
+    presets: Mapping[str, Any]
+    from_json: Callable[[dict[str, Any]], Any]
+    layouts: Sequence[Layout]
+    ignored: Callable[[Any], Sequence[str]] = lambda config: ()
+    prefix: str = ""
+
+
+COMPONENTS = (
+    Component(
+        "wan2.1_i2v_dit",
+        WanTransformer,
+        {"wan2.1_i2v_14b": WanConfig()},
+        wan.config_from_reference,
+        (
+            Layout("official", ("patch_embedding.weight", "head.modulation"), wan.official_rules),
+            Layout("diffusers", ("patch_embedding.weight", "scale_shift_table"), wan.diffusers_rules),
+        ),
+        prefix="dit.",
+    ),
+    Component(
+        "fantasytalking",
+        AudioAdapter,
+        {"fantasytalking": AudioAdapterConfig()},
+        wan.audio_config_from_reference,
+        (Layout("official", ("proj_model.proj.weight", "proj_model.norm.weight"), wan.audio_adapter_rules),),
+        prefix="fantasytalking.",
+    ),
+    Component(
+        "wan_vae",
+        WanVAE,
+        {"wan2.1_vae": VAEConfig()},
+        vae.config_from_reference,
+        (
+            Layout("official", ("decoder.head.0.gamma",), vae.official_rules),
+            Layout("diffusers", ("decoder.norm_out.gamma",), vae.diffusers_rules),
+        ),
+    ),
+    Component(
+        "umt5_encoder",
+        UMT5Encoder,
+        {"umt5_xxl": UMT5Config()},
+        umt5.config_from_reference,
+        (
+            Layout("official", ("token_embedding.weight", "blocks.0.ffn.gate.0.weight"), umt5.official_rules),
+            Layout("transformers", ("shared.weight",), umt5.transformers_rules),
+        ),
+    ),
+    Component(
+        "clip_vision",
+        CLIPVisionModel,
+        {"clip_vit_h14": CLIPVisionConfig()},
+        clip_vision.config_from_reference,
+        (Layout("official", ("visual.cls_embedding",), clip_vision.official_rules),),
+        clip_vision.ignored_keys,
+    ),
+    Component(
+        "wav2vec2",
+        Wav2Vec2Model,
+        {"wav2vec2_base_960h": Wav2Vec2Config()},
+        wav2vec2.config_from_reference,
+        tuple(
+            Layout(
+                f"transformers{' with a head' * bool(prefix)}{', old weight norm' * (length == 'weight_g')}",
+                (key := f"{prefix}encoder.pos_conv_embed.conv.{length}",),
+                partial(wav2vec2.official_rules, keys=(key,)),
+            )
+            for prefix in ("wav2vec2.", "")
+            for length in ("weight_g", "parametrizations.weight.original0")
+        ),
+        wav2vec2.ignored_keys,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A network found in a file: its tensors, the spelling of their keys, and its sizes."""
+
+    component: Component
+    layout: Layout
+    weights: WeightsFile
+    preset: str
+    config: Any
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The table that maps it."""
+        return self.layout.rules(self.config)
+
+    def abstract(self) -> nnx.Module:
+        """The very module that samples, without memory."""
+        return nnx.eval_shape(lambda: self.component.network(self.config, rngs=nnx.Rngs(0)))
+
+
+def recognise(weights: WeightsFile, *, preset: str | None = None) -> list[Recognised]:
+    """The networks in a file: one, or each of those that share it under prefixes of their own.
+
+    Args:
+        weights: An opened file.
+        preset: Name of the sizes; None takes the config.json beside it, or what the shapes fit.
+
+    Raises:
+        WeightsError: No network is recognised, or no preset fits.
+    """
+    found = []
+    for component in COMPONENTS:
+        shared = weights.part(component.prefix)
+        for part in (weights, shared) if component.prefix and shared.specs else (weights,):
+            layout = next((x for x in component.layouts if all(k in part.specs for k in x.signature)), None)
+            if layout is not None:
+                found.append(Recognised(component, layout, part, *_sizes(component, layout, part, preset)))
+                break
+    if not found:
+        names = ", ".join(component.name for component in COMPONENTS)
+        raise WeightsError(f"{weights.path}: holds no network that is known ({names})")
+    return found
+
+
+def _sizes(component: Component, layout: Layout, part: WeightsFile, preset: str | None) -> tuple[str, Any]:
+    """Name and config of the network's sizes."""
+    if preset is not None:
+        if preset not in component.presets:
+            names = ", ".join(component.presets)
+            raise WeightsError(f"{part.path}: {component.name} has no preset {preset!r}; there is {names}")
+        return preset, component.presets[preset]
+    if part.config:
+        try:
+            return "config.json", component.from_json(dict(part.config))
+        except KeyError:
+            pass  # another program's config.json, which does not give sizes under these names
+    # Presets differ in width; a file of the right width that lacks a layer must fail, not pass as smaller.
+    for name, config in component.presets.items():
+        if _width_fits(component, layout, config, part):
+            return name, config
+    names = ", ".join(component.presets)
+    raise WeightsError(
+        f"{part.path}: fits no preset of {component.name} ({names}); put config.json beside it"
+    )
+
+
+def _width_fits(component: Component, layout: Layout, config: Any, part: WeightsFile) -> bool:
+    module = nnx.eval_shape(lambda: component.network(config, rngs=nnx.Rngs(0)))
+    keys = {key: part.specs[key] for key in layout.signature}
+    plan = make_plan(layout.rules(config), keys, flat_parameters(module))
+    return not any(problem.startswith(("wrong shape", "unexpected")) for problem in plan.problems)
