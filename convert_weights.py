@@ -1,4 +1,4 @@
-"""Weights between PyTorch's files and fantasy_jax: what a file holds, and whether networks compute the same."""
+"""Weights of PyTorch's networks: what a file holds, and whether the networks here compute the same."""
 
 import argparse
 from pathlib import Path

@@ -10,9 +10,9 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-import soxr
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fantasy_jax.data.preprocessing import resample
 from fantasy_jax.typing import Float32, UInt8
 
 _SOUND_RATE = 44_100
@@ -72,8 +72,7 @@ def read_sound(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray, " sa
         MediaError: The file is missing, holds no sound, or sound that is empty or no numbers.
     """
     waveform, source_rate = _decode_sound(path)
-    mono = waveform.mean(axis=0, dtype=np.float32)
-    return mono if source_rate == rate else soxr.resample(mono, source_rate, rate, quality="HQ")
+    return resample(waveform.mean(axis=0, dtype=np.float32), source_rate, rate)
 
 
 def _decode_sound(

@@ -30,4 +30,8 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 DType = Any
 """Whatever `numpy.dtype` understands, bfloat16 included."""
 
-__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "UInt8"]
+Leaf = Any
+"""An array in a dataclass that is a pytree. JAX rebuilds those with other shapes (under `vmap`) and with what
+is no array at all (`None`), so that their type cannot be checked; the docstring gives the shape."""
+
+__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "Leaf", "UInt8"]

@@ -1,7 +1,7 @@
 """The networks that files can hold, how each is recognised, and which table maps it."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,7 @@ COMPONENTS = (
             Layout("official", ("token_embedding.weight", "blocks.0.ffn.gate.0.weight"), umt5.official_rules),
             Layout("transformers", ("shared.weight",), umt5.transformers_rules),
         ),
+        umt5.ignored_keys,
     ),
     Component(
         "clip_vision",
@@ -112,8 +113,8 @@ COMPONENTS = (
         tuple(
             Layout(
                 f"transformers{' with a head' * bool(prefix)}{', old weight norm' * (length == 'weight_g')}",
-                (key := f"{prefix}encoder.pos_conv_embed.conv.{length}",),
-                partial(wav2vec2.official_rules, keys=(key,)),
+                (f"{prefix}encoder.layer_norm.weight", f"{prefix}encoder.pos_conv_embed.conv.{length}"),
+                partial(wav2vec2.official_rules, keys=(f"{prefix}encoder.pos_conv_embed.conv.{length}",)),
             )
             for prefix in ("wav2vec2.", "")
             for length in ("weight_g", "parametrizations.weight.original0")
@@ -150,21 +151,29 @@ def recognise(weights: WeightsFile, *, preset: str | None = None) -> list[Recogn
         weights: An opened file.
         preset: Name of the sizes; None takes the config.json beside it, or what the shapes fit.
 
+    Returns:
+        One for each network; keys that stand under no network's prefix are with the first, where no rule
+        will take them.
+
     Raises:
         WeightsError: No network is recognised, or no preset fits.
     """
-    found = []
+    found: list[Recognised] = []
+    strays = dict(weights.specs)
     for component in COMPONENTS:
         shared = weights.part(component.prefix)
         for part in (weights, shared) if component.prefix and shared.specs else (weights,):
             layout = next((x for x in component.layouts if all(k in part.specs for k in x.signature)), None)
             if layout is not None:
                 found.append(Recognised(component, layout, part, *_sizes(component, layout, part, preset)))
+                prefix = component.prefix if part is shared else ""
+                strays = {key: spec for key, spec in strays.items() if not key.startswith(prefix)}
                 break
     if not found:
         names = ", ".join(component.name for component in COMPONENTS)
         raise WeightsError(f"{weights.path}: holds no network that is known ({names})")
-    return found
+    first = replace(found[0].weights, specs={**found[0].weights.specs, **strays})
+    return [replace(found[0], weights=first), *found[1:]]
 
 
 def _sizes(component: Component, layout: Layout, part: WeightsFile, preset: str | None) -> tuple[str, Any]:
@@ -177,7 +186,7 @@ def _sizes(component: Component, layout: Layout, part: WeightsFile, preset: str 
     if part.config:
         try:
             return "config.json", component.from_json(dict(part.config))
-        except KeyError:
+        except (KeyError, TypeError):
             pass  # another program's config.json, which does not give sizes under these names
     # Presets differ in width; a file of the right width that lacks a layer must fail, not pass as smaller.
     for name, config in component.presets.items():

@@ -2,8 +2,9 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ _SAFETENSORS_DTYPES = {
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+
+
+_PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+_INDEX = ".safetensors.index.json"
 
 
 class WeightsError(ValueError):
@@ -52,15 +60,15 @@ class WeightsFile:
     def part(self, prefix: str) -> "WeightsFile":
         """The tensors whose keys start with a prefix, under keys without it."""
         specs = {k.removeprefix(prefix): spec for k, spec in self.specs.items() if k.startswith(prefix)}
-        return WeightsFile(self.path, specs, lambda key: self.read(prefix + key), self.config)
+        return replace(self, specs=specs, read=lambda key: self.read(prefix + key))
 
 
 def open_weights(path: str | Path) -> WeightsFile:
     """Opens weights of any kind; reads names and shapes only.
 
     Args:
-        path: A .safetensors file; a .pth, .pt or .ckpt file, of which nothing but tensors is ever unpickled; a
-            folder of either, with an index if there are several; or a JSON manifest of names and shapes.
+        path: A .safetensors file, or the index of several; a .pth, .pt, .ckpt or .bin file, of which nothing
+            but tensors is ever unpickled; a folder of one of these; or a JSON manifest of names and shapes.
 
     Raises:
         WeightsError: It is missing, damaged, of no known kind, or not complete.
@@ -71,59 +79,65 @@ def open_weights(path: str | Path) -> WeightsFile:
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
-        return _open_safetensors([path], _config_beside(path))
-    if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        return _open_safetensors(path)
+    if path.suffix in _PICKLES:
         return _open_pickle(path)
+    if path.name.endswith(_INDEX):
+        return _open_index(path)
     if path.suffix == ".json":
         return _open_manifest(path)
-    raise WeightsError(
-        f"{path}: not a kind of weights that is known; give .safetensors, .pth, .ckpt or .json"
-    )
+    raise WeightsError(f"{path}: no known kind of weights; give .safetensors, .pth, .ckpt or .json")
 
 
 def _open_folder(folder: Path) -> WeightsFile:
-    if indices := sorted(folder.glob("*.safetensors.index.json")):
-        index = _read_json(indices[0]).get("weight_map", {})
-        shards = sorted({folder / name for name in index.values()})
-        for shard in shards:
-            if not shard.is_file():
-                raise WeightsError(f"{indices[0]}: names {shard.name}, which is not there; fetch it again")
-        opened = _open_safetensors(shards, _config_beside(indices[0]))
-        if lost := sorted(set(index) - set(opened.specs)):
-            raise WeightsError(f"{indices[0]}: names {lost[0]} and {len(lost) - 1} more that no shard holds")
-        return opened
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.pth")) + sorted(
-        folder.glob("*.ckpt")
-    )
-    weights = [file for file in files if file.name != "activations.safetensors"]
+    candidates = sorted(folder.glob(f"*{_INDEX}")) or sorted(folder.glob("*.safetensors"))
+    candidates = candidates or sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
+    weights = [file for file in candidates if file.name != "activations.safetensors"]
     if len(weights) != 1:
         names = ", ".join(file.name for file in weights) or "none"
         raise WeightsError(f"{folder}: wants one weights file or an index of several, and holds {names}")
     return open_weights(weights[0])
 
 
-def _open_safetensors(paths: list[Path], config: Mapping[str, Any]) -> WeightsFile:
-    specs: dict[str, TensorSpec] = {}
-    places: dict[str, tuple[Path, int]] = {}
-    for path in paths:
-        try:
-            # Opening checks that the header is sound and that the file is as long as it says.
-            with safe_open(path, framework="numpy"):
-                pass
-            header, start = _safetensors_header(path)
-        except (SafetensorError, OSError, ValueError, struct.error) as error:
-            raise WeightsError(f"{path}: damaged or cut off ({error}); fetch it again") from error
-        for key, entry in header.items():
-            dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
-            specs[key] = TensorSpec(tuple(entry["shape"]), dtype)
-            places[key] = path, start + entry["data_offsets"][0]
+def _open_index(path: Path) -> WeightsFile:
+    """Several files as one; each must hold exactly the tensors that the index says."""
+    index = _read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise WeightsError(f"{path}: is no index; it has no entry 'weight_map' of file names")
+    shards = {}
+    for name in sorted(set(index.values())):
+        if not (path.parent / name).is_file():
+            raise WeightsError(f"{path}: names {name}, which is not there; fetch it again")
+        shards[name] = _open_safetensors(path.parent / name)
+        named = {key for key in index if index[key] == name}
+        if wrong := sorted(named ^ set(shards[name].specs)):
+            verb = "lacks" if wrong[0] in named else "holds, unnamed by the index,"
+            more = f" and {len(wrong) - 1} more differ" * (len(wrong) > 1)
+            raise WeightsError(f"{path}: {name} {verb} {wrong[0]}{more}; fetch both again")
+    specs = {key: shards[name].specs[key] for key, name in index.items()}
+    return WeightsFile(path, specs, lambda key: shards[index[key]].read(key), _config_beside(path))
+
+
+def _open_safetensors(path: Path) -> WeightsFile:
+    try:
+        # Opening checks that the header is sound and that the file is as long as it says.
+        with safe_open(path, framework="numpy"):
+            pass
+        header, start = _safetensors_header(path)
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise WeightsError(f"{path}: damaged or cut off ({error}); fetch it again") from error
+    specs = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise WeightsError(f"{path}: {key} is of type {entry['dtype']}, which cannot be read here")
+        specs[key] = TensorSpec(tuple(entry["shape"]), np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]))
 
     def read(key: str) -> np.ndarray:
         # Mapped by NumPy, for safetensors gives bfloat16 only to frameworks that have it.
-        (path, start), spec = places[key], specs[key]
-        return np.memmap(path, spec.dtype, "r", start, spec.shape or (1,)).reshape(spec.shape)
+        spec, offset = specs[key], start + header[key]["data_offsets"][0]
+        return np.memmap(path, spec.dtype, "r", offset, spec.shape or (1,)).reshape(spec.shape)
 
-    return WeightsFile(paths[0], specs, read, config)
+    return WeightsFile(path, specs, read, _config_beside(path))
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -142,48 +156,63 @@ def _open_pickle(path: Path) -> WeightsFile:
         message = f"{path}: reading it needs PyTorch; pip install 'fantasy_jax[convert]', or use safetensors"
         raise WeightsError(message) from error
     try:
-        # Tensors only: anything else in the pickle is refused before it could run.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Tensors only: anything else in the pickle is refused before it could run. Files of before
+        # PyTorch 1.6 are no zip archives, and cannot be mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = _flatten(loaded)
+        specs = {
+            key: TensorSpec(tuple(tensor.shape), _numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
+            for key, tensor in tensors.items()
+        }
     except Exception as error:  # torch raises whatever the zip, the pickle or the system does
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise WeightsError(f"{path}: not a file of tensors alone, or damaged ({reason})") from error
-    tensors = dict(_flatten(loaded, path))
-    specs = {
-        key: TensorSpec(tuple(tensor.shape), _numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
-        for key, tensor in tensors.items()
-    }
     return WeightsFile(path, specs, lambda key: _numpy(tensors[key]), _config_beside(path))
 
 
-def _flatten(loaded: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(loaded: Any) -> dict[str, Any]:
     """Tensors of nested dictionaries under dotted keys; a wrapper called `model_state` is taken off."""
     import torch
 
-    if not isinstance(loaded, Mapping):
-        raise WeightsError(
-            f"{path}: holds {type(loaded).__name__} at {prefix or 'the top'}, not named tensors"
-        )
-    loaded = loaded.get("model_state", loaded) if not prefix else loaded
-    for key, value in loaded.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{key}", value
+    tensors: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                walk(inner, f"{key}.{name}" if key else str(name))
+        elif not isinstance(value, torch.Tensor) or value.layout != torch.strided or not key:
+            raise TypeError(f"holds {type(value).__name__} at {key or 'the top'}, not named plain tensors")
+        elif key in tensors:
+            raise ValueError(f"{key} is there twice")
         else:
-            yield from _flatten(value, path, f"{prefix}{key}.")
+            tensors[key] = value
+
+    walk(loaded.get("model_state", loaded) if isinstance(loaded, Mapping) else loaded, "")
+    return tensors
 
 
 def _numpy(tensor: Any) -> np.ndarray:
     import torch
 
+    tensor = tensor.detach()
+    # NumPy gets these through an integer of their width, for PyTorch does not hand them over.
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.detach().numpy()
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        name = str(tensor.dtype).removeprefix("torch.")
+        return tensor.view(torch.uint8).numpy().view(np.dtype(name))
+    return tensor.numpy()
 
 
 def _open_manifest(path: Path) -> WeightsFile:
     manifest = _read_json(path)
-    if "tensors" not in manifest:
-        raise WeightsError(f"{path}: is no manifest; it has no entry 'tensors' of names and shapes")
-    specs = {k: TensorSpec(tuple(shape), np.dtype(np.float32)) for k, shape in manifest["tensors"].items()}
+    try:
+        # The type may be followed by a remark: "float16 (.pth)".
+        dtype = np.dtype(manifest.get("dtype", "float32").split()[0])
+        specs = {key: TensorSpec(tuple(map(int, x)), dtype) for key, x in manifest["tensors"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        message = f"{path}: is no manifest, which has an entry 'tensors' of names and shapes ({error!r})"
+        raise WeightsError(message) from error
 
     def read(key: str) -> np.ndarray:
         raise WeightsError(f"{path}: a manifest holds names and shapes, no values such as {key}")
@@ -198,6 +227,9 @@ def _config_beside(path: Path) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: holds {type(value).__name__}, not an object of names and values")
+    return value

@@ -1,10 +1,9 @@
 """What a weights file is, and whether all of it has a place in the module that samples."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from fantasy_jax.convert.components import Recognised, recognise
 from fantasy_jax.convert.files import open_weights
@@ -25,14 +24,18 @@ class Report:
             every_key: List where each tensor goes.
         """
         found, specs = self.recognised, self.recognised.weights.specs
-        parameters = sum(int(np.prod(spec.shape)) for spec in specs.values())
-        size = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
+        parameters = sum(math.prod(spec.shape) for spec in specs.values())
+        sizes: Counter[str] = Counter()
+        for spec in specs.values():
+            sizes[str(spec.dtype)] += math.prod(spec.shape) * spec.dtype.itemsize
         groups = Counter(entry.path.split("/")[0] for entry in self.plan.entries)
         lines = [
             f"component   {found.component.name}, {found.layout.name} keys, sizes of {found.preset}",
             f"tensors     {len(specs)}",
             f"parameters  {parameters:,}",
-            f"bytes       {size:,} ({size / 2**30:.2f} GiB)",
+            "bytes       "
+            + ", ".join(f"{size:,} of {dtype}" for dtype, size in sizes.items())
+            + f" ({sizes.total() / 2**30:.2f} GiB)",
             f"mapped      {len(self.plan.entries)}: "
             + ", ".join(f"{count} to {group}" for group, count in groups.items()),
         ]

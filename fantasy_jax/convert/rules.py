@@ -22,6 +22,10 @@ from flax import nnx
 _INDEX = re.compile(r"\{(\w+)\}")
 
 
+Parameter = jax.Array | jax.ShapeDtypeStruct
+"""A module's parameter, or its shape and type alone."""
+
+
 @dataclass(frozen=True)
 class Transform:
     """A change of layout and its inverse, on NumPy arrays; values are never touched.
@@ -108,7 +112,7 @@ class Plan:
     """
 
     entries: list[Entry]
-    target: dict[str, jax.ShapeDtypeStruct]
+    target: dict[str, Parameter]
     ignored: dict[str, str]
     problems: list[str]
 
@@ -121,7 +125,7 @@ class ConversionError(ValueError):
         self.problems = list(problems)
 
 
-def flat_parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+def flat_parameters(module: nnx.Module) -> dict[str, Parameter]:
     """All parameters of a module, or of its `nnx.eval_shape`, by path such as `blocks/norm3/scale`."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
@@ -130,7 +134,7 @@ def flat_parameters(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeS
 def make_plan(
     rules: Iterable[Rule],
     source: Mapping[str, TensorSpec],
-    target: Mapping[str, jax.ShapeDtypeStruct],
+    target: Mapping[str, Parameter],
     *,
     ignore: Sequence[str] = (),
 ) -> Plan:
@@ -186,7 +190,7 @@ def _entry(key: str, rule: Rule, match: re.Match[str]) -> Entry:
 
 def _fill_one(
     path: str,
-    spec: jax.ShapeDtypeStruct,
+    spec: Parameter,
     filled: Mapping[tuple[str, int | None], list[Entry]],
     source: Mapping[str, TensorSpec],
     problems: list[str],
@@ -205,12 +209,12 @@ def _fill_one(
         if len(group) > 1:
             problems.append(f"doubly mapped: {', '.join(e.key for e in group)} all go to {place}")
         entry = group[0]
-        got = _transformed_shape(source[entry.key].shape, entry.transform)
-        if got != tuple(spec.shape[is_stack:]):
-            problems.append(
-                f"wrong shape: {entry.key} {list(source[entry.key].shape)} gives {list(got or ())}, "
-                f"but {place} is {list(spec.shape[is_stack:])}"
-            )
+        got, shape = source[entry.key].shape, tuple(spec.shape[is_stack:])
+        # Backwards too: a reshape forwards takes any shape of the same size.
+        expected = _shape_after(entry.transform.inverse, shape)
+        if got != expected or _shape_after(entry.transform.forward, got) != shape:
+            wanted_shape = "no shape" if expected is None else list(expected)
+            problems.append(f"wrong shape: {entry.key} is {list(got)}, but {place} takes {wanted_shape}")
         entries.append(entry)
     problems += [
         f"unexpected: {entry.key} is layer {layer}, but {path} has {spec.shape[0]}"
@@ -221,10 +225,12 @@ def _fill_one(
     return entries
 
 
-def _transformed_shape(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...] | None:
-    """Shape after a transform, found without memory; None where it does not even apply."""
+def _shape_after(
+    change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Shape after half a transform, found without memory; None where it does not even apply."""
     try:
-        return transform.forward(np.broadcast_to(np.int8(0), shape)).shape
+        return change(np.broadcast_to(np.int8(0), shape)).shape
     except ValueError:
         return None
 
@@ -271,7 +277,7 @@ def assign(module: nnx.Module, values: Mapping[str, np.ndarray | jax.Array]) -> 
     nnx.update(module, state)
 
 
-def export(rules: Iterable[Rule], values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def export(rules: Iterable[Rule], values: Mapping[str, np.ndarray | jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a table backwards: yields source keys and tensors from parameters by path.
 
     Raises:

@@ -45,8 +45,8 @@ def transformers_rules(config: UMT5Config) -> list[Rule]:
     ]
 
 
-def transformers_ignored_keys(config: UMT5Config) -> tuple[str, ...]:
-    """A second name of `shared.weight`, for the same tensor."""
+def ignored_keys(config: UMT5Config) -> tuple[str, ...]:
+    """Transformers' second name of `shared.weight`, for the same tensor."""
     return ("encoder.embed_tokens.weight",)
 
 

@@ -43,4 +43,9 @@ class Wav2Vec2Features:
     def __call__(self, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
         """Encodes one clip, after the processor's normalisation to zero mean and unit variance."""
         normalised = jnp.asarray(normalise_waveform(waveform))[None]
-        return nnx.jit(lambda model, x: model(x))(self.model, normalised)
+        return _run(self.model, normalised)
+
+
+@nnx.jit
+def _run(model: Wav2Vec2Model, waveform: Float[Array, "1 samples"]) -> Float[Array, "1 A C"]:
+    return model(waveform)

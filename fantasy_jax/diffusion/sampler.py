@@ -14,7 +14,7 @@ from fantasy_jax.diffusion.flow import TRAIN_TIMESTEPS, sampling_sigmas
 from fantasy_jax.diffusion.guidance import Branch, ScaleSchedule, branches, combine, scale_values
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.typing import Array, Float
+from fantasy_jax.typing import Array, Float, Leaf
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class SamplerInputs:
     """What a clip is sampled from.
 
     Attributes:
-        first_frame: The first frame's condition.
-        text: The prompt, encoded, without padding.
+        first_frame: The first frame's condition, `[B, F, h, w, 4 + C]`.
+        text: The prompt, encoded, without padding, `[B, L, D]`.
         negative_text: The negative prompt likewise; its length may differ.
-        image: The picture encoder's tokens.
-        audio: Speech features that span exactly the clip's video frames.
+        image: The picture encoder's tokens, `[B, L, D]`.
+        audio: Speech features of the clip's video frames, `[B, A, D]`.
     """
 
-    first_frame: Float[Array, "B F h w E"]
-    text: Float[Array, "B L C"]
-    negative_text: Float[Array, "B M C"]
-    image: Float[Array, "B I G"]
-    audio: Float[Array, "B A J"]
+    first_frame: Leaf
+    text: Leaf
+    negative_text: Leaf
+    image: Leaf
+    audio: Leaf
 
 
 def sample(

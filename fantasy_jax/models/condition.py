@@ -14,7 +14,7 @@ from flax import nnx
 
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.layers import RMSNorm
-from fantasy_jax.typing import Array, DType, Float, Int
+from fantasy_jax.typing import Array, DType, Float, Leaf
 
 _XAVIER = nnx.initializers.xavier_uniform()
 
@@ -26,13 +26,14 @@ class Condition:
 
     Attributes:
         tokens: Seen by every video token (`[B, L, D]`), or per latent frame (`[B, F, L, D]`).
-        lengths: How many of the tokens are real, for each sample or each sample and frame; None: all.
-        scale: Weight of what is attended; 0 takes the condition out exactly.
+        lengths: How many of the tokens are real, for each sample (`[B]`) or each sample and frame (`[B, F]`);
+            None: all.
+        scale: Weight of what is attended, a number or `[B]`; 0 takes the condition out exactly.
     """
 
-    tokens: Float[Array, "B L D"] | Float[Array, "B F L D"]
-    lengths: Int[Array, " B"] | Int[Array, "B F"] | None = None
-    scale: float | Float[Array, ""] | Float[Array, " B"] = 1.0
+    tokens: Leaf
+    lengths: Leaf = None
+    scale: Leaf = 1.0
 
 
 class KeyValue(nnx.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
+Layers = TypeVar("Layers")
 Carry = TypeVar("Carry")
 
 # Statistics and the affine part are computed in float32 whatever the type of the input, as PyTorch's
@@ -33,8 +34,8 @@ def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, *, rngs: nnx.Rn
 
 
 def scan_layers(
-    step: Callable[[Module, Carry], Carry],
-    layers: Module,
+    step: Callable[[Layers, Carry], Carry],
+    layers: Layers,
     carry: Carry,
     *,
     saved_names: Sequence[str] | None = None,

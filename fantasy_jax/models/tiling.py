@@ -72,7 +72,7 @@ def blend_tiles(
     *,
     tile: tuple[int, int],
     stride: tuple[int, int],
-    grow: float,
+    grow: int | float,
     progress: str | None = None,
 ) -> Float[Array, "B u v w D"]:
     """Runs on overlapping tiles and averages what overlaps, by weights that fall linearly to a tile's edge.

@@ -30,7 +30,7 @@ Carried = tuple[Array, ...]
 
 
 class LatentStatistic(nnx.Variable):
-    """Mean or deviation of the latents by channel: kept with the weights, never trained, in no official file."""
+    """Mean or deviation of the latents by channel: kept with the weights, not trained."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Upsample(nnx.Module):
         self.conv = Conv(dim, dim // 2, (1, 3, 3), padding="SAME", **types)
         self.time_conv = Conv(dim, 2 * dim, (3, 1, 1), padding="VALID", **types) if temporal else None
 
-    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U H W D"]:
+    def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U 2*H 2*W D"]:
         """Runs on a chunk."""
         if self.time_conv is not None:
             # The first frame is not doubled, and is not remembered: the second chunk sees zeros before it.

@@ -1,0 +1,102 @@
+"""What several tests need: references, parameters that are all different, and how far two arrays are apart."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fantasy_jax.convert.components import recognise
+from fantasy_jax.convert.files import open_weights
+from fantasy_jax.convert.rules import (
+    Rule,
+    TensorSpec,
+    assign,
+    export,
+    flat_parameters,
+    load,
+    make_plan,
+)
+from fantasy_jax.convert.verify import build
+from fantasy_jax.models.wan import WanTransformer
+
+DATA = Path(__file__).parent / "data"
+
+
+def relative(value, reference) -> float:
+    """Norm of the difference over norm of the reference."""
+    value, reference = (np.asarray(x, np.float64) for x in (value, reference))
+    assert value.shape == reference.shape
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def randomise(module: nnx.Module, seed: int = 0, scale: float = 0.15) -> nnx.Module:
+    """Makes every parameter random, so that none is zero and none equal by chance; scales stay around one."""
+    random = np.random.default_rng(seed)
+    values = {
+        path: (scale * random.standard_normal(value.shape) + path.endswith("scale")).astype(np.float32)
+        for path, value in sorted(flat_parameters(module).items())
+    }
+    assign(module, values)
+    return module
+
+
+def fill(module: nnx.Module, rules: list[Rule], tensors: dict, ignore=()) -> nnx.Module:
+    """Loads PyTorch tensors, all of them, into a module."""
+    arrays = {key: np.asarray(tensor) for key, tensor in tensors.items()}
+    specs = {key: TensorSpec(value.shape, value.dtype) for key, value in arrays.items()}
+    plan = make_plan(rules, specs, flat_parameters(module), ignore=ignore)
+    assign(module, load(plan, arrays.__getitem__))
+    return module
+
+
+def to_torch(module: nnx.Module, rules: list[Rule]) -> dict:
+    """A module's parameters as PyTorch's state dict."""
+    import torch
+
+    values = {path: np.asarray(value) for path, value in flat_parameters(module).items()}
+    return {key: torch.from_numpy(np.array(value)) for key, value in export(rules, values)}
+
+
+def reference_transformer(name: str = "fantasytalking_dit", dtype=jnp.float32) -> WanTransformer:
+    """The reference's transformer with its audio adapter."""
+    modules = {found.component.name: build(found, dtype) for found in recognise(open_weights(DATA / name))}
+    transformer = modules["wan2.1_i2v_dit"]
+    transformer.adapters["audio"] = modules["fantasytalking"]
+    return transformer
+
+
+def reference_inputs(name: str = "fantasytalking_dit") -> dict[str, jax.Array]:
+    """Inputs of the reference, latents channels last."""
+    return {key: jnp.asarray(value) for key, value in _activations(name, "input.").items()}
+
+
+def reference_outputs(name: str = "fantasytalking_dit") -> dict[str, np.ndarray]:
+    """Outputs of the reference, latents channels last."""
+    return _activations(name, "output.")
+
+
+def reference_conditions(model: WanTransformer, inputs: dict, *, text: str = "text", scale=1.0, clip=False):
+    """What the reference's transformer listens to; audio by frame, or by clip."""
+    conditions = model.conditions(inputs[text], inputs["clip_features"])
+    adapter, features = model.adapters["audio"], inputs["audio_features"]
+    num_frames = 4 * inputs["latents"].shape[1] - 3
+    audio = (
+        adapter.clip_level(features, scale=scale)
+        if clip
+        else adapter.frame_level(features, num_frames, scale=scale)
+    )
+    return conditions | {"audio": audio}
+
+
+def layer(stack: nnx.Module, index: int) -> nnx.Module:
+    """One of stacked layers."""
+    graphdef, state = nnx.split(stack)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], state))
+
+
+def _activations(name: str, prefix: str) -> dict[str, np.ndarray]:
+    file = open_weights(DATA / name / "activations.safetensors")
+    arrays = {key.removeprefix(prefix): np.array(file.read(key)) for key in file.specs if prefix in key}
+    return {key: np.moveaxis(x, 1, -1) if x.ndim == 5 else x for key, x in arrays.items()}

@@ -1,0 +1,180 @@
+"""CLIP's vision tower against the official outputs, transformers, and the full-size file's shapes."""
+
+import json
+from fnmatch import fnmatchcase
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import DATA, fill, randomise, relative
+from safetensors.numpy import load_file
+
+from fantasy_jax.convert import clip_vision as table
+from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
+from fantasy_jax.data.preprocessing import clip_pixels
+from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+
+FOLDERS = ("clip_vision", "clip_vision_small_activations")
+TINY = CLIPVisionConfig(image_size=42, patch_size=14, dim=32, mlp_ratio=3, num_heads=4, num_layers=4)
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def reference(folder):
+    config = table.config_from_reference(json.loads((DATA / folder / "config.json").read_text()))
+    weights = load_file(DATA / folder / "weights.safetensors")
+    model = CLIPVisionModel(config, rngs=nnx.Rngs(0))
+    fill(model, table.official_rules(config), weights, table.ignored_keys(config))
+    return config, weights, model
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_parity_with_the_official_tower(folder):
+    config, _, model = reference(folder)
+    arrays = load_file(DATA / folder / "activations.safetensors")
+    image = jnp.asarray(arrays["input.image"].transpose(0, 2, 3, 1))
+    expected = arrays["output.pixel_values"].transpose(0, 2, 3, 1)
+
+    assert relative(clip_pixels(image, config.image_size), expected) < 2e-6
+    encode = nnx.jit(lambda model, pixels: model(pixels))
+    assert relative(encode(model, jnp.asarray(expected)), arrays["output.features"]) < 2e-6
+    whole = encode(model, clip_pixels(image, config.image_size))
+    assert relative(whole, arrays["output.features"]) < 2e-6
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_export_gives_the_file_back(folder):
+    config, weights, model = reference(folder)
+    exported = dict(export(table.official_rules(config), jax.device_get(flat_parameters(model))))
+    unused = {k for k in weights if any(fnmatchcase(k, p) for p in table.ignored_keys(config))}
+    assert exported.keys() == weights.keys() - unused
+    for key, value in exported.items():
+        np.testing.assert_array_equal(value, weights[key].astype(np.float32), err_msg=key)
+
+
+@pytest.mark.networks
+def test_full_size_file_fits():
+    tensors = json.loads((DATA / "manifests/clip_xlm_roberta_vit_h14.json").read_text())["tensors"]
+    source = {key: TensorSpec(tuple(shape), np.dtype(np.float32)) for key, shape in tensors.items()}
+    source["textual.head.0.weight"] = TensorSpec((1024, 1024), np.dtype(np.float32))
+    config = CLIPVisionConfig()
+    target = flat_parameters(nnx.eval_shape(lambda: CLIPVisionModel(config, rngs=nnx.Rngs(0))))
+    ignore = table.ignored_keys(config)
+    plan = check(make_plan(table.official_rules(config), source, target, ignore=ignore))
+    assert len(plan.entries) + len(plan.ignored) == len(source)
+    outside = {key for key in plan.ignored if not key.startswith("visual.transformer.31.")}
+    assert outside == {
+        *("textual.head.0.weight", "log_scale", "visual.head"),
+        *("visual.post_norm.weight", "visual.post_norm.bias"),
+    }
+
+
+@pytest.mark.networks
+def test_bfloat16_stays_near_float32():
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    small, full = CLIPVisionModel(TINY, rngs=nnx.Rngs(0), **types), CLIPVisionModel(TINY, rngs=nnx.Rngs(0))
+    assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
+    pixels = jax.random.normal(jax.random.key(0), (2, 42, 42, 3))
+    features = small(pixels)
+    assert features.dtype == jnp.float32
+    assert relative(features, full(pixels)) < 0.05
+
+
+def transformers_model():
+    import torch
+    from transformers import CLIPVisionConfig as TheirConfig
+    from transformers import CLIPVisionModel as TheirModel
+
+    torch.manual_seed(0)
+    config = TheirConfig(
+        hidden_size=TINY.dim,
+        intermediate_size=TINY.dim * TINY.mlp_ratio,
+        num_hidden_layers=TINY.num_layers,
+        num_attention_heads=TINY.num_heads,
+        image_size=TINY.image_size,
+        patch_size=TINY.patch_size,
+        hidden_act="gelu",
+    )
+    model = TheirModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def official_keys(model):
+    """Our spelling of each of transformers' keys: official, with what is fused there left in three parts."""
+    renames = {
+        "vision_model.": "",
+        "embeddings.class_embedding": "visual.cls_embedding",
+        "embeddings.patch_embedding": "visual.patch_embedding",
+        "embeddings.position_embedding.weight": "visual.pos_embedding",
+        "pre_layrnorm": "visual.pre_norm",
+        "post_layernorm": "visual.post_norm",
+        "encoder.layers": "visual.transformer",
+        "layer_norm": "norm",
+        "self_attn.out_proj": "attn.proj",
+        "self_attn": "attn",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.2",
+    }
+    names = {}
+    for key in model.state_dict():
+        name = key
+        for theirs, official in renames.items():
+            name = name.replace(theirs, official)
+        if not key.endswith("position_ids"):
+            names[key] = name
+    return names
+
+
+def assert_same(ours, theirs):
+    import torch
+
+    pixels = np.random.default_rng(1).normal(size=(2, 42, 42, 3)).astype(np.float32)
+    with torch.no_grad():
+        channels_first = torch.tensor(pixels).permute(0, 3, 1, 2)
+        expected = theirs(channels_first, output_hidden_states=True).hidden_states[-2]
+    assert relative(ours(jnp.asarray(pixels)), expected.numpy()) < 2e-6
+
+
+def test_from_transformers():
+    theirs = transformers_model()
+    state = {name: theirs.state_dict()[key].numpy() for key, name in official_keys(theirs).items()}
+    tensors = {name: value for name, value in state.items() if "q_proj" not in name}
+    for name in (name for name in state if "q_proj" in name):
+        parts = [tensors.pop(name.replace("q_proj", p)) for p in ("k_proj", "v_proj")]
+        tensors[name.replace("q_proj", "to_qkv")] = np.concatenate([state[name], *parts])
+    tensors["visual.cls_embedding"] = tensors["visual.cls_embedding"][None, None]
+    tensors["visual.pos_embedding"] = tensors["visual.pos_embedding"][None]
+    ours = CLIPVisionModel(TINY, rngs=nnx.Rngs(0))
+    fill(ours, table.official_rules(TINY), tensors, table.ignored_keys(TINY))
+    assert_same(ours, theirs)
+
+
+def test_to_transformers():
+    import torch
+
+    ours = randomise(CLIPVisionModel(TINY, rngs=nnx.Rngs(1)), scale=0.05)
+    exported = dict(export(table.official_rules(TINY), jax.device_get(flat_parameters(ours))))
+    for key in [key for key in exported if "to_qkv" in key]:
+        fused = exported.pop(key)
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), np.split(fused, 3), strict=True):
+            exported[key.replace("to_qkv", name)] = part
+    theirs = transformers_model()
+    state = theirs.state_dict()
+    names = official_keys(theirs)
+    for key, name in names.items():
+        if name in exported:
+            state[key] = torch.tensor(exported.pop(name)).reshape(state[key].shape)
+    assert not exported
+    theirs.load_state_dict(state)
+    assert_same(ours, theirs)

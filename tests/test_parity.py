@@ -1,0 +1,71 @@
+"""Parity with the official PyTorch modules, by the command that users have, and that the command can fail."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import DATA
+from safetensors.numpy import load_file, save_file
+
+from convert_weights import main
+
+TRANSFORMER = ("fantasytalking_dit", "fantasytalking_dit_small_activations")
+ENCODERS = (
+    "umt5_encoder",
+    "umt5_encoder_small_activations",
+    "clip_vision",
+    "clip_vision_small_activations",
+    "wav2vec2",
+    "wav2vec2_large_style",
+)
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("name", [*TRANSFORMER, "wan_vae", *ENCODERS])
+def test_every_output_of_a_reference_is_within_its_limit(name, tmp_path, capsys):
+    report = tmp_path / "parity.json"
+    assert main(["verify", "--reference", str(DATA / name), "--json", str(report)]) == 0
+    rows = json.loads(report.read_text())
+    activations = load_file(DATA / name / "activations.safetensors")
+    assert {f"output.{row['output']}" for row in rows} == {k for k in activations if k.startswith("output.")}
+    for row in rows:
+        kind = activations[f"output.{row['output']}"].dtype.kind
+        sampled = row["output"].startswith("sample_latents") or name.startswith("umt5")
+        assert row["limit"] == (0 if kind == "i" else 5e-6 if sampled else 2e-6)
+        assert row["relative"] <= row["limit"]
+    assert "0 beyond their limit" in capsys.readouterr().out
+
+
+def test_several_references_run_in_one_call_and_a_tampered_one_fails(tmp_path, capsys):
+    tampered = tmp_path / "wan_vae"
+    shutil.copytree(DATA / "wan_vae", tampered)
+    activations = load_file(tampered / "activations.safetensors")
+    activations["output.decoded"] = activations["output.decoded"] * np.float32(1 + 1e-5)
+    save_file(activations, tampered / "activations.safetensors")
+    folders = [str(DATA / "umt5_encoder"), str(tampered)]
+    assert main(["verify", "--reference", folders[0], "--reference", folders[1]]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {line.split(" | ")[1]: line.rsplit("|", 2)[1].strip() for line in lines if line.startswith("| ")}
+    assert verdicts["hidden"] == "pass"
+    assert verdicts["latents"] == "pass"
+    assert verdicts["decoded"] == "fail"
+
+
+def test_an_output_that_nothing_computes_is_an_error(tmp_path):
+    from fantasy_jax.convert.files import WeightsError
+
+    folder = tmp_path / "umt5_encoder"
+    shutil.copytree(DATA / "umt5_encoder", folder)
+    activations = load_file(folder / "activations.safetensors")
+    save_file(activations | {"output.unknown": np.ones(3, np.float32)}, folder / "activations.safetensors")
+    with pytest.raises(WeightsError, match=r"nothing computes output\.unknown"):
+        main(["verify", "--reference", str(folder)])
+
+
+def test_bfloat16_reports_its_cost_without_a_limit(capsys):
+    folder = str(DATA / "fantasytalking_dit_small_activations")
+    assert main(["verify", "--reference", folder, "--dtype", "bfloat16"]) == 0
+    row = next(x for x in capsys.readouterr().out.splitlines() if "velocity_audio_scale_1" in x)
+    assert row.endswith("| reported |")
+    assert 1e-3 < float(row.split(" | ")[4]) < 0.1

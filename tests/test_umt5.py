@@ -1,0 +1,156 @@
+"""UMT5's encoder against the official outputs, transformers, and the full-size file's shapes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import DATA, fill, randomise, relative, to_torch
+from safetensors.numpy import load_file
+
+from fantasy_jax.convert import umt5 as table
+from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
+from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder, _position_buckets
+
+TINY = UMT5Config(vocab_size=96, dim=24, dim_attn=40, dim_ffn=56, num_heads=5, num_layers=3, num_buckets=32)
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def reference(folder):
+    config = table.config_from_reference(json.loads((DATA / folder / "config.json").read_text()))
+    return config, load_file(DATA / folder / "weights.safetensors")
+
+
+def padded_batch(rng, vocab_size):
+    lengths = np.array([37, 150, 1], np.int32)
+    ids = rng.integers(0, vocab_size, (3, 150)).astype(np.int32)
+    return jnp.asarray(ids), jnp.asarray(lengths), np.arange(150) < lengths[:, None]
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize(
+    ("folder", "limit"), [("umt5_encoder", 2e-6), ("umt5_encoder_small_activations", 2e-6)]
+)
+def test_parity_with_the_official_encoder(folder, limit):
+    config, weights = reference(folder)
+    model = UMT5Encoder(config, rngs=nnx.Rngs(0))
+    fill(model, table.official_rules(config), weights)
+    arrays = load_file(DATA / folder / "activations.safetensors")
+    mask = arrays["input.mask"].astype(bool)
+    lengths = mask.sum(axis=1)
+    assert 0 < lengths.min() < lengths.max()
+    np.testing.assert_array_equal(mask, np.arange(mask.shape[1]) < lengths[:, None])
+
+    hidden = np.asarray(nnx.jit(lambda m, *x: m(*x))(model, jnp.asarray(arrays["input.ids"]), lengths))
+
+    assert relative(hidden[mask], arrays["output.hidden"][mask]) < limit
+    assert not hidden[~mask].any()
+
+
+@pytest.mark.networks
+def test_export_gives_the_file_back():
+    config, weights = reference("umt5_encoder")
+    model = UMT5Encoder(config, rngs=nnx.Rngs(0))
+    fill(model, table.official_rules(config), weights)
+    exported = dict(export(table.official_rules(config), jax.device_get(flat_parameters(model))))
+    assert exported.keys() == weights.keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(exported[key], value.astype(np.float32), err_msg=key)
+
+
+@pytest.mark.networks
+def test_full_size_file_fits():
+    tensors = json.loads((DATA / "manifests/umt5_xxl_encoder.json").read_text())["tensors"]
+    source = {key: TensorSpec(tuple(shape), np.dtype(np.float32)) for key, shape in tensors.items()}
+    config = UMT5Config()
+    target = flat_parameters(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
+    plan = check(make_plan(table.official_rules(config), source, target))
+    assert len(plan.entries) == len(tensors)
+    assert sum(np.prod(spec.shape) for spec in target.values()) == 5_680_910_336
+
+
+@pytest.mark.networks
+def test_what_lies_behind_the_length_is_not_seen():
+    model = UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    ids, lengths, real = padded_batch(np.random.default_rng(0), TINY.vocab_size)
+    encode = nnx.jit(lambda m, *x: m(*x))
+    expected = encode(model, ids, lengths)
+    np.testing.assert_array_equal(encode(model, jnp.where(real, ids, 7), lengths), expected)
+    short = encode(model, ids[:1, :37], lengths[:1])
+    assert relative(expected[0, :37], short[0]) < 2e-6
+
+
+@pytest.mark.networks
+def test_bfloat16_stays_near_float32():
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    small, full = UMT5Encoder(TINY, rngs=nnx.Rngs(0), **types), UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
+    ids, lengths, _ = padded_batch(np.random.default_rng(0), TINY.vocab_size)
+    hidden = small(ids, lengths)
+    assert hidden.dtype == jnp.float32
+    assert relative(hidden, full(ids, lengths)) < 0.05
+
+
+def transformers_model():
+    import torch
+    from transformers import UMT5Config as TheirConfig
+    from transformers import UMT5EncoderModel
+
+    torch.manual_seed(0)
+    config = TheirConfig(
+        vocab_size=TINY.vocab_size,
+        d_model=TINY.dim,
+        d_kv=TINY.dim_attn // TINY.num_heads,
+        d_ff=TINY.dim_ffn,
+        num_layers=TINY.num_layers,
+        num_heads=TINY.num_heads,
+        relative_attention_num_buckets=TINY.num_buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    model = UMT5EncoderModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def assert_same(ours, theirs):
+    import torch
+
+    ids, lengths, real = padded_batch(np.random.default_rng(1), TINY.vocab_size)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(np.asarray(ids)).long(), attention_mask=torch.tensor(real).long())
+    assert relative(np.asarray(ours(ids, lengths))[real], expected[0].numpy()[real]) < 2e-6
+
+
+def test_from_transformers():
+    theirs = transformers_model()
+    tensors = theirs.state_dict()
+    ours = UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    fill(ours, table.transformers_rules(TINY), tensors, table.ignored_keys(TINY))
+    assert_same(ours, theirs)
+
+
+def test_to_transformers():
+    ours = randomise(UMT5Encoder(TINY, rngs=nnx.Rngs(1)), scale=0.05)
+    theirs = transformers_model()
+    faults = theirs.load_state_dict(to_torch(ours, table.transformers_rules(TINY)), strict=False)
+    assert not faults.unexpected_keys
+    assert set(faults.missing_keys) <= set(table.ignored_keys(TINY))
+    assert_same(ours, theirs)
+
+
+def test_position_buckets_are_pytorchs():
+    import torch
+
+    attention = transformers_model().encoder.block[0].layer[0].SelfAttention
+    distance = torch.arange(512)[None] - torch.arange(512)[:, None]
+    expected = attention._relative_position_bucket(distance).numpy()
+    np.testing.assert_array_equal(_position_buckets(512, TINY.num_buckets), expected)
