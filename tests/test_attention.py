@@ -44,7 +44,9 @@ def test_keys_behind_the_length_are_not_seen(qkv):
     assert relative(result, in_float64(*qkv, seen[:, None, None])) < 5e-7
     q, k, v = qkv
     garbage = [jnp.asarray(np.where(seen[..., None, None], x, 1e4)) for x in (k, v)]
-    np.testing.assert_array_equal(attention(jnp.asarray(q), *garbage, kv_lengths=jnp.asarray(lengths)), result)
+    np.testing.assert_array_equal(
+        attention(jnp.asarray(q), *garbage, kv_lengths=jnp.asarray(lengths)), result
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, QUERIES, KEYS), (BATCH, HEADS, QUERIES, KEYS), (BATCH, 1, 1, KEYS)])

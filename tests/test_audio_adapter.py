@@ -16,7 +16,11 @@ CONFIG = AudioAdapterConfig(feature_width=12, token_width=16, width=24, num_head
 NUM_FRAMES, NUM_TOKENS = 17, 35
 
 # What the official encoder gives at 50 Hz for clips at 23, 24, 25, 30 and 16 frames a second, and stranger ones.
-CLIPS = [(int(frames * rate), frames) for frames in (5, 9, 17, 49, 81, 201) for rate in (50 / 23, 50 / 24, 2, 5 / 3, 3.1)]
+CLIPS = [
+    (int(frames * rate), frames)
+    for frames in (5, 9, 17, 49, 81, 201)
+    for rate in (50 / 23, 50 / 24, 2, 5 / 3, 3.1)
+]
 
 
 @pytest.fixture(autouse=True)

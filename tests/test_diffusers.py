@@ -202,7 +202,9 @@ def check_vae(ours, theirs):
         latents = np.random.default_rng(1).standard_normal((1, 3, 4, 6, 16)).astype(np.float32)
         original = latents * np.asarray(ours.latent_std) + np.asarray(ours.latent_mean)
         decoded = theirs.decode(torch.from_numpy(np.moveaxis(original, -1, 1).copy())).sample
-    clamped = np.clip(np.asarray(ours.decode(jnp.asarray(latents))), -1, 1)  # diffusers clamps what it decodes
+    clamped = np.clip(
+        np.asarray(ours.decode(jnp.asarray(latents))), -1, 1
+    )  # diffusers clamps what it decodes
     assert relative(np.moveaxis(clamped, -1, 1), decoded) < 2e-6
 
 
@@ -212,7 +214,9 @@ def test_vae_our_weights_in_diffusers(vaes):
 
 def test_vae_diffusers_weights_in_ours():
     theirs = torch_vae()
-    ours = fill(WanVAE(VAE_CONFIG, rngs=nnx.Rngs(1)), vae_table.diffusers_rules(VAE_CONFIG), theirs.state_dict())
+    ours = fill(
+        WanVAE(VAE_CONFIG, rngs=nnx.Rngs(1)), vae_table.diffusers_rules(VAE_CONFIG), theirs.state_dict()
+    )
     check_vae(ours, theirs)
 
 

@@ -104,7 +104,7 @@ def test_a_step_needs_as_many_evaluations_as_scales_differ_from_one():
     assert len(branches(ScaleSchedule(1.0, 3.0), 1.0)) == 3
     assert len(branches(ScaleSchedule(3.0, 1.0), 1.0)) == 3
     assert len(branches(ScaleSchedule(1.0, 1.0), ScaleSchedule(1.0, 2.0))) == 2
-    assert len(branches(ScaleSchedule(1.0, 1.0, "cosine"), 1)) == 1
+    assert len(branches(ScaleSchedule(1.0, 1.0, "cosine"), 1.0)) == 1
 
 
 def test_guidance_is_the_formula_and_fewer_evaluations_are_its_special_cases():
@@ -222,6 +222,7 @@ def test_the_defaults_are_the_official_scripts():
         (lambda: SamplerConfig(steps=0), "steps is 0; at least 1 is needed"),
         (lambda: SamplerConfig(shift=0.0), "shift is 0.0; a positive number is needed"),
         (lambda: SamplerConfig(shift=-5.0), "shift is -5.0"),
+        (lambda: ScaleSchedule(1.0, 2.0, "square"), "shape is 'square'; use 'linear' or 'cosine'"),
     ],
 )
 def test_impossible_settings_are_named(make, message):

@@ -46,7 +46,9 @@ def test_several_references_run_in_one_call_and_a_tampered_one_fails(tmp_path, c
     folders = [str(DATA / "umt5_encoder"), str(tampered)]
     assert main(["verify", "--reference", folders[0], "--reference", folders[1]]) == 1
     lines = capsys.readouterr().out.splitlines()
-    verdicts = {line.split(" | ")[1]: line.rsplit("|", 2)[1].strip() for line in lines if line.startswith("| ")}
+    verdicts = {
+        line.split(" | ")[1]: line.rsplit("|", 2)[1].strip() for line in lines if line.startswith("| ")
+    }
     assert verdicts["hidden"] == "pass"
     assert verdicts["latents"] == "pass"
     assert verdicts["decoded"] == "fail"

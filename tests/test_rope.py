@@ -25,7 +25,9 @@ def rotated_in_complex128(x):
     third = 2 * (head_width // 6)
     turns = []
     for length, width in ((FRAMES, head_width - 2 * third), (ROWS, third), (COLUMNS, third)):
-        turns.append(np.exp(1j * np.outer(np.arange(length), 1 / 10_000.0 ** (np.arange(0, width, 2) / width))))
+        turns.append(
+            np.exp(1j * np.outer(np.arange(length), 1 / 10_000.0 ** (np.arange(0, width, 2) / width)))
+        )
     by_frame, by_row, by_column = turns
     factors = np.empty((ROWS, COLUMNS, FRAMES, head_width // 2), np.complex128)
     for row, column, frame in np.ndindex(factors.shape[:3]):

@@ -29,7 +29,13 @@ def transformer():
 
 
 def inputs(rows, columns):
-    shapes = ((2, FRAMES, rows, columns, 16), (2, FRAMES, rows, columns, 20), (2, 5, 20), (2, 7, 24), (2, 23, 12))
+    shapes = (
+        (2, FRAMES, rows, columns, 16),
+        (2, FRAMES, rows, columns, 20),
+        (2, 5, 20),
+        (2, 7, 24),
+        (2, 23, 12),
+    )
     drawn = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
     return (*drawn[:2], jnp.array([900.5, 20.25]), *drawn[2:])
 
@@ -57,7 +63,9 @@ def collectives(program: str) -> list[tuple[str, str, str]]:
 
 # 8 x 16 latents are 32 tokens of space, 6 x 10 are 15, which no axis of 4 or 2 divides.
 @pytest.mark.parametrize("size", [(8, 16), (6, 10)])
-@pytest.mark.parametrize("mesh_sizes", [{"context": 4}, {"context": 4, "data": 2}, {"context": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh_sizes", [{"context": 4}, {"context": 4, "data": 2}, {"context": 2, "tensor": 2}]
+)
 def test_equals_one_device_and_gathers_only_keys_and_values(transformer, size, mesh_sizes):
     graphdef, state = nnx.split(transformer)
     arguments = inputs(*size)

@@ -88,7 +88,11 @@ def compiled_forward(config: WanConfig, audio: AudioAdapterConfig):
     def make():
         adapter = AudioAdapter(audio, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
         return WanTransformer(
-            config, adapters={"audio": adapter}, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
+            config,
+            adapters={"audio": adapter},
+            rngs=nnx.Rngs(0),
+            dtype=jnp.bfloat16,
+            param_dtype=jnp.bfloat16,
         )
 
     graphdef, state = nnx.split(nnx.eval_shape(make))

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.typing import DType
+
 _INDEX = re.compile(r"\{(\w+)\}")
 
 
@@ -243,7 +245,7 @@ def check(plan: Plan) -> Plan:
 
 
 def load(
-    plan: Plan, read: Callable[[str], np.ndarray], *, dtype: jnp.dtype | None = None
+    plan: Plan, read: Callable[[str], np.ndarray], *, dtype: DType | None = None
 ) -> dict[str, np.ndarray]:
     """Reads every tensor of a plan into place.
 
@@ -277,7 +279,9 @@ def assign(module: nnx.Module, values: Mapping[str, np.ndarray | jax.Array]) -> 
     nnx.update(module, state)
 
 
-def export(rules: Iterable[Rule], values: Mapping[str, np.ndarray | jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
+def export(
+    rules: Iterable[Rule], values: Mapping[str, np.ndarray | jax.Array]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a table backwards: yields source keys and tensors from parameters by path.
 
     Raises:

@@ -1,0 +1,533 @@
+"""Weights files of every kind, sound and not, and the commands that read them."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import DATA
+from safetensors.numpy import load_file, save_file
+
+import convert_weights
+from fantasy_jax import cli
+from fantasy_jax.convert.files import WeightsError, open_weights
+
+MANIFESTS = DATA / "manifests"
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs convert_weights.py; gives exit code, standard output and standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.standard_normal((3, 5), np.float32),
+        "a.half": rng.standard_normal((2, 2)).astype(np.float16),
+        "b.bfloat16": rng.standard_normal((4, 3)).astype(jnp.bfloat16),
+        "b.count": np.arange(3),
+        "b.scalar": np.array(2.5, np.float32),
+        "b.none": np.zeros((0, 3), np.float32),
+    }
+
+
+def assert_holds(weights, tensors):
+    assert weights.specs.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert weights.specs[key].shape == value.shape
+        assert weights.specs[key].dtype == value.dtype
+        np.testing.assert_array_equal(weights.read(key), value, strict=True)
+
+
+def write_shards(folder, tensors, *, index=None):
+    names = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
+    for name in set(names.values()):
+        save_file({key: value for key, value in tensors.items() if names[key] == name}, folder / name)
+    index = names if index is None else index
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return names
+
+
+def nested(tensors):
+    """As torch.save wants it: a dictionary of dictionaries, bfloat16 by way of float32, which is exact."""
+    import torch
+
+    groups = {}
+    for key, value in tensors.items():
+        group, name = key.split(".")
+        if value.dtype == jnp.bfloat16:
+            tensor = torch.from_numpy(value.astype(np.float32)).bfloat16()
+        else:
+            tensor = torch.from_numpy(value)
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+
+def manifest(tmp_path, name, **changes):
+    """A manifest of the test data with tensors changed, or with None taken out."""
+    content = json.loads((MANIFESTS / f"{name}.json").read_text())
+    content["tensors"].update(changes)
+    content["tensors"] = {key: shape for key, shape in content["tensors"].items() if shape is not None}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+# Kinds of files
+
+
+def test_a_safetensors_file_and_its_folder(tmp_path, tensors):
+    save_file(tensors, tmp_path / "weights.safetensors")
+    (tmp_path / "config.json").write_text('{"dim": 3}')
+    for path in (tmp_path / "weights.safetensors", tmp_path):
+        weights = open_weights(path)
+        assert_holds(weights, tensors)
+        assert weights.config == {"dim": 3}
+        assert isinstance(weights.read("a.weight"), np.memmap)
+
+
+def test_shards_by_their_folder_or_index(tmp_path, tensors):
+    write_shards(tmp_path, tensors)
+    assert_holds(open_weights(tmp_path), tensors)
+    assert_holds(open_weights(tmp_path / "model.safetensors.index.json"), tensors)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".bin"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pickles_of_tensors(tmp_path, tensors, suffix, wrapped, zipped):
+    import torch
+
+    content = {"model_state": nested(tensors), "step": 3} if wrapped else nested(tensors)
+    path = tmp_path / f"weights{suffix}"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert_holds(open_weights(path), tensors)
+    assert_holds(open_weights(tmp_path), tensors)
+
+
+def test_parameters_and_eight_bit_floats_of_a_pickle(tmp_path):
+    import torch
+
+    values = torch.tensor([0.5, -2.0])
+    content = {
+        "p": torch.nn.Parameter(values.bfloat16()),
+        "e4": values.to(torch.float8_e4m3fn),
+        "e5": values.to(torch.float8_e5m2),
+    }
+    torch.save(content, tmp_path / "weights.pth")
+    weights = open_weights(tmp_path / "weights.pth")
+    for key, dtype in (("p", jnp.bfloat16), ("e4", jnp.float8_e4m3fn), ("e5", jnp.float8_e5m2)):
+        np.testing.assert_array_equal(weights.read(key), np.array([0.5, -2], dtype), strict=True)
+
+
+def test_a_manifest_has_shapes_and_no_values():
+    weights = open_weights(MANIFESTS / "umt5_xxl_encoder.json")
+    assert weights.specs["token_embedding.weight"].shape == (256384, 4096)
+    assert weights.specs["token_embedding.weight"].dtype == jnp.bfloat16
+    with pytest.raises(WeightsError, match=r"a manifest holds .* no values such as norm\.weight"):
+        weights.read("norm.weight")
+
+
+# Bad files: one line each
+
+
+def broken_file(kind, tmp_path, tensors):
+    """Makes a file with one fault; gives its path and what the message must say."""
+    path = tmp_path / "weights.safetensors"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    if kind == "data cut off":
+        path.write_bytes(content[:-1])
+    elif kind == "header cut off":
+        path.write_bytes(content[:40])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "header damaged":
+        path.write_bytes(content[:20] + b"\xff" * 20 + content[40:])
+    return path, "damaged or cut off"
+
+
+@pytest.mark.parametrize("kind", ["data cut off", "header cut off", "empty", "header damaged"])
+def test_damaged_safetensors(tmp_path, tensors, command, kind):
+    path, message = broken_file(kind, tmp_path, tensors)
+    code, out, err = command("inspect", path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert str(path) in err
+    assert message in err
+
+
+def test_a_safetensors_type_that_is_not_known(tmp_path):
+    header = json.dumps({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(WeightsError, match="F4"):
+        open_weights(tmp_path / "x.safetensors")
+
+
+def test_an_index_that_names_a_missing_shard(tmp_path, tensors, command):
+    write_shards(tmp_path, tensors)
+    (tmp_path / "model-1.safetensors").unlink()
+    code, _, err = command("inspect", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "names model-1.safetensors, which is not there" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names | {"gone": "model-0.safetensors"}, r"model-0\.safetensors lacks gone"),
+        (lambda names: {k: v for k, v in names.items() if k != "a.half"}, r"unnamed by the index, a\.half"),
+        (
+            lambda names: dict.fromkeys(names, "model-0.safetensors"),
+            r"model-0\.safetensors lacks a\.half and 2",
+        ),
+        (lambda names: names | {"a.half": 3}, "no entry 'weight_map' of file names"),
+        (lambda names: list(names), "no entry 'weight_map' of file names"),
+    ],
+)
+def test_an_index_that_does_not_tell_the_truth(tmp_path, tensors, change, message):
+    names = write_shards(tmp_path, tensors)
+    write_shards(tmp_path, tensors, index=change(names))
+    with pytest.raises(WeightsError, match=message):
+        open_weights(tmp_path)
+
+
+def test_several_files_without_an_index_are_ambiguous(tmp_path, tensors):
+    write_shards(tmp_path, tensors)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(WeightsError, match=r"holds model-0\.safetensors, model-1\.safetensors"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", "{", "not JSON"),
+        ("x.json", "[]", "holds list"),
+        ("x.json", "{}", "is no manifest"),
+        ("x.json", '{"tensors": ["a"]}', "is no manifest"),
+        ("x.json", '{"tensors": {"a": "wide"}}', "is no manifest"),
+        ("x.json", '{"dtype": "float33", "tensors": {}}', "is no manifest"),
+        ("x.model.safetensors.index.json", "[]", "holds list"),
+        ("x.npz", "", "no known kind of weights"),
+        ("x.pth", "", "not a file of tensors alone, or damaged"),
+        ("x.pth", "not a pickle at all", "not a file of tensors alone, or damaged"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path, command, name, content, message):
+    (tmp_path / name).write_text(content)
+    code, out, err = command("inspect", tmp_path / name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_truncated_pickle(tmp_path, tensors, command):
+    import torch
+
+    path = tmp_path / "x.ckpt"
+    torch.save(nested(tensors), path)
+    path.write_bytes(path.read_bytes()[:-400])
+    code, _, err = command("inspect", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "or damaged" in err
+
+
+class Harmful:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch without zip", "pickle"])
+def test_a_harmful_pickle_runs_nothing(tmp_path, command, writer):
+    import torch
+
+    marker, path = tmp_path / "ran", tmp_path / "weights.pth"
+    pickle.loads(pickle.dumps(Harmful(marker)))
+    assert marker.exists(), "the harm would be real"
+    marker.rmdir()
+
+    content = {"weight": torch.ones(2), "harm": Harmful(marker)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(Harmful(marker)))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    code, out, err = command("inspect", path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "not a file of tensors alone" in err
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": {"b": 3}}, r"holds int at a\.b"),
+        ({"a": "text"}, "holds str at a"),
+        ([1, 2], "holds list at the top"),
+        ({"model_state": 1.5}, "holds float at the top"),
+    ],
+)
+def test_a_pickle_of_harmless_things_that_are_no_tensors(tmp_path, content, message):
+    import torch
+
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_tensors_that_would_get_the_same_key(tmp_path):
+    import torch
+
+    torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"a\.b is there twice"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_a_sparse_tensor_is_refused(tmp_path):
+    import torch
+
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="holds Tensor at a, not named plain tensors"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_without_pytorch_the_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.pth").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WeightsError, match=r"pip install 'fantasy_jax\[convert\]'"):
+        open_weights(tmp_path / "x.pth")
+
+
+# inspect
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize(
+    ("name", "component", "count", "size"),
+    [
+        ("wan2.1_i2v_14b_dit", "wan2.1_i2v_dit", 1303, "65,579,515,136 of float32 (61.08 GiB)"),
+        ("wan2.1_vae", "wan_vae", 194, "507,570,124 of float32"),
+        ("fantasytalking_model", "fantasytalking", 83, "3,361,751,040 of float32"),
+        ("umt5_xxl_encoder", "umt5_encoder", 242, "11,361,820,672 of bfloat16"),
+        ("clip_xlm_roberta_vit_h14", "clip_vision", 393, "1,264,153,602 of float16"),
+    ],
+)
+def test_full_size_files_map_completely(command, name, component, count, size):
+    path = MANIFESTS / f"{name}.json"
+    code, out, err = command("inspect", path)
+    assert (code, err) == (0, "")
+    assert f"component   {component}, official keys" in out
+    assert f"tensors     {count}\n" in out
+    assert f"parameters  {json.loads(path.read_text())['parameters']:,}\n" in out
+    assert f"bytes       {size}" in out
+    assert out.endswith("complete\n")
+    assert ("not needed" in out) == (component == "clip_vision")
+
+
+@pytest.mark.networks
+def test_inspect_lists_every_fault_of_a_file(tmp_path, command):
+    path = manifest(
+        tmp_path,
+        "wan2.1_i2v_14b_dit",
+        **{
+            "blocks.7.ffn.0.bias": None,
+            "head.head.bias": None,
+            "blocks.40.ffn.0.bias": [13824],
+            "blocks.0.self_attn.q.scale": [1],
+            "blocks.3.modulation": [6, 1, 5120],
+            "text_embedding.0.weight": [4096, 5120],
+            "blocks.01.ffn.0.bias": [13824],
+        },
+    )
+    code, out, _ = command("inspect", path)
+    assert code == 1
+    for line in (
+        "missing: nothing fills blocks/mlp_in/bias[7] [13824]",
+        "missing: nothing fills patch_out/bias [64]",
+        "unexpected: blocks.40.ffn.0.bias is layer 40, but blocks/mlp_in/bias has 40",
+        "unexpected: blocks.0.self_attn.q.scale [1] has no place in the model",
+        "wrong shape: blocks.3.modulation is [6, 1, 5120], but blocks/modulation[3] takes [1, 6, 5120]",
+        "wrong shape: text_embedding.0.weight is [4096, 5120], but text_in/kernel takes [5120, 4096]",
+        "doubly mapped: blocks.1.ffn.0.bias, blocks.01.ffn.0.bias all go to blocks/mlp_in/bias[1]",
+    ):
+        assert f"  {line}\n" in out
+    assert out.endswith("INCOMPLETE  7 problems\n")
+
+
+@pytest.mark.networks
+def test_inspect_tells_where_every_tensor_goes(command):
+    code, out, _ = command("inspect", MANIFESTS / "fantasytalking_model.json", "--map")
+    assert code == 0
+    assert out.count(" -> ") == 83
+    key = "audio_processor.blocks.39.cross_attn.processor.v_proj.weight"
+    assert f"  {key} [5120, 2048] -> layers/value/kernel[39] by permute(1, 0)\n" in out
+
+
+@pytest.mark.networks
+def test_two_networks_in_one_file_are_told_apart_and_strangers_are_reported(tmp_path, command):
+    code, out, _ = command("inspect", DATA / "fantasytalking_dit")
+    assert code == 0
+    assert "component   wan2.1_i2v_dit, official keys, sizes of config.json" in out
+    assert "component   fantasytalking, official keys, sizes of config.json" in out
+
+    folder = tmp_path / "stranger"
+    shutil.copytree(DATA / "fantasytalking_dit", folder)
+    weights = load_file(folder / "weights.safetensors")
+    save_file(weights | {"portrait.weight": np.zeros(2)}, folder / "weights.safetensors")
+    code, out, _ = command("inspect", folder)
+    assert code == 1
+    assert "unexpected: portrait.weight [2] has no place in the model" in out
+
+
+def test_another_model_is_not_recognised(tmp_path, tensors, command):
+    save_file(tensors, tmp_path / "x.safetensors")
+    code, _, err = command("inspect", tmp_path / "x.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds no network that is known (wan2.1_i2v_dit, fantasytalking, wan_vae," in err
+
+
+@pytest.mark.networks
+def test_sizes_come_from_presets_that_fit_or_are_named(tmp_path, command):
+    path = manifest(tmp_path, "fantasytalking_model", **{"proj_model.proj.weight": [2048, 1024]})
+    code, _, err = command("inspect", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "fits no preset of fantasytalking (fantasytalking)" in err
+    code, out, _ = command("inspect", path, "--preset", "fantasytalking")
+    assert code == 1
+    assert "wrong shape: proj_model.proj.weight is [2048, 1024]" in out
+    code, _, err = command("inspect", path, "--preset", "nonesuch")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has no preset 'nonesuch'; there is fantasytalking" in err
+
+
+@pytest.mark.networks
+def test_a_config_of_another_program_beside_the_file_does_no_harm(tmp_path, command):
+    # The official folder's own config.json gives the transformer's sizes under other names.
+    content = json.loads((MANIFESTS / "wan2.1_i2v_14b_dit.json").read_text())["tensors"]
+    (tmp_path / "config.json").write_text('{"model_type": "i2v", "dim": 5120, "model": "Wan"}')
+    header, offset = {}, 0
+    for key, shape in content.items():
+        size = 4 * int(np.prod(shape))
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + offset)  # a hole of 61 GiB takes no disk
+    code, out, _ = command("inspect", path)
+    assert code == 0
+    assert "sizes of wan2.1_i2v_14b" in out
+    assert open_weights(path).read("head.head.bias").sum() == 0
+
+
+# verify: what cannot run. That networks agree, and that a tampered reference fails, is in test_parity.py.
+
+
+def reference(tmp_path, name, keep):
+    """A copy of a reference with only the activations whose keys `keep` accepts."""
+    folder = tmp_path / name
+    shutil.copytree(DATA / name, folder)
+    activations = load_file(folder / "activations.safetensors")
+    save_file({key: x for key, x in activations.items() if keep(key)}, folder / "activations.safetensors")
+    return folder
+
+
+def test_verify_of_a_missing_folder_and_of_an_unknown_component(tmp_path, command):
+    folder = tmp_path / "wan_vae"
+    shutil.copytree(DATA / "wan_vae", folder)
+    (folder / "config.json").write_text('{"component": "stranger"}')
+    for path, message in (
+        (tmp_path / "gone", "no such file or folder"),
+        (folder, "the component 'stranger'"),
+    ):
+        code, out, err = command("verify", "--reference", path)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("input.", "lacks 'input.waveform'"), ("output.", "holds no output.* to compare with")],
+)
+def test_verify_of_a_reference_that_lacks_something(tmp_path, command, lost, message):
+    folder = reference(tmp_path, "wav2vec2", lambda key: not key.startswith(lost))
+    code, _, err = command("verify", "--reference", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize(
+    ("name", "lost", "compared"),
+    [("wav2vec2", "input_values", 1), pytest.param("wan_vae", "tiled", 2, marks=pytest.mark.slow)],
+)
+def test_a_reference_need_not_hold_every_output(tmp_path, command, name, lost, compared):
+    folder = reference(tmp_path, name, lambda key: lost not in key)
+    code, out, _ = command("verify", "--reference", folder)
+    assert code == 0
+    assert f"{compared} outputs compared, 0 beyond their limit" in out
+
+
+def test_verify_of_weights_that_do_not_fit(tmp_path, command):
+    folder = tmp_path / "umt5_encoder"
+    shutil.copytree(DATA / "umt5_encoder", folder)
+    weights = load_file(folder / "weights.safetensors")
+    del weights["norm.weight"], weights["blocks.1.norm1.weight"]
+    save_file(weights, folder / "weights.safetensors")
+    code, _, err = command("verify", "--reference", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "missing: nothing fills" in err
+    assert "(and 1 more)" in err
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspect"], ["verify"], ["paint"], ["verify", "--reference", "x", "--dtype", "int8"]]
+)
+def test_wrong_arguments_are_one_line(command, arguments):
+    code, out, err = command(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_the_program_itself():
+    program = Path(convert_weights.__file__)
+
+    def run(*arguments):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return subprocess.run(
+            [sys.executable, program, *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert "python convert_weights.py verify --reference" in shown.stdout
+    assert run("inspect", MANIFESTS / "wan2.1_vae.json").returncode == 0
+    failed = run("inspect", "nowhere.safetensors")
+    assert failed.returncode == 2
+    assert failed.stderr == "convert_weights.py: error: nowhere.safetensors: no such file or folder\n"

@@ -1,0 +1,115 @@
+"""The main job, as users start it: a picture, a sound and a prompt become an mp4."""
+
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from fantasy_jax import cli
+from fantasy_jax.media import read_video
+from sample import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A portrait-like picture and two seconds of sound."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rows, columns = np.mgrid[0:96, 0:96]
+    face = (((rows - 50) / 36) ** 2 + ((columns - 48) / 28) ** 2 < 1)[..., None]
+    Image.fromarray(np.where(face, [224, 180, 150], [60, 90, 130]).astype(np.uint8)).save(folder / "face.png")
+    time = np.arange(2 * 22050) / 22050
+    samples = (8000 * np.sin(2 * np.pi * 220 * time) * (np.sin(2 * np.pi * 3 * time) > 0)).astype("<i2")
+    with wave.open(str(folder / "voice.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(22050)
+        file.writeframes(samples.tobytes())
+    return folder
+
+
+def start(folder, *arguments):
+    command = [sys.executable, str(ROOT / "sample.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def common(folder, output="out/first.mp4"):
+    return [
+        f"--config={ROOT / 'configs/tiny.py'}",
+        f"--image={folder / 'face.png'}",
+        f"--audio={folder / 'voice.wav'}",
+        f"--output={output}",
+    ]
+
+
+@pytest.mark.slow
+def test_a_picture_and_a_sound_become_a_video(inputs, tmp_path):
+    done = start(
+        tmp_path, *common(inputs), "--prompt=A woman is talking.", "--seed=3", "--config.sample.steps=2"
+    )
+    assert done.returncode == 0, done.stderr
+    for phase in ("Text encoder", "First frame through the VAE", "Transformer", "Latents to video"):
+        assert phase in done.stdout
+    assert "they are random, and the video will be noise" in done.stdout
+    assert "The sound lasts 2.00 s and is cut to the video's 0.68 s." in done.stdout
+    assert "Sampling: 100%" in done.stderr
+    frames, fps = read_video(tmp_path / "out/first.mp4")
+    assert frames.shape == (17, 64, 64, 3)
+    assert fps == 25
+    with av.open(str(tmp_path / "out/first.mp4")) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
+        assert abs(video.duration * video.time_base - audio.duration * audio.time_base) < 1 / 25
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--image=none.png", "none.png: no such picture"),
+        ("--audio=none.wav", "none.wav: no such sound file"),
+        ("--config=none.py", "none.py: no such config file"),
+        ("--config.sample.stepz=3", "sample.stepz: no such setting; did you mean steps?"),
+        ("--config.sample.steps=many", "sample.steps: wants int, not 'many'"),
+        ("--config.sample.steps=0", "sample.steps is 0; at least 1 is needed"),
+        ("--config.sample.max_frames=16", "max_frames is 16; it must be 4k + 1"),
+        ("--seed=x", "argument --seed: invalid int value: 'x'"),
+        ("--colour=red", "unrecognized arguments: --colour=red"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(inputs, tmp_path, monkeypatch, capsys, change, message):
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), change])
+    assert message in error
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(inputs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    error = refused(tmp_path, monkeypatch, capsys, common(inputs, output="file/first.mp4"))
+    assert "cannot be written" in error
+
+
+def refused(folder, monkeypatch, capsys, arguments):
+    """The one line that a refusal prints."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main(arguments), "sample.py")
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("sample.py: error: ")
+    assert len(printed.err.splitlines()) == 1
+    return printed.err
+
+
+def test_help_shows_examples():
+    done = start(ROOT, "--help")
+    assert done.returncode == 0
+    assert "examples:" in done.stdout
+    assert "--config.sample.steps=20" in done.stdout
