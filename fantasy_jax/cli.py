@@ -1,6 +1,7 @@
 """What the command lines share: settings on the command line, one-line errors, phases with their time."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,9 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     """Runs a command; an expected error becomes one line and exit code 2, an interruption 130."""
     try:
         sys.exit(main() or 0)
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except EXPECTED as error:
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)

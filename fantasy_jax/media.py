@@ -175,7 +175,12 @@ def _encode_sound(container, stream, waveform: Float32[np.ndarray, "2 samples"])
 
 
 def write_contact_sheet(
-    path: str | Path, frames: UInt8[np.ndarray, "T H W 3"], fps: float, *, columns: int = 6, rows: int = 2
+    path: str | Path,
+    frames: UInt8[np.ndarray, "T H W 3"],
+    fps: int | float,
+    *,
+    columns: int = 6,
+    rows: int = 2,
 ) -> None:
     """Writes one picture of frames picked evenly from a video, each with its time.
 

@@ -8,7 +8,7 @@ free before the transformer needs it. Source of the steps: fantasy-talking, `inf
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class SampleConfig(SamplerConfig):
             raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
 
 
+@runtime_checkable
 class Networks(Protocol):
     """Where a pipeline gets its networks from: random, converted, or trained weights."""
 

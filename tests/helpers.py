@@ -1,4 +1,4 @@
-"""What several tests need: references, parameters that are all different, and how far two arrays are apart."""
+"""What several tests need: references, random parameters, and how far two arrays are apart."""
 
 from pathlib import Path
 

@@ -15,12 +15,9 @@ pytestmark = pytest.mark.networks
 CONFIG = AudioAdapterConfig(feature_width=12, token_width=16, width=24, num_heads=2, num_layers=1)
 NUM_FRAMES, NUM_TOKENS = 17, 35
 
-# What the official encoder gives at 50 Hz for clips at 23, 24, 25, 30 and 16 frames a second, and stranger ones.
-CLIPS = [
-    (int(frames * rate), frames)
-    for frames in (5, 9, 17, 49, 81, 201)
-    for rate in (50 / 23, 50 / 24, 2, 5 / 3, 3.1)
-]
+# Audio tokens of clips at 23, 24, 25 and 30 frames a second, and at rates where rounding and truncation differ.
+RATES = (50 / 23, 50 / 24, 2, 5 / 3, 1.4, 2.8)
+CLIPS = [(int(num_frames * rate), num_frames) for num_frames in (5, 9, 17, 49, 81, 201) for rate in RATES]
 
 
 @pytest.fixture(autouse=True)

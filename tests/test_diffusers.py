@@ -125,9 +125,7 @@ def test_transformer_layer_by_layer(transformers):
     x = inputs()
     text, image = torch.from_numpy(x["text"]), torch.from_numpy(x["image"])
     with torch.no_grad():
-        time, modulation, text, image = theirs.condition_embedder(
-            torch.from_numpy(x["timestep"]), text, image
-        )
+        _, modulation, text, image = theirs.condition_embedder(torch.from_numpy(x["timestep"]), text, image)
         conditions = ours.conditions(jnp.asarray(x["text"]), jnp.asarray(x["image"]))
         assert relative(conditions["text"].tokens, text) < 2e-6
         assert relative(conditions["image"].tokens, image) < 2e-6
@@ -198,7 +196,7 @@ def check_vae(ours, theirs):
         assert relative(np.moveaxis(np.asarray(mean), -1, 1), posterior.mean) < 2e-6
         # diffusers clamps the logarithm to [-30, 20], which these weights do not reach.
         assert relative(np.moveaxis(np.asarray(log_variance), -1, 1), posterior.logvar) < 2e-6
-        # Normalised latents of size one, as the transformer makes them; diffusers takes them as they were before.
+        # Normalised latents of size one, as the transformer makes them; diffusers takes them unnormalised.
         latents = np.random.default_rng(1).standard_normal((1, 3, 4, 6, 16)).astype(np.float32)
         original = latents * np.asarray(ours.latent_std) + np.asarray(ours.latent_mean)
         decoded = theirs.decode(torch.from_numpy(np.moveaxis(original, -1, 1).copy())).sample

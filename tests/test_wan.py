@@ -57,8 +57,8 @@ def test_errors_say_what_does_not_fit(reference):
     model, x = reference
     with pytest.raises(ValueError, match=r"no adapter for \['face'\]; the model has \['audio'\]"):
         run(model, x, face=Condition(x["text"]))
+    cut = {name: x[name][:, :, :7] for name in ("latents", "condition_latents")}
     with pytest.raises(ValueError, match="latents of 7 x 12 do not divide into patches 2 x 2"):
-        cut = {name: x[name][:, :, :7] for name in ("latents", "condition_latents")}
         run(model, x | cut)
     with pytest.raises(ValueError, match="text has 17 tokens, the model takes 16"):
         run(model, x | {"text": jnp.zeros((1, 17, 40))})

@@ -1,7 +1,7 @@
 """Speech features: what the audio adapter is fed. One small interface, two makers."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ SAMPLE_RATE = 16_000
 """Of every waveform here, in Hz."""
 
 
+@runtime_checkable
 class SpeechEncoder(Protocol):
     """Turns a waveform of 16 kHz into features at 50 Hz."""
 

@@ -1,0 +1,197 @@
+"""Pictures of every kind, sound of every kind, videos that play, and input that is neither."""
+
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import soxr
+from PIL import Image
+
+from fantasy_jax import media
+from fantasy_jax.media import MediaError
+
+COLOUR = (200, 120, 40)
+
+
+def picture(size=(12, 8)):
+    return Image.new("RGB", size, COLOUR)
+
+
+def test_common_pictures_are_read_as_they_are(tmp_path):
+    for name in ("p.png", "p.bmp", "p.tiff", "p.webp", "p.jpg"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        picture().save(tmp_path / name, **options)
+        read = media.read_picture(tmp_path / name)
+        assert (read.mode, read.size) == ("RGB", (12, 8))
+        assert np.abs(np.asarray(read).astype(int) - COLOUR).max() <= 2
+
+
+def test_unusual_pictures_are_handled(tmp_path):
+    grey16 = np.full((8, 12), 32768, np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    assert np.asarray(media.read_picture(tmp_path / "grey16.png"))[0, 0].tolist() == [128] * 3
+    Image.new("L", (12, 8), 77).save(tmp_path / "grey.png")
+    assert np.asarray(media.read_picture(tmp_path / "grey.png"))[0, 0].tolist() == [77] * 3
+    picture().quantize(4).save(tmp_path / "palette.png")
+    assert np.asarray(media.read_picture(tmp_path / "palette.png"))[0, 0].tolist() == list(COLOUR)
+    half = Image.new("RGBA", (12, 8), (*COLOUR, 0))
+    half.save(tmp_path / "transparent.png")
+    assert np.asarray(media.read_picture(tmp_path / "transparent.png"))[0, 0].tolist() == [255] * 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture().save(tmp_path / "turned.jpg", exif=exif)
+    assert media.read_picture(tmp_path / "turned.jpg").size == (8, 12)
+
+
+def test_what_is_no_picture_is_one_line(tmp_path):
+    picture((400, 300)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    noisy.save(tmp_path / "noisy.jpg")
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "noisy.jpg").read_bytes()[:900])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    for name in ("missing.png", "cut.png", "cut.jpg", "text.png", "empty.png"):
+        with pytest.raises(MediaError) as caught:
+            media.read_picture(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def tone(rate, seconds=1.0, channels=1):
+    time = np.arange(int(rate * seconds)) / rate
+    left = 0.4 * np.sin(2 * np.pi * 330 * time)
+    return np.stack([left, 0.5 * left][:channels])
+
+
+def write_sound(path, samples, rate, codec, container_format=None):
+    """Encodes a waveform with a codec, as other programs would."""
+    layout = "mono" if len(samples) == 1 else "stereo"
+    with av.open(str(path), "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.layout = layout
+        resampler = av.AudioResampler(format=stream.format, layout=layout, rate=rate, frame_size=1024)
+        frame = av.AudioFrame.from_ndarray(samples.astype(np.float32), format="fltp", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_of_any_rate_is_the_mean_of_its_channels_resampled(tmp_path, rate, channels):
+    samples = (tone(rate, channels=channels) * 32767).round().astype("<i2")
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.T.tobytes())
+    mono = (samples / 32768).mean(axis=0).astype(np.float32)
+    expected = mono if rate == 16000 else soxr.resample(mono, rate, 16000, quality="HQ")
+    read = media.read_sound(tmp_path / "tone.wav")
+    assert abs(read.size - 16000) <= 1
+    assert np.abs(read[: expected.size] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [
+        ("t.flac", "flac", 44100),
+        ("t.mp3", "libmp3lame", 44100),
+        ("t.ogg", "libopus", 48000),
+        ("t.m4a", "aac", 48000),
+    ],
+)
+def test_other_formats_are_the_same_tone(tmp_path, name, codec, rate):
+    write_sound(tmp_path / name, tone(rate, channels=2), rate, codec)
+    read = media.read_sound(tmp_path / name)
+    assert abs(read.size / 16000 - 1) < 0.08  # coders add some silence at the ends
+    spectrum = np.abs(np.fft.rfft(read[2000:14000] * np.hanning(12000)))
+    assert abs(spectrum.argmax() * 16000 / 12000 - 330) < 3
+    assert 0.2 < np.abs(read[4000:12000]).max() < 0.4
+
+
+def test_what_is_no_sound_is_one_line(tmp_path):
+    def wav(name, frames=b"", width=2):
+        with wave.open(str(tmp_path / name), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(width)
+            file.setframerate(16000)
+            file.writeframes(frames)
+
+    wav("header.wav")
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("not a sound, but long enough to look at")
+    media.write_video(tmp_path / "silent.mp4", np.zeros((5, 16, 16, 3), np.uint8), 25)
+    samples = np.full((1, 1600), np.nan, np.float32)
+    write_sound(tmp_path / "nan.wav", samples, 16000, "pcm_f32le")
+    for name in ("missing.wav", "header.wav", "empty.wav", "text.wav", "silent.mp4", "nan.wav"):
+        with pytest.raises(MediaError) as caught:
+            media.read_sound(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sound_seconds", [0.4, 0.68, 3.0])
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_a_written_video_plays_with_sound_of_its_length(tmp_path, sound_seconds, size):
+    write_sound(tmp_path / "tone.wav", tone(44100, sound_seconds), 44100, "pcm_s16le")
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    frames = np.stack([np.stack([rows * 4, columns * 4, rows * 0 + 9 * t], -1) for t in range(17)]).astype(
+        np.uint8
+    )
+    media.write_video(tmp_path / "v.mp4", frames, 25, sound=tmp_path / "tone.wav")
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
+        assert video.codec_context.pix_fmt == "yuv420p"
+        assert abs(video.duration * video.time_base - audio.duration * audio.time_base) < 1 / 25
+    read, fps = media.read_video(tmp_path / "v.mp4")
+    assert fps == 25
+    assert read.shape == (17, size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
+    difference = read[:, : size[0], : size[1]].astype(float) - frames
+    assert np.sqrt((difference**2).mean()) < 8
+    heard = media.read_sound(tmp_path / "v.mp4")
+    assert np.abs(heard[2000:5000]).max() > 0.2
+
+
+def test_an_output_is_whole_or_not_there(tmp_path, monkeypatch):
+    target = tmp_path / "v.mp4"
+    target.write_text("what was there before")
+    with pytest.raises(MediaError):
+        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, sound=tmp_path / "missing.wav")
+
+    def encode_half(*arguments):
+        raise RuntimeError("the power fails")
+
+    monkeypatch.setattr(media, "_encode_sound", encode_half)
+    write_sound(tmp_path / "tone.wav", tone(44100), 44100, "pcm_s16le")
+    with pytest.raises(RuntimeError, match="the power fails"):
+        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, sound=tmp_path / "tone.wav")
+    assert target.read_text() == "what was there before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tone.wav", "v.mp4"]
+
+
+def test_outputs_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MediaError, match="cannot be written"):
+        media.check_writable(tmp_path / "file" / "v.mp4")
+    with pytest.raises(MediaError, match="is a folder"):
+        media.check_writable(tmp_path)
+    media.check_writable(tmp_path / "new" / "folder" / "v.mp4")
+    assert (tmp_path / "new" / "folder").is_dir()
+
+
+def test_a_contact_sheet_shows_frames_in_order(tmp_path):
+    frames = np.stack([np.full((40, 60, 3), 8 * t, np.uint8) for t in range(30)])
+    media.write_contact_sheet(tmp_path / "sheet.png", frames, 25)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    tile_height, tile_width = sheet.shape[0] // 2, sheet.shape[1] // 6
+    shades = [int(sheet[20 + tile_height * (i // 6), 60 + tile_width * (i % 6)]) for i in range(12)]
+    assert shades == sorted(shades)
+    assert shades[0] == 0
+    assert shades[-1] == 8 * 29
