@@ -96,8 +96,11 @@ def test_config_files_that_cannot_be_loaded(tmp_path, text, location, message):
 
 
 def test_the_argument_of_a_config_file(tmp_path):
-    source = "from ml_collections import ConfigDict\ndef get_config(size='small'):\n    return ConfigDict({'size': size})\n"
-    (tmp_path / "c.py").write_text(source)
+    (tmp_path / "c.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(size='small'):\n"
+        "    return ConfigDict({'size': size})\n"
+    )
     assert load_config(str(tmp_path / "c.py")).size == "small"
     assert load_config(f"{tmp_path / 'c.py'}:large").size == "large"
 
