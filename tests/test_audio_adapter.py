@@ -15,7 +15,7 @@ pytestmark = pytest.mark.networks
 CONFIG = AudioAdapterConfig(feature_width=12, token_width=16, width=24, num_heads=2, num_layers=1)
 NUM_FRAMES, NUM_TOKENS = 17, 35
 
-# Audio tokens of clips at 23, 24, 25 and 30 frames a second, and at rates where rounding and truncation differ.
+# Audio tokens of clips at 23, 24, 25 and 30 frames a second, and where rounding and truncation differ.
 RATES = (50 / 23, 50 / 24, 2, 5 / 3, 1.4, 2.8)
 CLIPS = [(int(num_frames * rate), num_frames) for num_frames in (5, 9, 17, 49, 81, 201) for rate in RATES]
 
