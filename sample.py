@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import build
-from fantasy_jax.data.speech import SAMPLE_RATE
+from fantasy_jax.data.speech import SAMPLE_RATE, load_wav2vec2
 from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, generate
 
@@ -27,20 +27,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--prompt", default="A person is talking.", help="what happens (default: %(default)s)"
     )
-    parser.add_argument("--output", required=True, help="the mp4 to write; its folder is made")
+    parser.add_argument(
+        "--output", required=True, help="the mp4 to write, and beside it a sheet of frames (.png)"
+    )
+    parser.add_argument("--wav2vec2", metavar="DIR", help="hear through this wav2vec2, as it is downloaded")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     arguments, config = cli.parse(parser, argv)
 
     model = build(ModelConfig, config.model, "model")
     settings = build(SampleConfig, config.sample, "sample")
     output = Path(arguments.output)
-    media.check_writable(output)
+    sheet = output.with_suffix(".png")
+    for path in (output, sheet):
+        media.check_writable(path)
+    speech_encoder = load_wav2vec2(arguments.wav2vec2) if arguments.wav2vec2 else None
+    networks = RandomNetworks(model, byte_tokenizer(), speech_encoder=speech_encoder)
     with cli.phase("Picture and sound"):
         picture = media.read_picture(arguments.image)
         sound = media.read_sound(arguments.audio)
     print("No weights given: they are random, and the video will be noise.")
     video = generate(
-        RandomNetworks(model, byte_tokenizer()),
+        networks,
         settings,
         picture=picture,
         sound=sound,
@@ -51,11 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     with cli.phase("Video and sound to mp4"):
         media.write_video(output, video, settings.fps, sound=arguments.audio)
+        media.write_contact_sheet(sheet, video, settings.fps)
     seconds, sound_seconds = len(video) / settings.fps, sound.size / SAMPLE_RATE
     if sound_seconds > seconds:
         print(f"The sound lasts {sound_seconds:.2f} s and is cut to the video's {seconds:.2f} s.")
     frames, height, width, _ = video.shape
     print(f"Wrote {output}: {frames} frames of {width} x {height} at {settings.fps} a second")
+    print(f"Some of them are shown by {sheet}")
 
 
 if __name__ == "__main__":

@@ -117,11 +117,35 @@ class Networks(Protocol):
 class RandomNetworks:
     """Networks with random weights: the whole path runs, and what it makes is noise."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0):
-        """Keeps what is needed to build each network when it is asked for."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        speech_encoder: SpeechEncoder | None = None,
+        seed: int = 0,
+    ):
+        """Keeps what is needed to build each network when it is asked for.
+
+        Args:
+            config: All sizes.
+            tokenizer: Of the text encoder.
+            speech_encoder: One with weights, in place of the config's.
+            seed: Of the weights.
+
+        Raises:
+            ConfigError: The audio adapter is of another width than the speech encoder's features.
+        """
         self.config = config
         self.tokenizer = tokenizer
         self.seed = seed
+        self._speech_encoder = speech_encoder
+        width = config.audio_adapter.feature_width
+        if speech_encoder is not None and speech_encoder.width != width:
+            raise ConfigError(
+                f"model.audio_adapter.feature_width is {width}, but the speech encoder's features have "
+                f"width {speech_encoder.width}; set it with --config.model.audio_adapter.feature_width"
+            )
 
     def _build(self, network: Callable[..., nnx.Module], config: object, **more: object) -> nnx.Module:
         dtype = jnp.dtype(self.config.dtype)
@@ -143,7 +167,9 @@ class RandomNetworks:
         return self._build(CLIPVisionModel, self.config.image_encoder)
 
     def speech_encoder(self) -> SpeechEncoder:
-        """A random wav2vec2, or log-mel, which needs no weights."""
+        """The one that was given; or a random wav2vec2, or log-mel, which needs no weights."""
+        if self._speech_encoder is not None:
+            return self._speech_encoder
         if self.config.speech_encoder is None:
             return LogMel(self.config.audio_adapter.feature_width)
         return Wav2Vec2Features(self._build(Wav2Vec2Model, self.config.speech_encoder))

@@ -18,7 +18,6 @@ from fantasy_jax.convert.rules import (
     load,
     make_plan,
 )
-from fantasy_jax.convert.verify import build
 from fantasy_jax.models.wan import WanTransformer
 
 DATA = Path(__file__).parent / "data"
@@ -61,7 +60,7 @@ def to_torch(module: nnx.Module, rules: list[Rule]) -> dict:
 
 def reference_transformer(name: str = "fantasytalking_dit", dtype=jnp.float32) -> WanTransformer:
     """The reference's transformer with its audio adapter."""
-    modules = {found.component.name: build(found, dtype) for found in recognise(open_weights(DATA / name))}
+    modules = {found.component.name: found.load(dtype) for found in recognise(open_weights(DATA / name))}
     transformer = modules["wan2.1_i2v_dit"]
     transformer.adapters["audio"] = modules["fantasytalking"]
     return transformer

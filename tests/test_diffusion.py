@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from helpers import randomise, reference_inputs, reference_outputs, reference_transformer, relative
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.config import ConfigError, build
 from fantasy_jax.diffusion import sampler
 from fantasy_jax.diffusion.flow import (
     TRAIN_TIMESTEPS,
@@ -222,7 +222,10 @@ def test_the_defaults_are_the_official_scripts():
         (lambda: SamplerConfig(steps=0), "steps is 0; at least 1 is needed"),
         (lambda: SamplerConfig(shift=0.0), "shift is 0.0; a positive number is needed"),
         (lambda: SamplerConfig(shift=-5.0), "shift is -5.0"),
-        (lambda: ScaleSchedule(1.0, 2.0, "square"), "shape is 'square'; use 'linear' or 'cosine'"),
+        (
+            lambda: build(ScaleSchedule, {"start": 1.0, "end": 2.0, "shape": "square"}, "audio_scale"),
+            "audio_scale.shape: is 'square'; use one of 'linear', 'cosine'",
+        ),
     ],
 )
 def test_impossible_settings_are_named(make, message):

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from helpers import DATA
 from PIL import Image
 
 from fantasy_jax import cli
@@ -49,9 +50,13 @@ def common(folder, output="out/first.mp4"):
 
 
 @pytest.mark.slow
-def test_a_picture_and_a_sound_become_a_video(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "speech", [[], [f"--wav2vec2={DATA / 'wav2vec2'}", "--config.model.audio_adapter.feature_width=48"]]
+)
+def test_a_picture_and_a_sound_become_a_video(inputs, tmp_path, monkeypatch, capsys, speech):
     monkeypatch.chdir(tmp_path)
-    main([*common(inputs), "--prompt=A woman is talking.", "--seed=3", "--config.sample.steps=2"])
+    settings = ["--prompt=A woman is talking.", "--seed=3", "--config.sample.steps=2"]
+    main([*common(inputs), *settings, *speech])
     done = capsys.readouterr()
     for phase in ("Text encoder", "First frame through the VAE", "Transformer", "Latents to video"):
         assert phase in done.out
@@ -65,7 +70,30 @@ def test_a_picture_and_a_sound_become_a_video(inputs, tmp_path, monkeypatch, cap
         video, audio = container.streams.video[0], container.streams.audio[0]
         assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
         assert abs(video.duration * video.time_base - audio.duration * audio.time_base) < 1 / 25
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first.mp4", "first.png"]
+
+
+def test_a_wav2vec2_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, capsys):
+    folder = f"--wav2vec2={DATA / 'wav2vec2'}"
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), folder])
+    assert "feature_width is 40, but the speech encoder's features have width 48" in error
+    main(
+        [*common(inputs), folder, "--config.model.audio_adapter.feature_width=48", "--config.sample.steps=1"]
+    )
+    assert (tmp_path / "out/first.mp4").exists()
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--wav2vec2={DATA / 'wan_vae'}"])
+    assert "holds wan_vae, where wav2vec2 is meant" in error
+
+
+def test_both_makers_of_features_hear_the_sound():
+    from fantasy_jax.data.speech import LogMel, load_wav2vec2
+
+    time = np.arange(16000) / 16000
+    sounds = [0.3 * np.sin(2 * np.pi * hertz * time).astype(np.float32) for hertz in (200, 900)]
+    for encoder in (LogMel(40), load_wav2vec2(DATA / "wav2vec2")):
+        low, high = (np.asarray(encoder(sound)) for sound in sounds)
+        assert low.shape == (1, 49, encoder.width)
+        assert np.abs(low - high).mean() > 0.05
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.convert import clip_vision, umt5, vae, wan, wav2vec2
 from fantasy_jax.convert.files import WeightsError, WeightsFile
-from fantasy_jax.convert.rules import Rule, flat_parameters, make_plan
+from fantasy_jax.convert.rules import Plan, Rule, assign, flat_parameters, load, make_plan
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from fantasy_jax.typing import DType
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,27 @@ class Recognised:
         """The table that maps it."""
         return self.layout.rules(self.config)
 
-    def abstract(self) -> nnx.Module:
-        """The very module that samples, without memory."""
-        return nnx.eval_shape(lambda: self.component.network(self.config, rngs=nnx.Rngs(0)))
+    def plan(self, dtype: DType = jnp.float32) -> tuple[nnx.Module, Plan]:
+        """The very module that samples, without memory, and how the file fills it."""
+        module = nnx.eval_shape(lambda: self._make(dtype))
+        ignored = self.component.ignored(self.config)
+        return module, make_plan(self.rules, self.weights.specs, flat_parameters(module), ignore=ignored)
+
+    def load(self, dtype: DType = jnp.float32) -> nnx.Module:
+        """The network with the file's weights.
+
+        Raises:
+            ConversionError: The file does not fit.
+        """
+        module, plan = self.plan(dtype)
+        assign(module, load(plan, self.weights.read))
+        # What is no parameter (the VAE's statistics of latents) is in no file, and comes from the config;
+        # the compiler leaves out the initial weights, which nobody asks for.
+        nnx.update(module, jax.jit(lambda: nnx.state(self._make(dtype), nnx.Not(nnx.Param)))())
+        return module
+
+    def _make(self, dtype: DType) -> nnx.Module:
+        return self.component.network(self.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
 
 def recognise(weights: WeightsFile, *, preset: str | None = None) -> list[Recognised]:

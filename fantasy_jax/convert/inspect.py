@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fantasy_jax.convert.components import Recognised, recognise
 from fantasy_jax.convert.files import open_weights
-from fantasy_jax.convert.rules import Plan, flat_parameters, make_plan
+from fantasy_jax.convert.rules import Plan
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,4 @@ def inspect(path: str | Path, *, preset: str | None = None) -> list[Report]:
     Raises:
         WeightsError: The file cannot be read, or holds nothing that is known.
     """
-    reports = []
-    for found in recognise(open_weights(path), preset=preset):
-        target = flat_parameters(found.abstract())
-        ignored = found.component.ignored(found.config)
-        plan = make_plan(found.rules, found.weights.specs, target, ignore=ignored)
-        reports.append(Report(found, plan))
-    return reports
+    return [Report(found, found.plan()[1]) for found in recognise(open_weights(path), preset=preset)]

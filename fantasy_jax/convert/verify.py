@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.convert.components import Recognised, recognise
+from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import WeightsError, open_weights
-from fantasy_jax.convert.rules import assign, flat_parameters, load, make_plan
 from fantasy_jax.data.preprocessing import clip_pixels, normalise_waveform
 from fantasy_jax.diffusion.flow import TRAIN_TIMESTEPS, sampling_sigmas, training_weight
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
@@ -79,7 +78,7 @@ def verify(folder: str | Path, *, dtype: DType = jnp.float32) -> list[Row]:
         )
     activations_file = open_weights(folder / "activations.safetensors")
     activations = {key: activations_file.read(key) for key in activations_file.specs}
-    modules = {found.component.name: build(found, dtype) for found in recognise(weights)}
+    modules = {found.component.name: found.load(dtype) for found in recognise(weights)}
     rows = []
     with jax.default_matmul_precision("highest"):
         for output, value in _outputs(folder, _RUNNERS[name](modules, activations, weights.config)):
@@ -102,22 +101,6 @@ def _outputs(folder: Path, computed: Outputs) -> Outputs:
         yield from computed
     except KeyError as error:
         raise WeightsError(f"{folder}: lacks {error.args[0]!r}, which its outputs are made from") from error
-
-
-def build(found: Recognised, dtype: DType = jnp.float32) -> nnx.Module:
-    """The network that was found, with the file's weights."""
-
-    def make() -> nnx.Module:
-        return found.component.network(found.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-
-    module = nnx.eval_shape(make)
-    ignored = found.component.ignored(found.config)
-    plan = make_plan(found.rules, found.weights.specs, flat_parameters(module), ignore=ignored)
-    assign(module, load(plan, found.weights.read))
-    # What is no parameter (the VAE's statistics of latents) is in no file, and comes from the config;
-    # the compiler leaves out the initial weights, which nobody asks for.
-    nnx.update(module, jax.jit(lambda: nnx.state(make(), nnx.Not(nnx.Param)))())
-    return module
 
 
 def table(rows: list[Row]) -> str:
