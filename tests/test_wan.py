@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from helpers import reference_inputs, reference_transformer, relative
 
-from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig, split_windows, window_ranges
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import SAVED_NAMES, WanConfig, WanTransformer
 
@@ -117,23 +117,3 @@ def test_forty_blocks_of_the_14b_model_compile_like_two():
     two = compiled_forward(replace(WanConfig(), num_layers=2), replace(AudioAdapterConfig(), num_layers=2))
     assert len(text) < 1.05 * len(two.as_text())
     assert seconds < 30, seconds
-
-
-def test_windows_of_the_official_length():
-    # FACTS of the official code: 175 tokens for 81 frames; 17 a window, fewer at both ends of the clip.
-    ranges = window_ranges(175, 81, expand=4)
-    _, lengths = split_windows(jnp.zeros((1, 175, 4)), ranges)
-    assert ranges[0].tolist() == [-11, 5]
-    assert lengths.tolist() == [6, 14, *[17] * 18, 14]
-
-
-@pytest.mark.parametrize("num_frames", [5, 17, 49, 81])
-@pytest.mark.parametrize("tokens_per_frame", [1.5, 1.94, 2.0, 2.17, 3.1])
-def test_windows_are_of_one_width_and_move_with_time(num_frames, tokens_per_frame):
-    tokens = int(num_frames * tokens_per_frame)
-    ranges = window_ranges(tokens, num_frames, expand=4)
-    assert len(ranges) == (num_frames - 1) // 4 + 1
-    assert len(set(ranges[:, 1] - ranges[:, 0])) == 1
-    assert (np.diff(ranges[1:, 0]) > 0).all()
-    centers = ranges[1:].mean(axis=1) / tokens_per_frame
-    assert np.abs(centers - (4 * np.arange(1, len(ranges)) - 1)).max() < 2.5  # video frames

@@ -1,0 +1,124 @@
+"""Parity with diffusers' Wan VAE, layer by layer and whole, weights going both ways.
+
+Without PyTorch these tests fail; they are not skipped.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import fill, randomise, relative, to_torch
+
+from fantasy_jax.convert import vae as vae_table
+from fantasy_jax.models.vae import VAEConfig, WanVAE
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+VAE_CONFIG = VAEConfig(dim=8)
+
+
+@pytest.fixture(autouse=True)
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def torch_vae():
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(base_dim=VAE_CONFIG.dim, z_dim=16).eval()
+    # PyTorch's own first weights make so narrow a decoder ill-conditioned: in float32 both programs are then
+    # 1.4e-6 and 2.1e-6 away from float64.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter) + name.endswith("gamma"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def vaes():
+    ours = randomise(WanVAE(VAE_CONFIG, rngs=nnx.Rngs(0)), scale=0.1)
+    theirs = torch_vae()
+    theirs.load_state_dict(to_torch(ours, vae_table.diffusers_rules(VAE_CONFIG)), strict=True)
+    return ours, theirs
+
+
+def video():
+    return np.random.default_rng(0).uniform(-1, 1, (1, 9, 32, 48, 3)).astype(np.float32)
+
+
+def check_vae(ours, theirs):
+    import torch
+
+    first = torch.from_numpy(np.moveaxis(video(), -1, 1).copy())
+    with torch.no_grad():
+        posterior = theirs.encode(first).latent_dist
+        mean, log_variance = ours.encode_moments(jnp.asarray(video()))
+        assert relative(np.moveaxis(np.asarray(mean), -1, 1), posterior.mean) < 2e-6
+        # diffusers clamps the logarithm to [-30, 20], which these weights do not reach.
+        assert relative(np.moveaxis(np.asarray(log_variance), -1, 1), posterior.logvar) < 2e-6
+        # Normalised latents of size one, as the transformer makes them; diffusers takes them unnormalised.
+        latents = np.random.default_rng(1).standard_normal((1, 3, 4, 6, 16)).astype(np.float32)
+        original = latents * np.asarray(ours.latent_std) + np.asarray(ours.latent_mean)
+        decoded = theirs.decode(torch.from_numpy(np.moveaxis(original, -1, 1).copy())).sample
+    clamped = np.clip(
+        np.asarray(ours.decode(jnp.asarray(latents))), -1, 1
+    )  # diffusers clamps what it decodes
+    assert relative(np.moveaxis(clamped, -1, 1), decoded) < 2e-6
+
+
+def test_vae_our_weights_in_diffusers(vaes):
+    check_vae(*vaes)
+
+
+def test_vae_diffusers_weights_in_ours():
+    theirs = torch_vae()
+    ours = fill(
+        WanVAE(VAE_CONFIG, rngs=nnx.Rngs(1)), vae_table.diffusers_rules(VAE_CONFIG), theirs.state_dict()
+    )
+    check_vae(ours, theirs)
+
+
+def test_vae_layer_by_layer(vaes):
+    import torch
+
+    from fantasy_jax.models.vae import Downsample, FrameMemory, Upsample
+
+    ours, theirs = vaes
+    coders = (
+        (ours.encoder.layers, [*theirs.encoder.down_blocks, *middle(theirs.encoder)]),
+        (ours.decoder.layers, [*middle(theirs.decoder), *flat_up_blocks(theirs.decoder)]),
+    )
+    for layers, expected_layers in coders:
+        assert len(layers) == len(expected_layers)
+        for layer, expected_layer in zip(layers, expected_layers, strict=True):
+            width = channels(layer)
+            x = np.random.default_rng(0).standard_normal((1, 1, 8, 12, width)).astype(np.float32)
+            with torch.no_grad():
+                cached = isinstance(layer, (Downsample, Upsample))
+                given = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+                expected = expected_layer(given, [None] * 4, [0]) if cached else expected_layer(given)
+            mine = layer(jnp.asarray(x), FrameMemory(None))
+            assert relative(np.moveaxis(np.asarray(mine), -1, 1), expected) < 2e-6, layer
+
+
+def middle(coder):
+    block = coder.mid_block
+    return [block.resnets[0], block.attentions[0], block.resnets[1]]
+
+
+def flat_up_blocks(decoder):
+    for block in decoder.up_blocks:
+        yield from block.resnets
+        yield from block.upsamplers or ()
+
+
+def channels(layer):
+    from fantasy_jax.models.vae import AttentionBlock, ResidualBlock
+
+    if isinstance(layer, ResidualBlock):
+        return layer.norm1.scale.shape[0]
+    return layer.norm.scale.shape[0] if isinstance(layer, AttentionBlock) else layer.conv.kernel.shape[-2]
