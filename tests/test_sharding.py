@@ -1,98 +1,216 @@
-"""The transformer cut over devices: what it exchanges, and that it computes the same."""
+"""On a mesh: what devices exchange, read off the compiled program, and that they compute what one does."""
 
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomise, relative
+from helpers import layer, randomise, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanConfig, WanTransformer
-from fantasy_jax.sharding import axis_size, constrain, make_mesh
+from fantasy_jax.sharding import MESH_AXES, axis_size, constrain, make_mesh
+
+pytestmark = pytest.mark.networks
 
 CONFIG = WanConfig(
-    dim=48, ffn_dim=80, frequency_dim=16, text_dim=20, text_length=8, image_dim=24, num_heads=4, num_layers=2
+    dim=48,
+    ffn_dim=80,
+    frequency_dim=32,
+    text_dim=24,
+    text_length=8,
+    image_dim=20,
+    num_heads=4,
+    num_layers=2,
 )
-AUDIO = AudioAdapterConfig(feature_width=12, token_width=28, width=48, num_heads=4, num_layers=2)
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-FRAMES = 3
+AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=4, num_layers=2)
+BATCH, FRAMES, HEAD_WIDTH = 2, 3, CONFIG.dim // CONFIG.num_heads
+CONTEXT_MESHES = [{"context": 4}, {"context": 4, "data": 2}]
+EVEN, UNEVEN = (4, 6), (5, 3)  # 24 tokens of space, and 15, which four devices cannot share evenly
+
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*?^}", re.MULTILINE | re.DOTALL)
+COLLECTIVE = re.compile(
+    r" = (.+?) (all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+    r"|reduce-scatter)(?:-start)?\("
+)
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def make_transformer(dtype=jnp.float32):
+    def make():
+        adapters = {"audio": AudioAdapter(AUDIO, rngs=nnx.Rngs(0), dtype=dtype)}
+        return WanTransformer(CONFIG, adapters=adapters, rngs=nnx.Rngs(0), dtype=dtype)
+
+    return randomise(nnx.eval_shape(make))
 
 
 @pytest.fixture(scope="module")
 def transformer():
-    adapter = AudioAdapter(AUDIO, rngs=nnx.Rngs(1))
-    return randomise(WanTransformer(CONFIG, adapters={"audio": adapter}, rngs=nnx.Rngs(0)))
+    return make_transformer()
 
 
-def inputs(rows, columns):
-    shapes = (
-        (2, FRAMES, rows, columns, 16),
-        (2, FRAMES, rows, columns, 20),
-        (2, 5, 20),
-        (2, 7, 24),
-        (2, 23, 12),
-    )
-    drawn = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-    return (*drawn[:2], jnp.array([900.5, 20.25]), *drawn[2:])
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def forward(graphdef):
-    @jax.jit
-    def run(state, latents, first_frame, timestep, text, image, audio):
-        model = nnx.merge(graphdef, state)
-        conditions = model.conditions(text, image)
-        conditions["audio"] = model.adapters["audio"].frame_level(audio, 4 * (FRAMES - 1) + 1)
-        return model(latents, first_frame, timestep, conditions)
+def model_inputs(rows, columns, batch=BATCH):
+    """Latents of `rows * columns` tokens a frame, and everything to listen to."""
+    size = (batch, FRAMES, 2 * rows, 2 * columns)
+    return {
+        "latents": draw(*size, 16),
+        "first_frame": draw(*size, 20, seed=1),
+        "timestep": jnp.linspace(100.25, 900.5, batch),
+        "text": draw(batch, 5, CONFIG.text_dim, seed=2),
+        "image": draw(batch, 9, CONFIG.image_dim, seed=3),
+        "audio": draw(batch, 19, AUDIO.feature_width, seed=4),
+    }
 
-    return run
+
+def run_model(model, inputs, clip_level=False):
+    adapter, audio = model.adapters["audio"], inputs["audio"]
+    conditions = model.conditions(inputs["text"], inputs["image"])
+    conditions["audio"] = adapter.clip_level(audio) if clip_level else adapter.frame_level(audio, 9)
+    return model(inputs["latents"], inputs["first_frame"], inputs["timestep"], conditions)
 
 
-def collectives(program: str) -> list[tuple[str, str, str]]:
-    """Kind, shape and origin of each exchange in a compiled program."""
+def compile_block(transformer, mesh, rows, columns, options=None):
+    """One block with its adapter under the mesh, its tokens cut as between blocks."""
+    space = rows * columns
+    padded = space + -space % axis_size("context")
+    parts = layer(transformer.blocks, 0), layer(transformer.adapters["audio"].layers, 0)
+    graphdef, state = nnx.split(parts)
+    conditions = {
+        "text": Condition(draw(BATCH, CONFIG.text_length, CONFIG.dim, seed=1)),
+        "image": Condition(draw(BATCH, 9, CONFIG.dim, seed=2)),
+        "audio": Condition(
+            draw(BATCH, FRAMES, 17, AUDIO.token_width, seed=3), jnp.full((BATCH, FRAMES), 12), jnp.ones(BATCH)
+        ),
+    }
+    rotary = tuple(draw(padded, FRAMES, HEAD_WIDTH // 2, seed=i) for i in (4, 5))
+
+    def run(state, x, modulation, rotary, conditions):
+        block, hearer = nnx.merge(graphdef, state)
+        return block(x, modulation, rotary, space, conditions, {"audio": hearer})
+
+    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
+    x = jax.device_put(draw(BATCH, padded, FRAMES, CONFIG.dim), cut)
+    others = (state, draw(BATCH, 6, CONFIG.dim, seed=6), rotary, conditions)
+    state, *others = jax.device_put(others, NamedSharding(mesh, PartitionSpec()))
+    compiled = jax.jit(run, out_shardings=cut).lower(state, x, *others).compile(options)
+    return compiled, padded
+
+
+def exchanges(program, computations=None):
+    """Kind, type and element count of every collective of a program, or of some of its computations."""
     found = []
-    for line in program.splitlines():
-        if match := re.search(rf"= (\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line):
-            origin = re.search(r'op_name="([^"]*)"', line)
-            found.append((match[2], match[1], origin[1] if origin else ""))
-    return found
+    for computation in COMPUTATION.finditer(program):
+        if computations is None or computation[1] in computations:
+            for result, kind in COLLECTIVE.findall(computation[0]):
+                dtype, shape = re.match(r"(\w+)\[([\d,]*)\]", result.strip("(")).groups()
+                found.append((kind, dtype, int(np.prod([int(n) for n in shape.split(",")]))))
+    return Counter(found)
 
 
-# 8 x 16 latents are 32 tokens of space, 6 x 10 are 15, which no axis of 4 or 2 divides.
-@pytest.mark.parametrize("size", [(8, 16), (6, 10)])
-@pytest.mark.parametrize(
-    "mesh_sizes", [{"context": 4}, {"context": 4, "data": 2}, {"context": 2, "tensor": 2}]
-)
-def test_equals_one_device_and_gathers_only_keys_and_values(transformer, size, mesh_sizes):
-    graphdef, state = nnx.split(transformer)
-    arguments = inputs(*size)
-    expected = np.asarray(forward(graphdef)(state, *arguments))
-    mesh = make_mesh(**mesh_sizes)
+def keys_and_values(padded, mesh, dtype="f32"):
+    """The two all-gathers: keys, and values, of all space for a device's own samples."""
+    batch = BATCH // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return {("all-gather", dtype, batch * padded * FRAMES * CONFIG.dim): 2}
+
+
+@pytest.mark.parametrize("grid", [EVEN, UNEVEN])
+@pytest.mark.parametrize("sizes", CONTEXT_MESHES, ids=str)
+def test_a_block_gathers_keys_and_values_and_exchanges_nothing_else(transformer, sizes, grid):
+    mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        state, arguments = jax.device_put((state, arguments), everywhere)
-        run = forward(graphdef)
-        assert relative(run(state, *arguments), expected) < 2e-6
-        found = collectives(run.lower(state, *arguments).compile().as_text())
-
-    in_block = [(kind, shape) for kind, shape, origin in found if "while/body" in origin]
-    gathered = [shape for kind, shape in in_block if kind == "all-gather"]
-    assert len(gathered) == 2, in_block
-    space = -(-size[0] * size[1] // 4 // mesh_sizes["context"]) * mesh_sizes["context"]
-    heads = CONFIG.num_heads // mesh_sizes.get("tensor", 1)
-    elements = 2 // mesh_sizes.get("data", 1) * space * FRAMES * heads * (CONFIG.dim // CONFIG.num_heads)
-    for shape in gathered:  # each is keys or values of all space, and as large as that
-        assert np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",")]) == elements
-    others = [kind for kind, _ in in_block if kind != "all-gather"]
-    # Cutting heads makes the output projections sums over devices; cutting space adds nothing.
-    assert set(others) <= ({"all-reduce"} if "tensor" in mesh_sizes else set())
+        compiled, padded = compile_block(transformer, mesh, *grid)
+    assert exchanges(compiled.as_text()) == keys_and_values(padded, mesh)
 
 
-@pytest.mark.networks
+def test_keys_are_gathered_after_they_are_rounded(tmp_path):
+    # Read before the CPU's compiler turns bfloat16 into float32.
+    options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partition.*"}
+    mesh = make_mesh(context=4)
+    with jax.set_mesh(mesh):
+        _, padded = compile_block(make_transformer(jnp.bfloat16), mesh, *EVEN, options)
+    (partitioned,) = tmp_path.glob("*after_spmd-partitioning*")
+    assert exchanges(partitioned.read_text()) == keys_and_values(padded, mesh, "bf16")
+
+
+@pytest.mark.parametrize(("grid", "clip_level"), [(EVEN, False), (UNEVEN, False), (UNEVEN, True)])
+@pytest.mark.parametrize("sizes", CONTEXT_MESHES, ids=str)
+def test_the_transformer_on_a_mesh_is_the_transformer(transformer, sizes, grid, clip_level):
+    graphdef, state = nnx.split(transformer)
+    inputs = model_inputs(*grid)
+
+    def run(state, inputs):
+        return run_model(nnx.merge(graphdef, state), inputs, clip_level)
+
+    expected = np.asarray(jax.jit(run)(state, inputs))
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        arguments = jax.device_put((state, inputs), NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(run).lower(*arguments).compile()
+        assert relative(compiled(*arguments), expected) < 2e-6
+    program = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
+    padded = -(-grid[0] * grid[1] // 4) * 4
+    assert exchanges(program, bodies) == keys_and_values(padded, mesh)
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "context": 2, "data": 2}], ids=str)
+def test_heads_can_be_cut_too(transformer, sizes):
+    inputs = model_inputs(*UNEVEN)
+    forward = nnx.jit(run_model)
+    expected = np.asarray(forward(transformer, inputs))
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(transformer)
+        state, inputs = jax.device_put((state, inputs), NamedSharding(mesh, PartitionSpec()))
+        result = jax.jit(lambda state, inputs: run_model(nnx.merge(graphdef, state), inputs))(state, inputs)
+        assert relative(result, expected) < 2e-6
+
+
+@pytest.mark.parametrize("batch_branches", [True, False])
+def test_sampling_on_a_mesh_is_sampling(transformer, batch_branches):
+    inputs = model_inputs(*UNEVEN, batch=1)
+    heard = SamplerInputs(
+        inputs["first_frame"], inputs["text"], 2 * inputs["text"], inputs["image"], inputs["audio"]
+    )
+    config = SamplerConfig(steps=2, batch_branches=batch_branches)
+    expected = np.asarray(sample(transformer, inputs["latents"], heard, config))
+    mesh = make_mesh(context=4)
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(transformer)
+        state, heard, noise = jax.device_put(
+            (state, heard, inputs["latents"]), NamedSharding(mesh, PartitionSpec())
+        )
+        assert relative(sample(nnx.merge(graphdef, state), noise, heard, config), expected) < 5e-6
+
+
 def test_without_a_mesh_nothing_is_constrained():
-    x = jnp.ones((2, 3))
-    assert constrain(x, "batch", None) is x
+    x = draw(2, 3)
     assert axis_size("context") == 1
+    assert constrain(x, "batch", "space") is x
+
+
+def test_a_mesh_takes_the_first_devices_it_needs():
+    mesh = make_mesh(context=2, data=2)
+    assert mesh.axis_names == MESH_AXES
+    assert mesh.devices.shape == (2, 1, 2, 1)
+    assert set(mesh.devices.flat) == set(jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        assert [axis_size(name) for name in MESH_AXES] == [2, 1, 2, 1]
+        assert axis_size("no such axis") == 1
+    backwards = make_mesh(context=2, devices=jax.devices()[:1:-1][:2])
+    assert set(backwards.devices.flat) == set(jax.devices()[-2:])
