@@ -30,9 +30,6 @@ from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.typing import Array, Float, UInt8
 
-PIXELS_PER_LATENT = 8
-"""In height and in width; four frames make one latent frame, but the first alone makes one too."""
-
 
 @dataclass(frozen=True)
 class ModelConfig:

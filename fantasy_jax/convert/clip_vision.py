@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fantasy_jax.convert.rules import LINEAR, Rule, Transform, chain, permute, reshape
+from fantasy_jax.convert.rules import Rule, Transform, affine, chain, norm, permute, reshape
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
 
 
@@ -13,13 +13,13 @@ def official_rules(config: CLIPVisionConfig) -> list[Rule]:
         Rule("visual.cls_embedding", "class_token", reshape((1, 1, -1), (-1,))),
         Rule("visual.pos_embedding", "position", reshape((1, -1, config.dim), (-1, config.dim))),
         Rule("visual.patch_embedding.weight", "patch_in/kernel", _patch(config)),
-        *_affine("visual.pre_norm", "norm_in", "scale"),
-        *_affine(f"{block}.norm1", "blocks/norm1", "scale"),
-        *_affine(f"{block}.attn.to_qkv", "blocks/qkv"),
-        *_affine(f"{block}.attn.proj", "blocks/out"),
-        *_affine(f"{block}.norm2", "blocks/norm2", "scale"),
-        *_affine(f"{block}.mlp.0", "blocks/mlp_in"),
-        *_affine(f"{block}.mlp.2", "blocks/mlp_out"),
+        *norm("visual.pre_norm", "norm_in"),
+        *norm(f"{block}.norm1", "blocks/norm1"),
+        *affine(f"{block}.attn.to_qkv", "blocks/qkv"),
+        *affine(f"{block}.attn.proj", "blocks/out"),
+        *norm(f"{block}.norm2", "blocks/norm2"),
+        *affine(f"{block}.mlp.0", "blocks/mlp_in"),
+        *affine(f"{block}.mlp.2", "blocks/mlp_out"),
     ]
 
 
@@ -33,14 +33,6 @@ def config_from_reference(reference: dict[str, Any]) -> CLIPVisionConfig:
     """Sizes from a reference folder's config.json."""
     names = ("image_size", "patch_size", "dim", "mlp_ratio", "num_heads", "num_layers")
     return CLIPVisionConfig(**{name: reference[name] for name in names})
-
-
-def _affine(source: str, target: str, weight: str = "kernel") -> list[Rule]:
-    transform = {"transform": LINEAR} if weight == "kernel" else {}
-    return [
-        Rule(f"{source}.weight", f"{target}/{weight}", **transform),
-        Rule(f"{source}.bias", f"{target}/bias"),
-    ]
 
 
 def _patch(config: CLIPVisionConfig) -> Transform:

@@ -84,6 +84,16 @@ class Rule:
     transform: Transform = IDENTITY
 
 
+def affine(source: str, target: str, weight: Transform = LINEAR) -> list[Rule]:
+    """Weight and bias of a linear layer or a convolution."""
+    return [Rule(f"{source}.weight", f"{target}/kernel", weight), Rule(f"{source}.bias", f"{target}/bias")]
+
+
+def norm(source: str, target: str) -> list[Rule]:
+    """Scale and bias of a norm."""
+    return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape and type of a tensor in a file, without its values."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from fantasy_jax.convert.rules import CONV3D, LINEAR, Rule, Transform, chain, reshape
+from fantasy_jax.convert.rules import CONV3D, LINEAR, Rule, Transform, affine, chain, reshape
 from fantasy_jax.models.vae import AttentionBlock, Coder, ResidualBlock, VAEConfig, WanVAE
 
 _RESIDUAL_OFFICIAL = {
@@ -86,11 +86,11 @@ def _rules(
     vae = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     rules = []
     for ours, theirs in between.items():
-        rules += _affine(theirs, ours, _pointwise(3))
+        rules += affine(theirs, ours, _pointwise(3))
     for name in ("encoder", "decoder"):
         coder: Coder = getattr(vae, name)
-        rules += _affine(f"{name}.{ends['conv_in']}", f"{name}/conv_in/conv", CONV3D)
-        rules += _affine(f"{name}.{ends['conv_out']}", f"{name}/conv_out/conv", CONV3D)
+        rules += affine(f"{name}.{ends['conv_in']}", f"{name}/conv_in/conv", CONV3D)
+        rules += affine(f"{name}.{ends['conv_out']}", f"{name}/conv_out/conv", CONV3D)
         rules.append(_norm(f"{name}.{ends['norm_out']}", f"{name}/norm_out", 3))
         for position, layer in enumerate(coder.layers):
             source = f"{name}.{layer_name(name, position, len(coder.layers))}"
@@ -103,24 +103,20 @@ def _layer_rules(layer: nnx.Module, source: str, target: str, residual: dict[str
         names = {ours: residual.get(ours, ours) for ours in _RESIDUAL_OFFICIAL}
         rules = [_norm(f"{source}.{names[n]}", f"{target}/{n}", 3) for n in ("norm1", "norm2")]
         for conv in ("conv1", "conv2"):
-            rules += _affine(f"{source}.{names[conv]}", f"{target}/{conv}/conv", CONV3D)
+            rules += affine(f"{source}.{names[conv]}", f"{target}/{conv}/conv", CONV3D)
         if layer.shortcut is not None:
-            rules += _affine(f"{source}.{names['shortcut']}", f"{target}/shortcut", _pointwise(3))
+            rules += affine(f"{source}.{names['shortcut']}", f"{target}/shortcut", _pointwise(3))
         return rules
     if isinstance(layer, AttentionBlock):
         return [
             _norm(f"{source}.norm", f"{target}/norm", 2),
-            *_affine(f"{source}.to_qkv", f"{target}/qkv", _pointwise(2)),
-            *_affine(f"{source}.proj", f"{target}/out", _pointwise(2)),
+            *affine(f"{source}.to_qkv", f"{target}/qkv", _pointwise(2)),
+            *affine(f"{source}.proj", f"{target}/out", _pointwise(2)),
         ]
-    rules = _affine(f"{source}.resample.1", f"{target}/conv", _CONV_IN_FRAME)
+    rules = affine(f"{source}.resample.1", f"{target}/conv", _CONV_IN_FRAME)
     if layer.time_conv is not None:
-        rules += _affine(f"{source}.time_conv", f"{target}/time_conv", CONV3D)
+        rules += affine(f"{source}.time_conv", f"{target}/time_conv", CONV3D)
     return rules
-
-
-def _affine(source: str, target: str, weight: Transform) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}/kernel", weight), Rule(f"{source}.bias", f"{target}/bias")]
 
 
 def _norm(source: str, target: str, dimensions: int) -> Rule:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fantasy_jax.convert.rules import IDENTITY, LINEAR, Rule, Transform, chain, permute, reshape
+from fantasy_jax.convert.rules import LINEAR, Rule, Transform, affine, chain, norm, permute, reshape
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.wan import WanConfig
 
@@ -10,16 +10,16 @@ from fantasy_jax.models.wan import WanConfig
 def official_rules(config: WanConfig) -> list[Rule]:
     """Keys of the official file, which FantasyTalking, DiffSynth and ComfyUI read too."""
     return [
-        *_affine("patch_embedding", "patch_in", weight=_patch(config)),
-        *_affine("text_embedding.0", "text_in"),
-        *_affine("text_embedding.2", "text_out"),
-        *_affine("time_embedding.0", "time_in"),
-        *_affine("time_embedding.2", "time_out"),
-        *_affine("time_projection.1", "time_modulation"),
-        *_norm("img_emb.proj.0", "image/norm_in"),
-        *_affine("img_emb.proj.1", "image/linear_in"),
-        *_affine("img_emb.proj.3", "image/linear_out"),
-        *_norm("img_emb.proj.4", "image/norm_out"),
+        *affine("patch_embedding", "patch_in", weight=_patch(config)),
+        *affine("text_embedding.0", "text_in"),
+        *affine("text_embedding.2", "text_out"),
+        *affine("time_embedding.0", "time_in"),
+        *affine("time_embedding.2", "time_out"),
+        *affine("time_projection.1", "time_modulation"),
+        *norm("img_emb.proj.0", "image/norm_in"),
+        *affine("img_emb.proj.1", "image/linear_in"),
+        *affine("img_emb.proj.3", "image/linear_out"),
+        *norm("img_emb.proj.4", "image/norm_out"),
         *_block_rules(
             self_attention="self_attn",
             cross_attention="cross_attn",
@@ -32,7 +32,7 @@ def official_rules(config: WanConfig) -> list[Rule]:
             config=config,
         ),
         Rule("head.modulation", "modulation_out", reshape((1, 2, config.dim), (2, config.dim))),
-        *_affine("head.head", "patch_out"),
+        *affine("head.head", "patch_out"),
     ]
 
 
@@ -40,16 +40,16 @@ def diffusers_rules(config: WanConfig) -> list[Rule]:
     """Keys of diffusers' `WanTransformer3DModel`."""
     embedder = "condition_embedder"
     return [
-        *_affine("patch_embedding", "patch_in", weight=_patch(config)),
-        *_affine(f"{embedder}.text_embedder.linear_1", "text_in"),
-        *_affine(f"{embedder}.text_embedder.linear_2", "text_out"),
-        *_affine(f"{embedder}.time_embedder.linear_1", "time_in"),
-        *_affine(f"{embedder}.time_embedder.linear_2", "time_out"),
-        *_affine(f"{embedder}.time_proj", "time_modulation"),
-        *_norm(f"{embedder}.image_embedder.norm1", "image/norm_in"),
-        *_affine(f"{embedder}.image_embedder.ff.net.0.proj", "image/linear_in"),
-        *_affine(f"{embedder}.image_embedder.ff.net.2", "image/linear_out"),
-        *_norm(f"{embedder}.image_embedder.norm2", "image/norm_out"),
+        *affine("patch_embedding", "patch_in", weight=_patch(config)),
+        *affine(f"{embedder}.text_embedder.linear_1", "text_in"),
+        *affine(f"{embedder}.text_embedder.linear_2", "text_out"),
+        *affine(f"{embedder}.time_embedder.linear_1", "time_in"),
+        *affine(f"{embedder}.time_embedder.linear_2", "time_out"),
+        *affine(f"{embedder}.time_proj", "time_modulation"),
+        *norm(f"{embedder}.image_embedder.norm1", "image/norm_in"),
+        *affine(f"{embedder}.image_embedder.ff.net.0.proj", "image/linear_in"),
+        *affine(f"{embedder}.image_embedder.ff.net.2", "image/linear_out"),
+        *norm(f"{embedder}.image_embedder.norm2", "image/norm_out"),
         *_block_rules(
             self_attention="attn1",
             cross_attention="attn2",
@@ -62,7 +62,7 @@ def diffusers_rules(config: WanConfig) -> list[Rule]:
             config=config,
         ),
         Rule("scale_shift_table", "modulation_out", reshape((1, 2, config.dim), (2, config.dim))),
-        *_affine("proj_out", "patch_out"),
+        *affine("proj_out", "patch_out"),
     ]
 
 
@@ -71,7 +71,7 @@ def audio_adapter_rules(config: AudioAdapterConfig) -> list[Rule]:
     processor = "audio_processor.blocks.{layer}.cross_attn.processor"
     return [
         Rule("proj_model.proj.weight", "projection/kernel", LINEAR),
-        *_norm("proj_model.norm", "norm"),
+        *norm("proj_model.norm", "norm"),
         Rule(f"{processor}.k_proj.weight", "layers/key/kernel", LINEAR),
         Rule(f"{processor}.v_proj.weight", "layers/value/kernel", LINEAR),
     ]
@@ -123,9 +123,9 @@ def _block_rules(
     block = "blocks.{layer}"
     rules = [
         Rule(f"{block}.{modulation}", "blocks/modulation", reshape((1, 6, config.dim), (6, config.dim))),
-        *_norm(f"{block}.{cross_norm}", "blocks/cross_norm"),
-        *_affine(f"{block}.{mlp[0]}", "blocks/mlp_in"),
-        *_affine(f"{block}.{mlp[1]}", "blocks/mlp_out"),
+        *norm(f"{block}.{cross_norm}", "blocks/cross_norm"),
+        *affine(f"{block}.{mlp[0]}", "blocks/mlp_in"),
+        *affine(f"{block}.{mlp[1]}", "blocks/mlp_out"),
     ]
     for theirs, ours in ((self_attention, "self_attention"), (cross_attention, "cross_attention")):
         text = "/text" if ours == "cross_attention" else ""
@@ -135,23 +135,12 @@ def _block_rules(
         ]
         for projection, name in projections.items():
             place = text if name in ("key", "value") else ""
-            rules += _affine(f"{block}.{theirs}.{projection}", f"blocks/{ours}{place}/{name}")
+            rules += affine(f"{block}.{theirs}.{projection}", f"blocks/{ours}{place}/{name}")
     place = "blocks/cross_attention/image"
     rules.append(Rule(f"{block}.{cross_attention}.{image_norm}.weight", f"{place}/key_norm/scale"))
     for projection, name in image.items():
-        rules += _affine(f"{block}.{cross_attention}.{projection}", f"{place}/{name}")
+        rules += affine(f"{block}.{cross_attention}.{projection}", f"{place}/{name}")
     return rules
-
-
-def _affine(source: str, target: str, weight: Transform = LINEAR) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", f"{target}/kernel", weight),
-        Rule(f"{source}.bias", f"{target}/bias", IDENTITY),
-    ]
-
-
-def _norm(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
 
 
 def _patch(config: WanConfig) -> Transform:

@@ -7,7 +7,7 @@ Weight norm's two parts are called `weight_g` and `weight_v` in the hosted files
 from collections.abc import Collection
 from typing import Any
 
-from fantasy_jax.convert.rules import CONV1D, LINEAR, Rule, reshape
+from fantasy_jax.convert.rules import CONV1D, Rule, affine, norm, reshape
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
 
 
@@ -26,20 +26,20 @@ def official_rules(config: Wav2Vec2Config, keys: Collection[str] = ()) -> list[R
     )
     position, layer = f"{prefix}encoder.pos_conv_embed.conv", f"{prefix}encoder.layers.{{layer}}"
     rules = [
-        *_affine(f"{prefix}feature_projection.layer_norm", "feature_norm", "scale"),
-        *_affine(f"{prefix}feature_projection.projection", "projection"),
+        *norm(f"{prefix}feature_projection.layer_norm", "feature_norm"),
+        *affine(f"{prefix}feature_projection.projection", "projection"),
         Rule(f"{position}.{norm_length}", "position/length", reshape((1, 1, -1), (-1,))),
         Rule(f"{position}.{norm_direction}", "position/direction", CONV1D),
         Rule(f"{position}.bias", "position/bias"),
-        *_affine(f"{prefix}encoder.layer_norm", "norm", "scale"),
-        *_affine(f"{layer}.attention.q_proj", "layers/query"),
-        *_affine(f"{layer}.attention.k_proj", "layers/key"),
-        *_affine(f"{layer}.attention.v_proj", "layers/value"),
-        *_affine(f"{layer}.attention.out_proj", "layers/out"),
-        *_affine(f"{layer}.layer_norm", "layers/norm1", "scale"),
-        *_affine(f"{layer}.final_layer_norm", "layers/norm2", "scale"),
-        *_affine(f"{layer}.feed_forward.intermediate_dense", "layers/mlp_in"),
-        *_affine(f"{layer}.feed_forward.output_dense", "layers/mlp_out"),
+        *norm(f"{prefix}encoder.layer_norm", "norm"),
+        *affine(f"{layer}.attention.q_proj", "layers/query"),
+        *affine(f"{layer}.attention.k_proj", "layers/key"),
+        *affine(f"{layer}.attention.v_proj", "layers/value"),
+        *affine(f"{layer}.attention.out_proj", "layers/out"),
+        *norm(f"{layer}.layer_norm", "layers/norm1"),
+        *norm(f"{layer}.final_layer_norm", "layers/norm2"),
+        *affine(f"{layer}.feed_forward.intermediate_dense", "layers/mlp_in"),
+        *affine(f"{layer}.feed_forward.output_dense", "layers/mlp_out"),
     ]
     for i in range(len(config.conv_dim)):
         source, target = f"{prefix}feature_extractor.conv_layers.{i}", f"features/{i}"
@@ -47,7 +47,7 @@ def official_rules(config: Wav2Vec2Config, keys: Collection[str] = ()) -> list[R
         if config.conv_bias:
             rules.append(Rule(f"{source}.conv.bias", f"{target}/conv/bias"))
         if i == 0 or config.feat_extract_norm == "layer":
-            rules += _affine(f"{source}.layer_norm", f"{target}/norm", "scale")
+            rules += norm(f"{source}.layer_norm", f"{target}/norm")
     return rules
 
 
@@ -61,11 +61,3 @@ def config_from_reference(reference: dict[str, Any]) -> Wav2Vec2Config:
     names = Wav2Vec2Config.__dataclass_fields__
     values = {name: reference[name] for name in names if name in reference}
     return Wav2Vec2Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _affine(source: str, target: str, weight: str = "kernel") -> list[Rule]:
-    transform = {"transform": LINEAR} if weight == "kernel" else {}
-    return [
-        Rule(f"{source}.weight", f"{target}/{weight}", **transform),
-        Rule(f"{source}.bias", f"{target}/bias"),
-    ]
