@@ -98,7 +98,7 @@ def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, path: str) -> T
     converted = {name: _convert(hints[name], values[name], f"{path}.{name}") for name in values}
     try:
         return kind(**converted)
-    except ConfigError as error:
+    except ValueError as error:  # what a dataclass says of its own settings begins with their names
         raise ConfigError(f"{path}.{error}") from error
 
 

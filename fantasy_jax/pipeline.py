@@ -8,7 +8,7 @@ free before the transformer needs it. Source of the steps: fantasy-talking, `inf
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,26 @@ class ModelConfig:
     text_encoder: UMT5Config = UMT5Config()
     image_encoder: CLIPVisionConfig = CLIPVisionConfig()
     speech_encoder: Wav2Vec2Config | None = Wav2Vec2Config()
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self):
+        transformer, adapter, vae = self.transformer, self.audio_adapter, self.vae
+        for name, value, wanted in (
+            ("audio_adapter.width", adapter.width, transformer.dim),
+            ("audio_adapter.num_heads", adapter.num_heads, transformer.num_heads),
+            ("audio_adapter.num_layers", adapter.num_layers, transformer.num_layers),
+            ("transformer.text_dim", transformer.text_dim, self.text_encoder.dim),
+            ("transformer.image_dim", transformer.image_dim, self.image_encoder.dim),
+            ("transformer.latent_channels", transformer.latent_channels, vae.latent_channels),
+            ("transformer.condition_channels", transformer.condition_channels, vae.latent_channels + 4),
+        ):
+            if value != wanted:
+                raise ConfigError(f"{name} is {value}, but what it is joined to has {wanted}")
+        if self.speech_encoder and adapter.feature_width != self.speech_encoder.hidden_size:
+            width = self.speech_encoder.hidden_size
+            raise ConfigError(
+                f"audio_adapter.feature_width is {adapter.feature_width}, but speech has {width}"
+            )
 
 
 @dataclass(frozen=True)

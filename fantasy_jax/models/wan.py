@@ -56,6 +56,12 @@ class WanConfig:
     patch: tuple[int, int] = (2, 2)
     epsilon: float = 1e-6
 
+    def __post_init__(self):
+        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
+            raise ValueError(f"num_heads is {self.num_heads}; it must cut dim {self.dim} into even parts")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers}; at least 1 is needed")
+
 
 class SelfAttention(nnx.Module):
     """Attention of every video token to every other, with rotary positions, queries and keys normalised."""
