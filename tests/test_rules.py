@@ -261,7 +261,7 @@ def test_every_table_carries_a_network_there_and_back_bit_for_bit(name):
     for found in recognise(open_weights(DATA / name)):
         source = found.weights
         ignored = found.component.ignored(found.config)
-        parameters = flat_parameters(found.abstract())
+        parameters = flat_parameters(found.plan()[0])
         plan = make_plan(found.rules, source.specs, parameters, ignore=ignored)
         values = load(plan, source.read)
         exported = dict(export(found.rules, values))

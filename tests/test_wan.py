@@ -177,6 +177,7 @@ def test_bfloat16_stays_near_float32(reference):
     assert 1e-4 < relative(result, reference_outputs()["velocity_audio_scale_1"]) < 3e-2
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same_and_take_less_memory(tiny):
     model = nnx.clone(tiny[0])
     conditions = tiny_conditions(model, 2)
