@@ -8,6 +8,7 @@ free before the transformer needs it. Source of the steps: fantasy-talking, `inf
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
@@ -15,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import save
 
 from fantasy_jax.config import ConfigError
+from fantasy_jax.convert.files import WeightsError, open_weights
 from fantasy_jax.data.preprocessing import clip_pixels, fit_picture, to_pixels
 from fantasy_jax.data.speech import SAMPLE_RATE, LogMel, SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, tokenize
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
+from fantasy_jax.media import _whole_or_nothing
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-from fantasy_jax.models.tiling import tiled_decode
+from fantasy_jax.models.tiling import _PIXELS_PER_LATENT, tiled_decode
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
@@ -109,6 +113,8 @@ class SampleConfig(SamplerConfig):
 class Networks(Protocol):
     """Where a pipeline gets its networks from: random, converted, or trained weights."""
 
+    config: ModelConfig
+
     def text_encoder(self) -> tuple[UMT5Encoder, Tokenizer]:
         """The text encoder and the tokenizer it was trained with."""
         ...
@@ -150,12 +156,18 @@ class RandomNetworks:
             seed: Of the weights.
 
         Raises:
-            ConfigError: The audio adapter is of another width than the speech encoder's features.
+            ConfigError: The tokenizer has more tokens than the text encoder, or the audio adapter is of
+                another width than the speech encoder's features.
         """
         self.config = config
         self.tokenizer = tokenizer
         self.seed = seed
         self._speech_encoder = speech_encoder
+        if len(tokenizer) > config.text_encoder.vocab_size:
+            raise ConfigError(
+                f"model.text_encoder.vocab_size is {config.text_encoder.vocab_size}, but the tokenizer has "
+                f"{len(tokenizer)} tokens; set it with --config.model.text_encoder.vocab_size"
+            )
         width = config.audio_adapter.feature_width
         if speech_encoder is not None and speech_encoder.width != width:
             raise ConfigError(
@@ -209,28 +221,85 @@ def clip_frames(seconds: float, config: SampleConfig) -> int:
     return min(int(config.fps * seconds // 4) * 4 + 5, config.max_frames)
 
 
-def generate(
+def latent_shape(
+    picture: Image.Image, sound: Float[np.ndarray, " samples"], config: SampleConfig, channels: int
+) -> tuple[int, int, int, int, int]:
+    """Shape `[B, F, h, w, C]` of the latents that a picture and its speech ask for."""
+    width, height = (side // _PIXELS_PER_LATENT for side in fit_picture(picture, config.longest_edge).size)
+    return (1, clip_frames(sound.size / SAMPLE_RATE, config) // 4 + 1, height, width, channels)
+
+
+def starting_noise(seed: int, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:
+    """Normal noise, float32; the same seed gives PyTorch other numbers, which `read_noise` can bring."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def read_noise(path: str | Path, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:
+    """Starting noise from a safetensors file of one tensor, `noise`, as `torch.randn` makes it for Wan2.1.
+
+    Args:
+        path: The file; the tensor is `[B, C, F, h, w]`.
+        shape: The latents' shape here, `[B, F, h, w, C]`.
+
+    Raises:
+        WeightsError: The file is missing or damaged, or does not hold such a tensor.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise WeightsError(f"{path}: noise is read from a .safetensors file of one tensor named noise")
+    file = open_weights(path)
+    if set(file.specs) != {"noise"}:
+        raise WeightsError(
+            f"{path}: holds {', '.join(sorted(file.specs)) or 'nothing'}; give one tensor, noise"
+        )
+    found, wanted = file.specs["noise"], (shape[0], shape[-1], *shape[1:-1])
+    if found.shape != wanted or found.dtype.kind in "iub":
+        asked = " x ".join(map(str, wanted))
+        raise WeightsError(
+            f"{path}: noise is {found.dtype} of {' x '.join(map(str, found.shape))}; "
+            f"this picture, speech and config ask for float32 of {asked}"
+        )
+    noise = np.asarray(file.read("noise"), np.float32)
+    if not np.isfinite(noise).all():
+        raise WeightsError(f"{path}: noise holds values that are no numbers; make it anew")
+    return jnp.asarray(np.moveaxis(noise, 1, -1))
+
+
+def save_latents(path: str | Path, latents: Float[Array, "B F h w C"]) -> None:
+    """Writes a safetensors file of one tensor, `latents`, laid out as PyTorch has it: `[B, C, F, h, w]`.
+
+    Raises:
+        MediaError: The file cannot be written; nothing is left of it then.
+    """
+    channels_first = np.ascontiguousarray(np.moveaxis(np.asarray(latents, np.float32), -1, 1))
+    with _whole_or_nothing(path) as partial:
+        partial.write_bytes(save({"latents": channels_first}))
+
+
+def generate_latents(
     networks: Networks,
     config: SampleConfig,
     *,
     picture: Image.Image,
     sound: Float[np.ndarray, " samples"],
     prompt: str,
-    seed: int = 0,
+    noise: Float[Array, "1 F h w C"],
     phase: Phase = lambda name: nullcontext(),
     progress: bool = False,
-) -> UInt8[np.ndarray, "T H W 3"]:
-    """Makes a picture talk.
+) -> Float[Array, "1 F h w C"]:
+    """Makes a picture talk, up to the latents of the video.
 
     Args:
-        networks: Where the networks come from.
+        networks: Where the networks come from; each is let go before the next is asked for.
         config: Size, length, sampler.
         picture: The portrait, RGB.
         sound: The speech, 16 kHz, mono; what lies beyond the clip is not heard.
         prompt: What happens.
-        seed: Of the starting noise.
+        noise: Where sampling starts, of the shape that `latent_shape` gives.
         phase: Called with the name of each phase; the work runs inside what it returns.
-        progress: Show bars.
+        progress: Show a bar.
+
+    Returns:
+        Latents, float32, normalised as the VAE gives them.
     """
     num_frames = clip_frames(sound.size / SAMPLE_RATE, config)
     with phase("Text encoder"):
@@ -241,19 +310,20 @@ def generate(
     with phase("Speech encoder"):
         audio = networks.speech_encoder()(sound[: int(num_frames / config.fps * SAMPLE_RATE)])
     with phase("First frame through the VAE"):
-        vae = networks.vae()
-        first_frame = first_frame_condition(vae, pixels, num_frames)
+        first_frame = first_frame_condition(networks.vae(), pixels, num_frames)
         first_frame.block_until_ready()
     with phase("Transformer"):
-        transformer = networks.transformer()
         inputs = SamplerInputs(first_frame, text, negative, image, audio)
-        shape = (*first_frame.shape[:-1], transformer.config.latent_channels)
-        noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
-        latents = sample(transformer, noise, inputs, config, progress=progress)
-        del transformer
-    with phase("Latents to video"):
-        video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
-        return to_uint8(np.asarray(video[0]))
+        return sample(networks.transformer(), noise, inputs, config, progress=progress)
+
+
+def decode_latents(
+    networks: Networks, latents: Float[Array, "1 F h w C"], config: SampleConfig, *, progress: bool = False
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Latents to the frames of the video, tile by tile."""
+    vae = networks.vae()
+    video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
+    return to_uint8(np.asarray(video[0]))
 
 
 def to_uint8(video: Float[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
@@ -264,7 +334,7 @@ def to_uint8(video: Float[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"
 def encode_text(networks: Networks, prompts: list[str]) -> list[Float[Array, "1 L C"]]:
     """Each prompt through the text encoder, without padding."""
     encoder, tokenizer = networks.text_encoder()
-    ids, lengths = tokenize(prompts, tokenizer)
+    ids, lengths = tokenize(prompts, tokenizer, max_length=networks.config.transformer.text_length)
     encoded = nnx.jit(lambda encoder, *tokens: encoder(*tokens))(
         encoder, jnp.asarray(ids), jnp.asarray(lengths)
     )

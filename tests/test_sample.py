@@ -1,7 +1,9 @@
 """The main job, as users start it: a picture, a sound and a prompt become an mp4."""
 
+import hashlib
 import subprocess
 import sys
+import time
 import wave
 from pathlib import Path
 
@@ -10,12 +12,23 @@ import numpy as np
 import pytest
 from helpers import DATA
 from PIL import Image
+from safetensors.numpy import load_file, save
 
 from fantasy_jax import cli
+from fantasy_jax.config import build, load_config
 from fantasy_jax.media import read_video
+from fantasy_jax.pipeline import (
+    ModelConfig,
+    SampleConfig,
+    latent_shape,
+    read_noise,
+    save_latents,
+)
 from sample import main
 
 ROOT = Path(__file__).parent.parent
+FULL = str(ROOT / "configs/fantasy_talking_14b.py")
+DEBUG = f"{FULL}:debug"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +46,25 @@ def inputs(tmp_path_factory):
         file.setframerate(22050)
         file.writeframes(samples.tobytes())
     return folder
+
+
+def save_tokenizer(folder, texts):
+    """A small tokenizer of UMT5's kind: pieces with probabilities, an end token after every text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 def start(folder, *arguments):
@@ -98,6 +130,14 @@ def test_both_makers_of_features_hear_the_sound():
         ("--image=none.png", "none.png: no such picture"),
         ("--audio=none.wav", "none.wav: no such sound file"),
         ("--config=none.py", "none.py: no such config file"),
+        (f"--config={FULL}:small", "fantasy_talking_14b.py:small: no such variant; there is debug"),
+        (
+            f"--config={FULL}",
+            "fantasy_talking_14b: no such folder; convert_weights.py import makes it",
+        ),
+        ("--weights=none", "none: no such folder"),
+        (f"--weights={DATA}", "holds no complete weights"),
+        ("--noise=none.safetensors", "none.safetensors: no such file"),
         ("--config.sample.stepz=3", "sample.stepz: no such setting; did you mean steps?"),
         ("--config.sample.steps=many", "sample.steps: wants int, not 'many'"),
         ("--config.sample.steps=0", "sample.steps is 0; at least 1 is needed"),
@@ -119,6 +159,82 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(inputs, tmp_p
     (tmp_path / "file").touch()
     error = refused(tmp_path, monkeypatch, capsys, common(inputs, output="file/first.mp4"))
     assert "cannot be written" in error
+
+
+@pytest.mark.parametrize("own", [f"--wav2vec2={DATA / 'wav2vec2'}", f"--tokenizer={DATA}"])
+def test_stored_weights_are_not_mixed_with_others(inputs, tmp_path, monkeypatch, capsys, own):
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--weights={DATA}", own])
+    assert f"{own.partition('=')[0]} goes with random weights" in error
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_is_refused(inputs, tmp_path, monkeypatch, capsys):
+    save_tokenizer(tmp_path / "tokenizer", ["A person is talking."])
+    settings = [f"--tokenizer={tmp_path / 'tokenizer'}", "--config.model.text_encoder.vocab_size=5"]
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), *settings])
+    assert "vocab_size is 5, but the tokenizer has" in error
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"noise": np.zeros((1, 16, 5, 8, 9), np.float32)}, "noise is float32 of 1 x 16 x 5 x 8 x 9; this"),
+        ({"noise": np.zeros((1, 16, 5, 8, 8), np.int32)}, "ask for float32 of 1 x 16 x 5 x 8 x 8"),
+        ({"noise": np.full((1, 16, 5, 8, 8), np.nan, np.float32)}, "values that are no numbers"),
+        ({"latents": np.zeros((1, 16, 5, 8, 8), np.float32)}, "holds latents; give one tensor, noise"),
+        (None, "damaged or cut off"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, capsys, tensors, message):
+    path = tmp_path / "noise.safetensors"
+    path.write_bytes(save(tensors or {"noise": np.zeros((1, 16, 5, 8, 8), np.float32)}))
+    if tensors is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--noise={path}"])
+    assert "noise.safetensors: " in error
+    assert message in error
+
+
+def test_noise_and_latents_are_laid_out_as_pytorch_has_them(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((1, 16, 3, 4, 6), np.float32)
+    (tmp_path / "noise.safetensors").write_bytes(save({"noise": noise}))
+    ours = read_noise(tmp_path / "noise.safetensors", (1, 3, 4, 6, 16))
+    assert np.array_equal(ours, noise.transpose(0, 2, 3, 4, 1))
+    save_latents(tmp_path / "new/latents.safetensors", ours)
+    assert np.array_equal(load_file(tmp_path / "new/latents.safetensors")["latents"], noise)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["latents.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "shape"),
+    [((640, 480), 10, (1, 21, 48, 64, 16)), ((97, 61), 0.5, (1, 4, 42, 64, 16))],
+)
+def test_the_shape_of_latents_at_full_size(size, seconds, shape):
+    sound = np.zeros(int(16_000 * seconds), np.float32)
+    assert latent_shape(Image.new("RGB", size), sound, SampleConfig(), 16) == shape
+
+
+def test_the_full_size_config_has_the_official_defaults():
+    config = load_config(FULL)
+    assert build(ModelConfig, config.model, "model") == ModelConfig()
+    settings = build(SampleConfig, config.sample, "sample")
+    assert (settings.steps, settings.shift, settings.prompt_scale, settings.audio_scale) == (30, 5, 5, 5)
+    assert (settings.longest_edge, settings.fps, settings.max_frames) == (512, 23, 81)
+    assert (settings.tile, settings.tile_stride) == ((30, 52), (15, 26))
+    assert settings.negative_prompt.startswith("人物静止不动，静止，色调艳丽")
+    assert hashlib.sha256(settings.negative_prompt.encode()).hexdigest()[:16] == "c14ba6c81b9d8490"
+
+
+@pytest.mark.slow
+def test_the_debug_configuration_is_quick(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer", [load_config(DEBUG).sample.negative_prompt])
+    start = time.monotonic()
+    paths = ["--tokenizer=tokenizer", "--save_latents=out/latents.safetensors"]
+    main([*common(inputs), f"--config={DEBUG}", *paths])
+    assert time.monotonic() - start < 120
+    assert "out/latents.safetensors: the latents" in capsys.readouterr().out
+    assert load_file("out/latents.safetensors")["latents"].shape == (1, 16, 3, 8, 8)
+    assert read_video("out/first.mp4")[0].shape == (9, 64, 64, 3)
 
 
 def refused(folder, monkeypatch, capsys, arguments):

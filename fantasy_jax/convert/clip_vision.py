@@ -23,10 +23,43 @@ def official_rules(config: CLIPVisionConfig) -> list[Rule]:
     ]
 
 
+def transformers_rules(config: CLIPVisionConfig, prefix: str = "") -> list[Rule]:
+    """Keys of transformers' `CLIPVisionModel`, which diffusers' folders hold as `image_encoder`.
+
+    Args:
+        config: Sizes.
+        prefix: `vision_model.` in the hosted files, nothing in those that transformers 5 writes.
+    """
+    block = f"{prefix}encoder.layers.{{layer}}"
+    embeddings = f"{prefix}embeddings"
+    rules = [
+        Rule(f"{embeddings}.class_embedding", "class_token"),
+        Rule(f"{embeddings}.position_embedding.weight", "position"),
+        Rule(f"{embeddings}.patch_embedding.weight", "patch_in/kernel", _patch(config)),
+        *norm(f"{prefix}pre_layrnorm", "norm_in"),
+        *norm(f"{block}.layer_norm1", "blocks/norm1"),
+        *affine(f"{block}.self_attn.out_proj", "blocks/out"),
+        *norm(f"{block}.layer_norm2", "blocks/norm2"),
+        *affine(f"{block}.mlp.fc1", "blocks/mlp_in"),
+        *affine(f"{block}.mlp.fc2", "blocks/mlp_out"),
+    ]
+    for part, name in enumerate("qkv"):
+        rules += affine(f"{block}.self_attn.{name}_proj", "blocks/qkv", part=(part, 3))
+    return rules
+
+
 def ignored_keys(config: CLIPVisionConfig) -> tuple[str, ...]:
-    """What the official file holds besides: the text tower, and what lies behind the last block but one."""
-    last = f"visual.transformer.{config.num_layers - 1}.*"
-    return ("textual.*", "log_scale", last, "visual.post_norm.*", "visual.head")
+    """What the files hold besides: the text tower, and what lies behind the last block but one."""
+    last = config.num_layers - 1
+    return (
+        *("textual.*", "log_scale", f"visual.transformer.{last}.*", "visual.post_norm.*", "visual.head"),
+        *(
+            f"*encoder.layers.{last}.*",
+            "*post_layernorm.*",
+            "*embeddings.position_ids",
+            "visual_projection.*",
+        ),
+    )
 
 
 def config_from_reference(reference: dict[str, Any]) -> CLIPVisionConfig:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fantasy_jax.convert import clip_vision, umt5, vae, wan, wav2vec2
@@ -17,7 +19,7 @@ from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
-from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from fantasy_jax.models.wav2vec2 import WAV2VEC2_LARGE, Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.typing import DType
 
 
@@ -58,6 +60,40 @@ class Component:
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     prefix: str = ""
 
+    @property
+    def config_type(self) -> type:
+        """The dataclass of its sizes."""
+        return type(next(iter(self.presets.values())))
+
+    def read_config(self, values: Mapping[str, Any], path: Path) -> Any:
+        """Its sizes from what JSON keeps of them; `path` is for the message of the WeightsError."""
+        try:
+            return self.config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{path}: gives no sizes of {self.name} ({error})") from error
+
+    def abstract(self, config: Any, dtype: DType = jnp.float32) -> nnx.Module:
+        """The very module that samples, without memory."""
+        return nnx.eval_shape(lambda: self._make(config, dtype))
+
+    def realise(self, config: Any, dtype: DType, values: dict[str, np.ndarray]) -> nnx.Module:
+        """The module with these parameters by path, all of them.
+
+        Args:
+            config: Its sizes.
+            dtype: Of its weights and products.
+            values: Emptied: each is dropped once it is in place, so that no weight is in memory twice.
+        """
+        module = self.abstract(config, dtype)
+        assign(module, values, consume=True)
+        # What is no parameter (the VAE's statistics of latents) is in no file, and comes from the config;
+        # the compiler leaves out the initial weights, which nobody asks for.
+        nnx.update(module, jax.jit(lambda: nnx.state(self._make(config, dtype), nnx.Not(nnx.Param)))())
+        return module
+
+    def _make(self, config: Any, dtype: DType) -> nnx.Module:
+        return self.network(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
 
 COMPONENTS = (
     Component(
@@ -76,7 +112,15 @@ COMPONENTS = (
         AudioAdapter,
         {"fantasytalking": AudioAdapterConfig()},
         wan.audio_config_from_reference,
-        (Layout("official", ("proj_model.proj.weight", "proj_model.norm.weight"), wan.audio_adapter_rules),),
+        (
+            # Read by ComfyUI (kijai/ComfyUI-WanVideoWrapper), which merges it into the transformer's file.
+            Layout(
+                "comfyui",
+                ("proj_model.proj.weight", "blocks.0.cross_attn.k_proj.weight"),
+                partial(wan.audio_adapter_rules, processor="blocks.{layer}.cross_attn"),
+            ),
+            Layout("official", ("proj_model.proj.weight", "proj_model.norm.weight"), wan.audio_adapter_rules),
+        ),
         prefix="fantasytalking.",
     ),
     Component(
@@ -105,13 +149,23 @@ COMPONENTS = (
         CLIPVisionModel,
         {"clip_vit_h14": CLIPVisionConfig()},
         clip_vision.config_from_reference,
-        (Layout("official", ("visual.cls_embedding",), clip_vision.official_rules),),
+        (
+            Layout("official", ("visual.cls_embedding",), clip_vision.official_rules),
+            *(
+                Layout(
+                    f"transformers{' 5' * (not prefix)}",
+                    (f"{prefix}embeddings.class_embedding",),
+                    partial(clip_vision.transformers_rules, prefix=prefix),
+                )
+                for prefix in ("vision_model.", "")
+            ),
+        ),
         clip_vision.ignored_keys,
     ),
     Component(
         "wav2vec2",
         Wav2Vec2Model,
-        {"wav2vec2_base_960h": Wav2Vec2Config()},
+        {"wav2vec2_base_960h": Wav2Vec2Config(), "wav2vec2_large_960h_lv60_self": WAV2VEC2_LARGE},
         wav2vec2.config_from_reference,
         tuple(
             Layout(
@@ -144,7 +198,7 @@ class Recognised:
 
     def plan(self, dtype: DType = jnp.float32) -> tuple[nnx.Module, Plan]:
         """The very module that samples, without memory, and how the file fills it."""
-        module = nnx.eval_shape(lambda: self._make(dtype))
+        module = self.component.abstract(self.config, dtype)
         ignored = self.component.ignored(self.config)
         return module, make_plan(self.rules, self.weights.specs, flat_parameters(module), ignore=ignored)
 
@@ -154,15 +208,8 @@ class Recognised:
         Raises:
             ConversionError: The file does not fit.
         """
-        module, plan = self.plan(dtype)
-        assign(module, load(plan, self.weights.read))
-        # What is no parameter (the VAE's statistics of latents) is in no file, and comes from the config;
-        # the compiler leaves out the initial weights, which nobody asks for.
-        nnx.update(module, jax.jit(lambda: nnx.state(self._make(dtype), nnx.Not(nnx.Param)))())
-        return module
-
-    def _make(self, dtype: DType) -> nnx.Module:
-        return self.component.network(self.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+        _, plan = self.plan(dtype)
+        return self.component.realise(self.config, dtype, load(plan, self.weights.read))
 
 
 def recognise(weights: WeightsFile, *, preset: str | None = None) -> list[Recognised]:

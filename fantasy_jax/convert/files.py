@@ -1,9 +1,11 @@
 """Weights files of every kind behind one interface: what a file holds, and one tensor at a time."""
 
 import json
+import math
+import os
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,13 @@ def open_weights(path: str | Path) -> WeightsFile:
     raise WeightsError(f"{path}: no known kind of weights; give .safetensors, .pth, .ckpt or .json")
 
 
+def source_files(path: Path) -> list[Path]:
+    """The files of weights behind what was opened: the file itself, or all shards of an index."""
+    if not path.name.endswith(_INDEX):
+        return [path]
+    return [path.parent / name for name in sorted(set(_read_json(path)["weight_map"].values()))]
+
+
 def _open_folder(folder: Path) -> WeightsFile:
     candidates = sorted(folder.glob(f"*{_INDEX}")) or sorted(folder.glob("*.safetensors"))
     candidates = candidates or sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
@@ -147,6 +156,44 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return header, 8 + size
+
+
+def write_safetensors(
+    path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes a file tensor by tensor; it is there when it is complete, and not before.
+
+    Args:
+        path: The file.
+        specs: Shape and type of every tensor.
+        tensors: All of them, in that order.
+
+    Raises:
+        WeightsError: It cannot be written.
+    """
+    names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which PyTorch's loaders ask for
+    end = 0
+    for key, spec in specs.items():
+        start, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
+        header[key] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for (key, value), wanted in zip(tensors, specs, strict=True):
+                if key != wanted or TensorSpec(value.shape, value.dtype) != specs[key]:
+                    raise ValueError(f"{key} is not the {wanted} that was announced")
+                file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _open_pickle(path: Path) -> WeightsFile:

@@ -2,7 +2,8 @@
 
 A table is a list of `Rule(source, target, transform)`. Both sides are templates: `{name}` stands for an
 index. An index that the target does not repeat is the position in a stack of layers (axis 0 of the
-target), so `blocks.{layer}.ffn.0.weight -> blocks/mlp_in/kernel` fills one array from all layers.
+target), so `blocks.{layer}.ffn.0.weight -> blocks/mlp_in/kernel` fills one array from all layers. Several
+keys can each fill a part of one array, as queries, keys and values do where we keep them fused.
 
 `make_plan` matches a table with the shapes of a file and of a module and finds every fault before a byte of
 weights is read: keys that no rule takes or that two rules take, parameters that nothing fills, layers
@@ -13,6 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,9 @@ _INDEX = re.compile(r"\{(\w+)\}")
 
 Parameter = jax.Array | jax.ShapeDtypeStruct
 """A module's parameter, or its shape and type alone."""
+
+Part = tuple[int, int]
+"""Which of how many equal parts of a last axis."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,21 @@ class Rule:
         source: Key in the PyTorch file, for example `blocks.{layer}.norm3.weight`.
         target: Path in our module, for example `blocks/norm3/scale`.
         transform: Layout change from source to target.
+        part: `(index, count)`: fills only this one of equal parts of the target's last axis.
     """
 
     source: str
     target: str
     transform: Transform = IDENTITY
+    part: Part | None = None
 
 
-def affine(source: str, target: str, weight: Transform = LINEAR) -> list[Rule]:
+def affine(source: str, target: str, weight: Transform = LINEAR, *, part: Part | None = None) -> list[Rule]:
     """Weight and bias of a linear layer or a convolution."""
-    return [Rule(f"{source}.weight", f"{target}/kernel", weight), Rule(f"{source}.bias", f"{target}/bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}/kernel", weight, part),
+        Rule(f"{source}.bias", f"{target}/bias", part=part),
+    ]
 
 
 def norm(source: str, target: str) -> list[Rule]:
@@ -104,12 +115,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One source tensor and the place it goes: all of `path`, or its `layer`-th slice."""
+    """One source tensor and the place it goes: all of `path`, its `layer`-th slice, or a part of either."""
 
     key: str
     path: str
     layer: int | None
     transform: Transform
+    part: Part | None = None
+
+    def place(self, value: np.ndarray, *, of_layer: bool = False) -> np.ndarray:
+        """Where in the array of all of `path`, or in its layer's alone, the tensor lies; a view."""
+        value = value[... if self.layer is None or of_layer else self.layer]
+        if self.part is None:
+            return value
+        index, count = self.part
+        width = value.shape[-1] // count
+        return value[..., index * width : (index + 1) * width]
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,10 @@ class Plan:
     target: dict[str, Parameter]
     ignored: dict[str, str]
     problems: list[str]
+
+
+Place = tuple[str, int | None, Part | None]
+"""Path, layer and part that a tensor fills."""
 
 
 class ConversionError(ValueError):
@@ -161,7 +186,7 @@ def make_plan(
     compiled = [(rule, _pattern(rule.source)) for rule in rules]
     problems: list[str] = []
     ignored: dict[str, str] = {}
-    filled: dict[tuple[str, int | None], list[Entry]] = {}
+    filled: dict[Place, list[Entry]] = {}
     for key in source:
         if pattern := next((p for p in ignore if fnmatchcase(key, p)), None):
             ignored[key] = pattern
@@ -171,7 +196,8 @@ def make_plan(
             paths = ", ".join(sorted({entry.path for entry in matches}))
             problems.append(f"doubly mapped: {key} is taken by {len(matches)} rules, to {paths}")
         elif matches:
-            filled.setdefault((matches[0].path, matches[0].layer), []).append(matches[0])
+            entry = matches[0]
+            filled.setdefault((entry.path, entry.layer, entry.part), []).append(entry)
         else:
             problems.append(f"unexpected: {key} {list(source[key].shape)} has no place in the model")
     entries: list[Entry] = []
@@ -179,7 +205,7 @@ def make_plan(
         entries += _fill_one(path, spec, filled, source, problems)
     problems += [
         f"unexpected: {entry.key} would go to {path}, which the model lacks"
-        for (path, _), group in filled.items()
+        for (path, *_), group in filled.items()
         if path not in target
         for entry in group
     ]
@@ -197,31 +223,35 @@ def _entry(key: str, rule: Rule, match: re.Match[str]) -> Entry:
     if len(stacked) > 1:
         raise ValueError(f"rule {rule.source}: {stacked} cannot all be positions in one stack")
     layer = int(indices[stacked[0]]) if stacked else None
-    return Entry(key, rule.target.format(**indices), layer, rule.transform)
+    return Entry(key, rule.target.format(**indices), layer, rule.transform, rule.part)
 
 
 def _fill_one(
     path: str,
     spec: Parameter,
-    filled: Mapping[tuple[str, int | None], list[Entry]],
+    filled: Mapping[Place, list[Entry]],
     source: Mapping[str, TensorSpec],
     problems: list[str],
 ) -> list[Entry]:
     """The entries that fill one parameter; adds to `problems` what is missing, doubled or misshapen."""
-    layers = [layer for filled_path, layer in filled if filled_path == path]
+    layers = [layer for filled_path, layer, _ in filled if filled_path == path]
     is_stack = any(layer is not None for layer in layers)
     wanted: Sequence[int | None] = range(spec.shape[0]) if is_stack else [None]
+    count = max((part[1] for filled_path, _, part in filled if filled_path == path and part), default=0)
+    parts = [(i, count) for i in range(count)] or [None]
+    whole = np.broadcast_to(np.int8(0), spec.shape)
     entries = []
-    for layer in wanted:
+    for layer, part in product(wanted, parts):
         place = path if layer is None else f"{path}[{layer}]"
-        group = filled.get((path, layer), [])
+        shape = Entry("", path, layer, IDENTITY, part).place(whole).shape
+        group = filled.get((path, layer, part), [])
         if not group:
-            problems.append(f"missing: nothing fills {place} {list(spec.shape[is_stack:])}")
+            problems.append(f"missing: nothing fills {place} {list(shape)}")
             continue
         if len(group) > 1:
             problems.append(f"doubly mapped: {', '.join(e.key for e in group)} all go to {place}")
         entry = group[0]
-        got, shape = source[entry.key].shape, tuple(spec.shape[is_stack:])
+        got = source[entry.key].shape
         # Backwards too: a reshape forwards takes any shape of the same size.
         expected = _shape_after(entry.transform.inverse, shape)
         if got != expected or _shape_after(entry.transform.forward, got) != shape:
@@ -230,7 +260,7 @@ def _fill_one(
         entries.append(entry)
     problems += [
         f"unexpected: {entry.key} is layer {layer}, but {path} has {spec.shape[0]}"
-        for (filled_path, layer), group in filled.items()
+        for (filled_path, layer, _), group in filled.items()
         if filled_path == path and layer not in wanted
         for entry in group
     ]
@@ -274,36 +304,56 @@ def load(
         value = entry.transform.forward(read(entry.key))
         if entry.path not in values:
             values[entry.path] = np.empty(spec.shape, dtype or spec.dtype)
-        values[entry.path][... if entry.layer is None else entry.layer] = value
+        entry.place(values[entry.path])[...] = value
     return values
 
 
-def assign(module: nnx.Module, values: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Writes parameters by path into a module, in place; every one of them must be given."""
+def assign(
+    module: nnx.Module, values: Mapping[str, np.ndarray | jax.Array], *, consume: bool = False
+) -> None:
+    """Writes parameters by path into a module, in place; every one of them must be given.
+
+    Args:
+        module: The module, or its `nnx.eval_shape`.
+        values: All parameters.
+        consume: Take each out of `values`, a dict, as it is written.
+    """
     state = nnx.state(module, nnx.Param)
     flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     if flat.keys() != values.keys():
         raise ConversionError([f"missing or unexpected: {p}" for p in sorted(flat.keys() ^ values.keys())])
     for path, variable in flat.items():
-        variable.set_value(jnp.asarray(values[path]))
+        variable.set_value(jnp.asarray(values.pop(path) if consume else values[path]))
     nnx.update(module, state)
 
 
-def export(
-    rules: Iterable[Rule], values: Mapping[str, np.ndarray | jax.Array]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads a table backwards: yields source keys and tensors from parameters by path.
+def export_entries(rules: Iterable[Rule], target: Mapping[str, Any]) -> Iterator[Entry]:
+    """Reads a table backwards: where in a module's parameters each tensor of the file lies.
+
+    Args:
+        rules: The table.
+        target: Parameters, or their shapes, by path.
 
     Raises:
         ConversionError: A parameter has no rule, or more than one.
     """
     compiled = [(rule, _pattern(rule.target)) for rule in rules]
-    for path, value in values.items():
+    for path, value in target.items():
         matches = [(rule, m) for rule, regex in compiled if (m := regex.fullmatch(path))]
-        if len(matches) != 1:
+        parts = [rule.part for rule, _ in matches]
+        if parts not in ([None], [(i, len(parts)) for i in range(len(parts))]) or not parts:
             raise ConversionError([f"{path}: {len(matches)} rules export it, one is needed"])
-        rule, match = matches[0]
-        stacked = [n for n in _INDEX.findall(rule.source) if n not in match.groupdict()]
-        for index, layer in enumerate(value) if stacked else [(None, value)]:
-            indices = match.groupdict() | dict.fromkeys(stacked, index)
-            yield rule.source.format(**indices), rule.transform.inverse(np.asarray(layer))
+        for rule, match in matches:
+            stacked = [n for n in _INDEX.findall(rule.source) if n not in match.groupdict()]
+            for layer in range(value.shape[0]) if stacked else [None]:
+                indices = match.groupdict() | dict.fromkeys(stacked, layer)
+                key = rule.source.format(**indices)
+                yield Entry(key, path, layer, rule.transform, rule.part)
+
+
+def export(
+    rules: Iterable[Rule], values: Mapping[str, np.ndarray | jax.Array]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields source keys and tensors from parameters by path; errors as `export_entries`."""
+    for entry in export_entries(rules, values):
+        yield entry.key, entry.transform.inverse(entry.place(np.asarray(values[entry.path])))

@@ -6,8 +6,10 @@ original modules.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,70 @@ def to_json(rows: list[Row]) -> str:
     return json.dumps([asdict(row) | {"verdict": row.verdict} for row in rows], indent=1)
 
 
+def to_markdown(rows: list[Row], command: Sequence[str]) -> str:
+    """The page `docs/parity.md`: the rows, how they come about, and with which versions.
+
+    Args:
+        rows: Of every reference.
+        command: What the page says it is written by; an argument a line.
+    """
+    first, *arguments = command
+    failed = sum(row.verdict == "fail" for row in rows)
+    versions = [f"| {name} | {version} |" for name, version in _versions().items()]
+    written_by = " \\\n    ".join([first, *arguments])
+    return f"""{_PARITY.format(command=written_by)}
+## Versions
+
+| | |
+| --- | --- |
+{chr(10).join(versions)}
+
+## References
+
+{len(rows)} outputs compared, {failed} beyond their limit.
+
+{table(rows)}
+"""
+
+
+_PARITY = """\
+# Parity with PyTorch
+
+This page is written by a command; do not edit it.
+
+```
+{command}
+```
+
+A reference holds small random weights under the official key names, inputs, and what the official modules
+made of them in float32 on a CPU (wav2vec2: transformers' module). Here the modules that sample load the same
+weights and run on the same inputs, with the highest precision of matrix products. The difference is
+relative: norm of the difference over norm of the reference. A guided sample and UMT5 may be 5e-6 off,
+everything else 2e-6; what is counted must be equal. References named `small_activations` have tiny inputs to
+norms, so that a wrong epsilon shows.
+
+The tests compare live, with whatever versions they find:
+
+- `tests/test_end_to_end.py`: from picture, sound, prompt and noise to the final latents, within 1e-5; the
+  encoders of transformers, the VAE of diffusers, and the transformer with its adapter written in PyTorch.
+- `tests/test_wan_diffusers.py`, `tests/test_vae_diffusers.py`: layer by layer and whole, weights both ways.
+- `tests/test_umt5.py`, `tests/test_clip_vision.py`, `tests/test_wav2vec2.py`: transformers, both ways.
+- `tests/test_preprocessing.py`: what is done to picture, sound and text before, against Pillow, PyTorch,
+  transformers, soxr and ftfy.
+"""
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes here, and of what the tests compare with."""
+    found = {"computed on": jax.default_backend(), "python": platform.python_version()}
+    for name in ("jax", "flax", "numpy", "torch", "transformers", "diffusers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
 def _limit(component: str, output: str, expected: np.ndarray) -> float:
     """Float32's own floor with little room: looser limits have been seen to hide real faults."""
     if expected.dtype.kind in "iu":
@@ -167,7 +233,7 @@ def _run_fantasytalking(
     ) -> np.ndarray:
         conditions = model.conditions(jnp.asarray(inputs[text]), image)
         conditions["audio"] = (
-            adapter.clip_level(features, scale=scale)
+            adapter.clip_level(features, num_frames, scale=scale)
             if clip_level
             else adapter.frame_level(features, num_frames, expand=expand, scale=scale)
         )

@@ -66,9 +66,15 @@ def diffusers_rules(config: WanConfig) -> list[Rule]:
     ]
 
 
-def audio_adapter_rules(config: AudioAdapterConfig) -> list[Rule]:
-    """Keys of `fantasytalking_model`: the safetensors file's, or the .ckpt's two dictionaries flattened."""
-    processor = "audio_processor.blocks.{layer}.cross_attn.processor"
+def audio_adapter_rules(
+    config: AudioAdapterConfig, processor: str = "audio_processor.blocks.{layer}.cross_attn.processor"
+) -> list[Rule]:
+    """Keys of `fantasytalking_model`: the safetensors file's, or the .ckpt's two dictionaries flattened.
+
+    Args:
+        config: Sizes.
+        processor: What stands before the blocks' `k_proj` and `v_proj`; ComfyUI has no processor there.
+    """
     return [
         Rule("proj_model.proj.weight", "projection/kernel", LINEAR),
         *norm("proj_model.norm", "norm"),

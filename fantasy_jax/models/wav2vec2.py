@@ -37,6 +37,18 @@ class Wav2Vec2Config:
     do_stable_layer_norm: bool = False
 
 
+WAV2VEC2_LARGE = Wav2Vec2Config(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    conv_bias=True,
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+)
+"""Sizes of wav2vec2-large-960h-lv60-self, and of the XLSR models of other languages."""
+
+
 class FeatureConv(nnx.Module):
     """One strided convolution of the waveform's encoder, perhaps a norm, GELU."""
 

@@ -1,0 +1,250 @@
+"""`convert_weights.py export`: bit for bit what was imported, and read by the programs it is meant for."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import DATA
+from safetensors.numpy import load_file, save_file
+
+import convert_weights
+from fantasy_jax import cli
+from fantasy_jax.convert.components import recognise
+from fantasy_jax.convert.files import WeightsError, open_weights, write_safetensors
+from fantasy_jax.convert.rules import TensorSpec, load
+from fantasy_jax.weights import FOLDERS, load_network, save_network
+
+REFERENCES = (
+    "fantasytalking_dit",
+    "wan_vae",
+    "umt5_encoder",
+    "clip_vision",
+    "wav2vec2",
+    "wav2vec2_large_style",
+)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs convert_weights.py; gives exit code, standard output, and the last line of standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err.splitlines()[-1] if err else ""
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """All references, each in a store of its own."""
+    folder = tmp_path_factory.mktemp("stores")
+    for name in REFERENCES:
+        for found in recognise(open_weights(DATA / name)):
+            place = folder / name / FOLDERS[found.component.name]
+            save_network(place, found.load(), component=found.component.name)
+    return folder
+
+
+def cases():
+    """Every reference, network and layout."""
+    for name in REFERENCES:
+        for found in recognise(open_weights(DATA / name)):
+            for layout in found.component.layouts:
+                yield name, found.component.name, layout.name
+
+
+def widened(found):
+    """The tensors of a reference's file that are needed, float32."""
+    needed = found.plan()[1].ignored.keys() ^ found.weights.specs.keys()
+    return {key: np.asarray(found.weights.read(key), np.float32) for key in needed}
+
+
+@pytest.mark.parametrize(("reference", "component", "layout"), list(cases()))
+def test_every_layout_of_every_network_comes_back(store, tmp_path, reference, component, layout):
+    folder, file = store / reference / FOLDERS[component], tmp_path / "x.safetensors"
+    options = ["--component", folder.name, "--layout", layout, "--output", str(file)]
+    assert convert_weights.main(["export", "--weights", str(folder.parent), *options]) == 0
+    found = next(x for x in recognise(open_weights(DATA / reference)) if x.component.name == component)
+    exported = load_file(file)
+    if layout == found.layout.name:
+        assert exported.keys() == widened(found).keys()
+        for key, value in widened(found).items():
+            np.testing.assert_array_equal(exported[key], value, strict=True)
+
+    (tmp_path / "config.json").write_text((DATA / reference / "config.json").read_text())
+    (again,) = recognise(open_weights(file))
+    assert (again.component.name, again.layout.name) == (component, layout)
+    # One block less than the whole tower is kept, which only the official table's file shows.
+    values, wanted = load(again.plan()[1], again.weights.read), load(found.plan()[1], found.weights.read)
+    for path, value in wanted.items():
+        np.testing.assert_array_equal(values[path], value, strict=True)
+
+
+def test_import_then_export_is_the_file_in_bfloat16_too(tmp_path, command):
+    """The adapter's own file, bfloat16 on all sides."""
+    _, found = recognise(open_weights(DATA / "fantasytalking_dit"))
+    tensors = {key: value.astype(jnp.bfloat16) for key, value in widened(found).items()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    (tmp_path / "config.json").write_text((DATA / "fantasytalking_dit" / "config.json").read_text())
+    source = ["--fantasytalking", tmp_path / "in.safetensors", "--dtype", "bfloat16"]
+    assert command("import", *source, "--output", tmp_path / "store")[0] == 0
+    options = ["--component", "audio_adapter", "--output", tmp_path / "out.safetensors"]
+    code, out, _ = command("export", "--weights", tmp_path / "store", *options)
+    assert code == 0
+    size = sum(2 * value.size for value in tensors.values())
+    assert f"9 tensors of fantasytalking, official keys, {size:,} bytes of bfloat16" in out
+    exported = load_file(tmp_path / "out.safetensors")
+    assert exported.keys() == tensors.keys()
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(exported[key], value, strict=True)
+
+
+def export(store, tmp_path, reference, network, layout):
+    """An exported file as PyTorch reads it."""
+    from safetensors.torch import load_file as load_torch
+
+    file = tmp_path / "x.safetensors"
+    options = ["--component", network, "--layout", layout, "--output", str(file)]
+    assert convert_weights.main(["export", "--weights", str(store / reference), *options]) == 0
+    return load_torch(file)
+
+
+def test_the_official_class_loads_the_adapter(store, tmp_path):
+    """As fantasy-talking's `load_audio_processor` does it, but strictly: every key, and no other."""
+    import torch
+    from torch import nn
+
+    class Projection(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(32, 48, bias=False)
+            self.norm = nn.LayerNorm(48)
+
+    def processor():
+        return nn.ModuleDict({name: nn.Linear(48, 96, bias=False) for name in ("k_proj", "v_proj")})
+
+    def block():
+        return nn.ModuleDict({"cross_attn": nn.ModuleDict({"processor": processor()})})
+
+    tensors = export(store, tmp_path, "fantasytalking_dit", "audio_adapter", "official")
+    parts = {part: {} for part in ("proj_model", "audio_processor")}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        parts[part][name] = value
+    projection = Projection()
+    projection.load_state_dict(parts["proj_model"], strict=True)
+    blocks = nn.ModuleDict({"blocks": nn.ModuleList(block() for _ in range(3))})
+    blocks.load_state_dict(parts["audio_processor"], strict=True)
+
+    config = recognise(open_weights(DATA / "fantasytalking_dit"))[1].config
+    ours = load_network(store / "fantasytalking_dit" / "audio_adapter", config, dtype=jnp.float32)
+    features = np.random.default_rng(0).standard_normal((1, 7, 32), np.float32)
+    with torch.no_grad():
+        theirs = projection.norm(projection.proj(torch.from_numpy(features))).numpy()
+    np.testing.assert_allclose(ours.tokens(jnp.asarray(features)), theirs, atol=2e-6)
+
+
+def test_comfyui_merges_the_adapter_into_the_transformer(store, tmp_path):
+    """Its loader gives each cross-attention `k_proj` and `v_proj`, then reads both files as one."""
+    tensors = export(store, tmp_path, "fantasytalking_dit", "audio_adapter", "comfyui")
+    assert tensors["proj_model.proj.weight"].shape[0] == 48
+    names = {f"blocks.{i}.cross_attn.{x}_proj.weight" for i in range(3) for x in "kv"}
+    assert tensors.keys() == names | {
+        "proj_model.proj.weight",
+        "proj_model.norm.weight",
+        "proj_model.norm.bias",
+    }
+    transformer = export(store, tmp_path, "fantasytalking_dit", "transformer", "official")
+    assert not tensors.keys() & transformer.keys()
+
+
+def test_transformers_loads_the_encoders(store, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    sizes = json.loads((DATA / "clip_vision" / "config.json").read_text())
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=sizes["dim"],
+            intermediate_size=sizes["dim"] * sizes["mlp_ratio"],
+            num_hidden_layers=sizes["num_layers"],
+            num_attention_heads=sizes["num_heads"],
+            image_size=sizes["image_size"],
+            patch_size=sizes["patch_size"],
+        )
+    )
+    tensors = export(store, tmp_path, "clip_vision", "image_encoder", "transformers 5")
+    faults = clip.load_state_dict(tensors, strict=False)
+    assert faults.unexpected_keys == []
+    # What lies behind the last block but one is not imported, for nothing here listens to it.
+    behind = (f"encoder.layers.{sizes['num_layers'] - 1}.", "post_layernorm.")
+    assert all(key.startswith(behind) for key in faults.missing_keys)
+
+    sizes = json.loads((DATA / "umt5_encoder" / "config.json").read_text())
+    umt5 = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=sizes["vocab"],
+            d_model=sizes["dim"],
+            d_kv=sizes["dim_attn"] // sizes["num_heads"],
+            d_ff=sizes["dim_ffn"],
+            num_layers=sizes["num_layers"],
+            num_heads=sizes["num_heads"],
+        )
+    )
+    faults = umt5.load_state_dict(
+        export(store, tmp_path, "umt5_encoder", "text_encoder", "diffusers"), strict=False
+    )
+    assert faults.unexpected_keys == []
+    assert set(faults.missing_keys) <= {"encoder.embed_tokens.weight"}
+
+
+# Faults: one line, and no file
+
+
+@pytest.mark.parametrize(
+    ("network", "layout", "output", "message"),
+    [
+        ("vae", "official", "x.safetensors", "vae: holds no complete weights"),
+        ("audio_adapter", "diffusers", "x.safetensors", "has no layout 'transformers'; there is comfyui"),
+        ("audio_adapter", "official", "x.pth", "x.pth: is written as safetensors"),
+        ("audio_adapter", "official", "file/x.safetensors", "file"),
+    ],
+)
+def test_what_cannot_be_exported(store, tmp_path, command, network, layout, output, message):
+    (tmp_path / "file").write_text("")
+    options = ["--component", network, "--layout", layout, "--output", tmp_path / output]
+    code, out, err = command("export", "--weights", store / "fantasytalking_dit", *options)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), WeightsError("x: damaged")]
+)
+def test_half_a_file_is_not_left(tmp_path, error):
+    def tensors():
+        yield "a", np.zeros(3, np.float32)
+        raise error
+
+    spec = TensorSpec((3,), np.dtype(np.float32))
+    with pytest.raises((WeightsError, KeyboardInterrupt)):
+        write_safetensors(tmp_path / "x.safetensors", {"a": spec, "b": spec}, tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_as_safetensors_writes_it(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a": rng.standard_normal((3, 4), np.float32).T,
+        "half": rng.standard_normal(3).astype(jnp.bfloat16),
+        "scalar": np.array(2.0),
+        "none": np.zeros((0, 2), np.int8),
+    }
+    specs = {key: TensorSpec(value.shape, value.dtype) for key, value in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", specs, tensors.items())
+    for key, value in load_file(tmp_path / "x.safetensors").items():
+        np.testing.assert_array_equal(value, tensors[key], strict=True)
