@@ -82,7 +82,7 @@ def reference_conditions(model: WanTransformer, inputs: dict, *, text: str = "te
     adapter, features = model.adapters["audio"], inputs["audio_features"]
     num_frames = 4 * inputs["latents"].shape[1] - 3
     audio = (
-        adapter.clip_level(features, scale=scale)
+        adapter.clip_level(features, num_frames, scale=scale)
         if clip
         else adapter.frame_level(features, num_frames, scale=scale)
     )

@@ -126,11 +126,11 @@ def test_each_frame_hears_its_own_window_and_nothing_else(adapter, features, que
 
 def test_at_clip_level_everybody_hears_everything(adapter, features, queries):
     hear = layer(adapter.layers, 0)
-    condition = adapter.clip_level(features)
+    condition = adapter.clip_level(features, NUM_FRAMES)
     assert condition.tokens.shape == (2, NUM_TOKENS, CONFIG.token_width)
     expected = hear(queries, condition)
     for token in (0, NUM_TOKENS // 2, NUM_TOKENS - 1):
-        result = hear(queries, adapter.clip_level(features.at[:, token].add(1.0)))
+        result = hear(queries, adapter.clip_level(features.at[:, token].add(1.0), NUM_FRAMES))
         assert np.all(np.any(result != expected, axis=(3, 4)))
 
 

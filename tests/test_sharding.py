@@ -80,7 +80,7 @@ def model_inputs(rows, columns, batch=BATCH):
 def run_model(model, inputs, clip_level=False):
     adapter, audio = model.adapters["audio"], inputs["audio"]
     conditions = model.conditions(inputs["text"], inputs["image"])
-    conditions["audio"] = adapter.clip_level(audio) if clip_level else adapter.frame_level(audio, 9)
+    conditions["audio"] = adapter.clip_level(audio, 9) if clip_level else adapter.frame_level(audio, 9)
     return model(inputs["latents"], inputs["first_frame"], inputs["timestep"], conditions)
 
 

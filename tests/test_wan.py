@@ -118,7 +118,7 @@ def test_a_new_adapter_changes_nothing_to_the_bit(tiny):
     features = jax.random.normal(jax.random.key(4), (2, 20, TINY_AUDIO.feature_width))
 
     def heard():
-        for audio in (adapter.clip_level(features), adapter.frame_level(features, 9)):
+        for audio in (adapter.clip_level(features, 9), adapter.frame_level(features, 9)):
             yield forward(listening, *inputs, conditions | {"audio": audio})
 
     assert all(np.array_equal(result, expected) for result in heard())

@@ -1,7 +1,7 @@
 """Euler's method from noise to latents, one compiled program for every step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def _branch_conditions(
     for branch in needed:
         text = negative if branch.negative_text else prompt
         base = {name: Condition(c.tokens, scale=jnp.ones(batch)) for name, c in text.items()}
-        heard = Condition(audio.tokens, audio.lengths, jnp.full(batch, branch.audio_scale, jnp.float32))
+        heard = replace(audio, scale=jnp.full(batch, branch.audio_scale, jnp.float32))
         each.append(base | {"audio": heard})
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 

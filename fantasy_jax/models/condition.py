@@ -14,6 +14,7 @@ from flax import nnx
 
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.layers import RMSNorm
+from fantasy_jax.models.rope import rotate, time_table
 from fantasy_jax.typing import Array, DType, Float, Leaf
 
 _XAVIER = nnx.initializers.xavier_uniform()
@@ -29,11 +30,14 @@ class Condition:
         lengths: How many of the tokens are real, for each sample (`[B]`) or each sample and frame (`[B, F]`);
             None: all.
         scale: Weight of what is attended, a number or `[B]`; 0 takes the condition out exactly.
+        times: When latent frames (`[B, F]`) and tokens (`[B, L]` or `[B, F, L]`) are, in one unit; turns
+            queries and keys so that heads can tell before from after. None: tokens are a set.
     """
 
     tokens: Leaf
     lengths: Leaf = None
     scale: Leaf = 1.0
+    times: tuple[Leaf, Leaf] | None = None
 
 
 class KeyValue(nnx.Module):
@@ -78,6 +82,10 @@ class KeyValue(nnx.Module):
         if self.key_norm is not None:
             k = self.key_norm(k).astype(v.dtype)
         k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (k, v))
+        if condition.times is not None:
+            frames, moments = condition.times
+            q = rotate(q, *time_table(frames[:, None], q.shape[-1]))
+            k = rotate(k, *time_table(moments, k.shape[-1]))
         if tokens.ndim == 4:
             attended = jax.vmap(_attend, in_axes=(2, 1, 1, 1), out_axes=2)(q, k, v, condition.lengths)
         else:

@@ -11,6 +11,7 @@ import numpy as np
 from fantasy_jax.typing import Array, Float
 
 _MAX_PERIOD = 10_000.0
+_MAX_TIME = 100.0
 
 
 def rotary_table(
@@ -47,13 +48,22 @@ def rotary_table(
     return spread(np.cos), spread(np.sin)
 
 
+def time_table(
+    times: Float[Array, "*n"], head_width: int
+) -> tuple[Float[Array, "*n K2"], Float[Array, "*n K2"]]:
+    """Cosine and sine of rotary angles for moments, which may be fractional: a radian a unit and slower."""
+    pairs = head_width // 2
+    angles = times[..., None] * _MAX_TIME ** (-np.arange(pairs, dtype=np.float32) / pairs)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(
-    x: Float[Array, "B S F N K"], cosine: Float[Array, "S F K2"], sine: Float[Array, "S F K2"]
-) -> Float[Array, "B S F N K"]:
-    """Turns each pair of neighbouring channels by its angle, in float32."""
+    x: Float[Array, "*n N K"], cosine: Float[Array, "*p K2"], sine: Float[Array, "*p K2"]
+) -> Float[Array, "*n N K"]:
+    """Turns each pair of neighbouring channels by its angle, in float32; heads share angles."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    cosine, sine = cosine[:, :, None], sine[:, :, None]
+    cosine, sine = cosine[..., None, :], sine[..., None, :]
     turned = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 

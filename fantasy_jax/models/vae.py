@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.models.attention import attention
+from fantasy_jax.models.layers import convolve
 from fantasy_jax.typing import Array, DType, Float
 
 CHUNK = 4
@@ -22,7 +23,7 @@ CHUNK = 4
 
 # As PyTorch draws them. (A normal draw for each of some sixty kernels takes seconds to compile.)
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-Conv = partial(nnx.Conv, kernel_init=_UNIFORM)
+Conv = partial(nnx.Conv, kernel_init=_UNIFORM, conv_general_dilated=convolve)
 Linear = partial(nnx.Linear, kernel_init=_UNIFORM)
 
 Carried = tuple[Array, ...]
@@ -45,6 +46,10 @@ class VAEConfig:
         temporal_downsample: Whether the step after each stage but the last halves time as well as space.
         latent_mean: Of the posterior's mean over much video, by channel.
         latent_std: Its deviation.
+        patch: Rows and columns of pixels that become channels before the encoder, as in Wan2.2's VAE; it
+            spares the layers at full size.
+        linear_shortcut: Whether latents also get a linear map of the pixels that they stand for, and pixels
+            one of latents. Started from principal components it lets a small VAE learn in minutes.
     """
 
     dim: int = 96
@@ -60,6 +65,13 @@ class VAEConfig:
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
+    patch: int = 1
+    linear_shortcut: bool = False
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels to a latent, along each side."""
+        return self.patch * 2 ** len(self.temporal_downsample)
 
 
 class FrameMemory:
@@ -218,7 +230,7 @@ def _middle(dim: int, **types) -> list[nnx.Module]:
 
 
 def make_encoder(config: VAEConfig, **types) -> Coder:
-    """Three channels of pixels to mean and log variance of the posterior."""
+    """Pixels to mean and log variance of the posterior."""
     widths = [config.dim * m for m in (1, *config.dim_mult)]
     layers: list[nnx.Module] = []
     for stage, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -227,11 +239,12 @@ def make_encoder(config: VAEConfig, **types) -> Coder:
         if stage < len(config.temporal_downsample):
             layers.append(Downsample(outputs, temporal=config.temporal_downsample[stage], **types))
     layers += _middle(widths[-1], **types)
-    return Coder(3, 2 * config.latent_channels, (widths[0], widths[-1]), layers, **types)
+    inputs = 3 * config.patch**2
+    return Coder(inputs, 2 * config.latent_channels, (widths[0], widths[-1]), layers, **types)
 
 
 def make_decoder(config: VAEConfig, **types) -> Coder:
-    """Latents to three channels of pixels."""
+    """Latents to pixels."""
     widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
     temporal = config.temporal_downsample[::-1]
     layers = _middle(widths[0], **types)
@@ -241,7 +254,48 @@ def make_decoder(config: VAEConfig, **types) -> Coder:
         layers += [ResidualBlock(outputs, outputs, **types) for _ in range(config.num_res_blocks)]
         if stage < len(temporal):
             layers.append(Upsample(outputs, temporal=temporal[stage], **types))
-    return Coder(config.latent_channels, 3, (widths[0], widths[-1]), layers, **types)
+    outputs = 3 * config.patch**2
+    return Coder(config.latent_channels, outputs, (widths[0], widths[-1]), layers, **types)
+
+
+def to_blocks(video: Float[Array, "B T H W C"], frames: int, side: int) -> Float[Array, "B U h w D"]:
+    """Blocks of `frames` frames, `side` rows and `side` columns as channels."""
+    batch, length, height, width, _ = video.shape
+    blocks = (batch, length // frames, frames, height // side, side, width // side, side, -1)
+    blocked = video.reshape(blocks).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return blocked.reshape(*blocked.shape[:4], -1)
+
+
+def from_blocks(blocks: Float[Array, "B U h w D"], frames: int, side: int) -> Float[Array, "B T H W C"]:
+    """The reverse of `to_blocks`."""
+    batch, count, height, width, _ = blocks.shape
+    video = blocks.reshape(batch, count, height, width, frames, side, side, -1)
+    video = video.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return video.reshape(batch, count * frames, height * side, width * side, -1)
+
+
+class LinearShortcut(nnx.Module):
+    """Pixels to latents and back by one matrix for the first frame and one for every four after it."""
+
+    def __init__(self, config: VAEConfig, **types):
+        self.side = config.spatial_factor
+        pixels = 3 * self.side**2
+        self.encode_first = Linear(pixels, config.latent_channels, **types)
+        self.encode_chunk = Linear(CHUNK * pixels, config.latent_channels, **types)
+        self.decode_first = Linear(config.latent_channels, pixels, **types)
+        self.decode_chunk = Linear(config.latent_channels, CHUNK * pixels, **types)
+
+    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+        """What is added to the posterior's mean."""
+        first = self.encode_first(to_blocks(video[:, :1], 1, self.side))
+        rest = self.encode_chunk(to_blocks(video[:, 1:], CHUNK, self.side))
+        return jnp.concatenate([first, rest], axis=1)
+
+    def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
+        """What is added to the decoded pixels."""
+        first = from_blocks(self.decode_first(latents[:, :1]), 1, self.side)
+        rest = from_blocks(self.decode_chunk(latents[:, 1:]), CHUNK, self.side)
+        return jnp.concatenate([first, rest], axis=1)
 
 
 class WanVAE(nnx.Module):
@@ -262,6 +316,7 @@ class WanVAE(nnx.Module):
         self.moments = Linear(2 * config.latent_channels, 2 * config.latent_channels, **types)
         self.latents_in = Linear(config.latent_channels, config.latent_channels, **types)
         self.decoder = make_decoder(config, **types)
+        self.shortcut = LinearShortcut(config, **types) if config.linear_shortcut else None
         self.latent_mean = LatentStatistic(jnp.asarray(config.latent_mean, jnp.float32))
         self.latent_std = LatentStatistic(jnp.asarray(config.latent_std, jnp.float32))
 
@@ -276,18 +331,19 @@ class WanVAE(nnx.Module):
         Raises:
             ValueError: The length or a side does not fit.
         """
-        factor = 2 ** len(self.config.temporal_downsample)
+        factor = self.config.spatial_factor
         if video.shape[1] % CHUNK != 1 or video.shape[2] % factor or video.shape[3] % factor:
             raise ValueError(
                 f"a video of {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]} does not fit: "
                 f"frames must be 4k + 1, sides multiples of {factor}"
             )
-        first, carried = self.encoder(video[:, :1], None)
+        blocks = to_blocks(video, 1, self.config.patch)
+        first, carried = self.encoder(blocks[:, :1], None)
         graphdef, state = nnx.split(self.encoder)
 
         @jax.checkpoint
         def encode_chunk(state: nnx.State, carried: Carried, index: Array) -> tuple[Array, Carried]:
-            chunk = jax.lax.dynamic_slice_in_dim(video, 1 + CHUNK * index, CHUNK, axis=1)
+            chunk = jax.lax.dynamic_slice_in_dim(blocks, 1 + CHUNK * index, CHUNK, axis=1)
             return nnx.merge(graphdef, state)(chunk, carried)
 
         def body(carried: Carried, index: Array) -> tuple[Carried, Array]:
@@ -297,6 +353,8 @@ class WanVAE(nnx.Module):
         _, rest = jax.lax.scan(body, carried, jnp.arange(video.shape[1] // CHUNK))
         moments = jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
         mean, log_variance = jnp.split(self.moments(moments), 2, axis=-1)
+        if self.shortcut is not None:
+            mean += self.shortcut.encode(video)
         return mean, log_variance
 
     def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
@@ -310,6 +368,7 @@ class WanVAE(nnx.Module):
     def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
         """Video of normalised latents; not clamped to [-1, 1], which is the caller's to do."""
         latents = latents * self.latent_std.get_value() + self.latent_mean.get_value()
+        linear = 0 if self.shortcut is None else self.shortcut.decode(latents)
         latents = self.latents_in(latents)
         first, carried = self.decoder(latents[:, :1], None)
         graphdef, state = nnx.split(self.decoder)
@@ -329,4 +388,4 @@ class WanVAE(nnx.Module):
         shape = (first.shape[0], CHUNK * (latents.shape[1] - 1) + 1, *first.shape[2:])
         video = jnp.zeros(shape, first.dtype).at[:, :1].set(first)
         (_, video), _ = jax.lax.scan(body, (carried, video), jnp.arange(1, latents.shape[1]))
-        return video
+        return from_blocks(video, 1, self.config.patch) + linear

@@ -17,13 +17,24 @@ from fantasy_jax.typing import Array, DType, Float, Int
 
 @dataclass(frozen=True)
 class AudioAdapterConfig:
-    """Sizes of the adapter; the defaults are the released ones, for wav2vec2-base and the 14B transformer."""
+    """Sizes of the adapter; the defaults are the released ones, for wav2vec2-base and the 14B transformer.
+
+    Attributes:
+        feature_width: Of speech features.
+        token_width: Of audio tokens.
+        width: The transformer's.
+        num_heads: The transformer's.
+        num_layers: The transformer's.
+        rotary: Whether queries and keys are turned by their time. The released weights have no such thing:
+            wav2vec2's features carry their place, log-mel bands do not.
+    """
 
     feature_width: int = 768
     token_width: int = 2048
     width: int = 5120
     num_heads: int = 40
     num_layers: int = 40
+    rotary: bool = False
 
 
 class AudioAdapter(nnx.Module):
@@ -69,10 +80,17 @@ class AudioAdapter(nnx.Module):
         return self.norm(self.projection(features))
 
     def clip_level(
-        self, features: Float[Array, "B A C"], *, scale: float | Float[Array, " B"] = 1.0
+        self, features: Float[Array, "B A C"], num_frames: int, *, scale: float | Float[Array, " B"] = 1.0
     ) -> Condition:
-        """Every video token hears the whole clip (the paper's first training stage)."""
-        return Condition(self.tokens(features), scale=scale)
+        """Every video token hears the whole clip (the paper's first training stage).
+
+        Args:
+            features: Speech features that span exactly `num_frames` video frames.
+            num_frames: Video frames T = 4k + 1.
+            scale: Weight of the audio.
+        """
+        tokens = self.tokens(features)
+        return Condition(tokens, None, scale, self._times(tokens, num_frames, np.arange(tokens.shape[1])))
 
     def frame_level(
         self,
@@ -91,8 +109,25 @@ class AudioAdapter(nnx.Module):
             scale: Weight of the audio.
         """
         tokens = self.tokens(features)
-        windows, lengths = split_windows(tokens, window_ranges(tokens.shape[1], num_frames, expand=expand))
-        return Condition(windows, jnp.broadcast_to(lengths, (tokens.shape[0], *lengths.shape)), scale)
+        ranges = window_ranges(tokens.shape[1], num_frames, expand=expand)
+        windows, lengths = split_windows(tokens, ranges)
+        moments = np.maximum(ranges[:, :1], 0) + np.arange(windows.shape[2])
+        lengths = jnp.broadcast_to(lengths, (tokens.shape[0], *lengths.shape))
+        return Condition(windows, lengths, scale, self._times(tokens, num_frames, moments))
+
+    def _times(
+        self, tokens: Float[Array, "B A D"], num_frames: int, moments: Int[np.ndarray, "*n"]
+    ) -> tuple[Array, Array] | None:
+        """When latent frames and tokens are, in tokens from the clip's begin; None if not needed."""
+        if not self.config.rotary:
+            return None
+        per_frame = tokens.shape[1] / num_frames
+        # Latent frame 0 is video frame 0, latent frame i the four from 4i - 3 on. A token has length 1.
+        middles = per_frame * np.array([0.5, *range(3, num_frames, 4)]) - 0.5
+        return tuple(
+            jnp.broadcast_to(jnp.asarray(times, jnp.float32), (tokens.shape[0], *times.shape))
+            for times in (middles, moments)
+        )
 
 
 def window_ranges(num_tokens: int, num_frames: int, *, expand: int = 0) -> Int[np.ndarray, "F 2"]:

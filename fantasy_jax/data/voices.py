@@ -1,0 +1,210 @@
+"""Speech-like sound with a known mouth: syllables of vowels and consonants, spoken by a drawn voice.
+
+A source-filter synthesiser: harmonics of a gliding pitch under four formants, and bands of noise for
+fricatives. Articulation comes first, sound and mouth follow from it: an open jaw raises both the first
+formant and the level, closed lips silence what they close. So whoever hears level and formants can tell the
+mouth, in real speech too.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fantasy_jax.typing import Float
+
+SAMPLE_RATE = 16_000
+_CONTROL_RATE = 200
+"""Articulation is worked out this often a second."""
+
+# Jaw opening, lip rounding, three formants in Hz (means of adult speakers, Peterson and Barney 1952).
+_VOWELS = {
+    "a": (1.00, 0.0, 730, 1250, 2500),
+    "ae": (0.80, 0.0, 660, 1720, 2410),
+    "e": (0.55, 0.0, 530, 1840, 2480),
+    "schwa": (0.45, 0.1, 500, 1400, 2450),
+    "o": (0.55, 0.8, 500, 900, 2410),
+    "i": (0.25, 0.0, 290, 2250, 2950),
+    "u": (0.18, 1.0, 320, 850, 2250),
+}
+# Jaw opening (None: the vowel's), voicing, three formants, level of noise, its centre and width in Hz.
+_CONSONANTS = {
+    "m": (0.00, 0.22, 260, 1000, 2200, 0.00, 3000, 2000),
+    "b": (0.00, 0.03, 250, 900, 2200, 0.01, 1500, 1500),
+    "f": (0.08, 0.00, 400, 1200, 2400, 0.12, 4500, 2500),
+    "s": (0.12, 0.00, 350, 1700, 2600, 0.30, 5600, 1200),
+    "sh": (0.15, 0.00, 350, 1700, 2400, 0.30, 3000, 900),
+    "d": (0.15, 0.10, 300, 1700, 2600, 0.04, 4000, 2000),
+    "l": (0.30, 0.45, 380, 1100, 2600, 0.00, 3000, 2000),
+    "g": (0.30, 0.08, 300, 1500, 2200, 0.04, 2000, 1000),
+    "": (None, 0.80, 500, 1500, 2500, 0.00, 3000, 2000),
+}
+_VOWEL_CHANCES = np.array([0.28, 0.14, 0.14, 0.12, 0.12, 0.12, 0.08])
+_FORMANT_WIDTHS = np.array([90.0, 120.0, 170.0, 250.0])
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A speaker.
+
+    Attributes:
+        pitch: Mean fundamental, in Hz.
+        melody: How far the pitch glides, as a share of it.
+        tract: Scale of all formants; above 1 for a shorter vocal tract.
+        breath: Noise under the vowels, against their level.
+        rate: Syllables a second.
+        level: Root mean square of loud vowels, full scale being 1.
+        noise: Of the room, likewise.
+    """
+
+    pitch: float
+    melody: float
+    tract: float
+    breath: float
+    rate: float
+    level: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Speech:
+    """An utterance and the mouth that spoke it.
+
+    Attributes:
+        waveform: `[samples]`, 16 kHz.
+        opening: Of the jaw in each video frame, `[T]`, from 0 (lips closed) to 1.
+        rounding: Of the lips, `[T]`, from 0 to 1.
+    """
+
+    waveform: np.ndarray
+    opening: np.ndarray
+    rounding: np.ndarray
+
+
+def draw_voice(rng: np.random.Generator) -> Voice:
+    """A voice; high voices tend to have short tracts."""
+    height = rng.uniform()
+    return Voice(
+        pitch=90 * 2 ** (1.35 * height + rng.normal() * 0.12),
+        melody=rng.uniform(0.04, 0.18),
+        tract=0.94 + 0.24 * height + rng.normal() * 0.03,
+        breath=rng.uniform(0.01, 0.08),
+        rate=rng.uniform(2.8, 4.6),
+        level=0.1 * 10 ** rng.uniform(-0.35, 0.35),
+        noise=10 ** rng.uniform(-4.0, -2.6),
+    )
+
+
+def speak(rng: np.random.Generator, voice: Voice, *, num_frames: int, fps: float) -> Speech:
+    """An utterance of drawn syllables and pauses.
+
+    Args:
+        rng: Decides what is said.
+        voice: Who says it.
+        num_frames: Video frames that it spans.
+        fps: Of them a second.
+    """
+    seconds = num_frames / fps
+    times = np.arange(int(np.ceil(seconds * _CONTROL_RATE)) + 1) / _CONTROL_RATE
+    tracks = _articulate(rng, voice, times)
+    while tracks[:, 0].std() < 0.12:  # a clip in which hardly anything is said teaches nothing
+        tracks = _articulate(rng, voice, times)
+    opening, rounding = tracks[:, 0], tracks[:, 1]
+    waveform = _voiced(rng, voice, times, tracks, seconds) + _noises(rng, voice, times, tracks, seconds)
+    waveform = voice.level * waveform + voice.noise * rng.normal(size=waveform.size)
+    frames = (np.arange(num_frames) + 0.5) / fps  # the middle of the time that a frame is exposed
+    return Speech(
+        np.clip(waveform, -1, 1).astype(np.float32),
+        np.interp(frames, times, opening).astype(np.float32),
+        np.interp(frames, times, rounding).astype(np.float32),
+    )
+
+
+def _articulate(
+    rng: np.random.Generator, voice: Voice, times: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 9"]:
+    """Opening, rounding, voicing, three formants, and noise (level, centre, width) over time."""
+    targets = np.zeros((times.size, 9))
+    start = -rng.uniform(0, 1 / voice.rate)  # the clip begins anywhere in a syllable
+    rest = np.array([0.0, 0.0, 0.0, 450, 1450, 2450, 0.0, 3000, 2000])
+    while start < times[-1]:
+        length = rng.uniform(0.75, 1.3) / voice.rate
+        if rng.uniform() < 0.12:
+            targets[times >= start] = rest
+            start += length
+            continue
+        consonant = _CONSONANTS[rng.choice(list(_CONSONANTS))]
+        opening, rounding, *formants = _VOWELS[rng.choice(list(_VOWELS), p=_VOWEL_CHANCES)]
+        opening *= rng.uniform(0.75, 1.0)
+        jaw, voicing, *others, noise, centre, width = consonant
+        jaw = opening if jaw is None else min(jaw, opening)
+        turn = start + length * rng.uniform(0.3, 0.42)
+        targets[times >= start] = [jaw, rounding, voicing * 0.6, *others, noise, centre, width]
+        loudness = 0.22 + 0.78 * opening
+        targets[times >= turn] = [opening, rounding, loudness, *formants, voice.breath, 3000, 4000]
+        start += length
+    # Lips and jaw are slow, the source is quick.
+    slow, quick = _smooth(targets, 0.028), _smooth(targets, 0.012)
+    return np.concatenate([slow[:, :2], quick[:, 2:3], slow[:, 3:6], quick[:, 6:]], axis=1)
+
+
+def _smooth(tracks: Float[np.ndarray, "n C"], sigma: float) -> Float[np.ndarray, "n C"]:
+    """A Gaussian of `sigma` seconds over time."""
+    reach = int(4 * sigma * _CONTROL_RATE)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (sigma * _CONTROL_RATE)) ** 2)
+    padded = np.pad(tracks, ((reach, reach), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.size, axis=0)
+    return windows @ (kernel / kernel.sum())
+
+
+def _voiced(
+    rng: np.random.Generator,
+    voice: Voice,
+    times: Float[np.ndarray, " n"],
+    tracks: Float[np.ndarray, "n 9"],
+    seconds: float,
+) -> Float[np.ndarray, " samples"]:
+    """Harmonics of the pitch, each as loud as the formants make it at that moment."""
+    samples = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    glide = np.sin(2 * np.pi * (rng.uniform(0.6, 1.8) * times + rng.uniform()))
+    pitch = voice.pitch * (1 + voice.melody * glide + 0.01 * rng.normal(size=times.size))
+    formants = np.concatenate([tracks[:, 3:6], np.full((times.size, 1), 3500.0)], axis=1) * voice.tract
+    count = int(5500 / voice.pitch)
+    harmonics = pitch[:, None] * np.arange(1, count + 1)
+    envelope = _resonance(harmonics, formants) * harmonics**-0.5
+    # Every vowel as loud as its articulation says: formants alone would make narrow ones louder.
+    envelope *= (tracks[:, 2] / np.sqrt((envelope**2).sum(axis=1) / 2 + 1e-9))[:, None]
+    phase = 2 * np.pi * np.cumsum(np.interp(samples, times, pitch)) / SAMPLE_RATE
+    wave = np.zeros(samples.size)
+    for k in range(count):
+        wave += np.interp(samples, times, envelope[:, k]) * np.sin((k + 1) * phase + rng.uniform(0, 6.28))
+    return wave
+
+
+def _resonance(
+    frequency: Float[np.ndarray, "n H"], formants: Float[np.ndarray, "n 4"]
+) -> Float[np.ndarray, "n H"]:
+    """Gain of four resonators at once, summed."""
+    distance = (frequency[..., None] - formants[:, None]) / _FORMANT_WIDTHS
+    return (np.array([1.0, 0.6, 0.35, 0.2]) / np.sqrt(1 + distance**2)).sum(axis=-1)
+
+
+def _noises(
+    rng: np.random.Generator,
+    voice: Voice,
+    times: Float[np.ndarray, " n"],
+    tracks: Float[np.ndarray, "n 9"],
+    seconds: float,
+) -> Float[np.ndarray, " samples"]:
+    """Noise in three bands, mixed as the fricatives of each moment ask."""
+    count = int(seconds * SAMPLE_RATE)
+    samples = np.arange(count) / SAMPLE_RATE
+    frequency = np.fft.rfftfreq(count, 1 / SAMPLE_RATE)
+    wave = np.zeros(count)
+    centres = np.array([2000.0, 3200.0, 5500.0])
+    nearness = np.exp(-0.5 * ((tracks[:, 7:8] - centres) / np.maximum(tracks[:, 8:9], 900)) ** 2)
+    nearness /= nearness.sum(axis=1, keepdims=True) + 1e-9
+    for band, centre in enumerate(centres * voice.tract):
+        shape = np.exp(-0.5 * ((frequency - centre) / 900) ** 2)
+        noise = np.fft.irfft(np.fft.rfft(rng.normal(size=count)) * shape, count)
+        wave += np.interp(samples, times, tracks[:, 6] * nearness[:, band]) * noise / noise.std()
+    return wave

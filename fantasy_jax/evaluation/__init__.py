@@ -1,0 +1,1 @@
+"""Metrics: how good what was made is."""
