@@ -12,7 +12,7 @@ from fantasy_jax.convert.exporter import export_weights
 from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.importer import import_weights
 from fantasy_jax.convert.inspect import inspect
-from fantasy_jax.convert.verify import table, to_json, verify
+from fantasy_jax.convert.verify import table, to_json, to_markdown, verify
 from fantasy_jax.weights import FOLDERS
 
 EXAMPLES = """\
@@ -102,6 +102,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(table(rows))
     if arguments.json:
         Path(arguments.json).write_text(to_json(rows) + "\n")
+    if arguments.markdown:
+        references = (f"--reference={folder}" for folder in arguments.reference)
+        settings = (*references, f"--dtype={arguments.dtype}", f"--markdown={arguments.markdown}")
+        page = to_markdown(rows, ["python convert_weights.py verify", *settings])
+        Path(arguments.markdown).write_text(page, encoding="utf-8")
     failed = sum(row.verdict == "fail" for row in rows)
     print(f"\n{len(rows)} outputs compared, {failed} beyond their limit")
     return int(failed > 0)
@@ -185,6 +190,7 @@ def _add_verify(commands: Any) -> None:
         help="a folder of config.json, weights.safetensors and activations.safetensors; may be repeated",
     )
     command.add_argument("--json", metavar="FILE", help="write the same as JSON")
+    command.add_argument("--markdown", metavar="FILE", help="write a page of it, such as docs/parity.md")
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

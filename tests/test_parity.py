@@ -1,7 +1,9 @@
 """Parity with the official PyTorch modules, by the command that users have, and that the command can fail."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert_weights import main
 
+PAGE = Path(__file__).parent.parent / "docs/parity.md"
 TRANSFORMER = ("fantasytalking_dit", "fantasytalking_dit_small_activations")
 ENCODERS = (
     "umt5_encoder",
@@ -71,3 +74,21 @@ def test_bfloat16_reports_its_cost_without_a_limit(capsys):
     row = next(x for x in capsys.readouterr().out.splitlines() if "velocity_audio_scale_1" in x)
     assert row.endswith("| reported |")
     assert 1e-3 < float(row.split(" | ")[4]) < 0.1
+
+
+def test_the_page_of_parity_is_written(tmp_path):
+    page = tmp_path / "parity.md"
+    main(["verify", f"--reference={DATA / 'wav2vec2'}", f"--markdown={page}"])
+    written = page.read_text()
+    assert f"--reference={DATA / 'wav2vec2'}" in written
+    assert "| wav2vec2 | last_hidden_state | 1 x 49 x 48 |" in written
+    for name in ("jax", "flax", "numpy", "torch", "transformers", "diffusers"):
+        assert re.search(rf"^\| {name} \| \d+\.\d+", written, re.MULTILINE)
+
+
+def test_the_kept_page_has_every_reference_and_no_failure():
+    rows = re.findall(r"^\| (\w+) \| (\w[\w.]*) \| .* \| (\w+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert {reference for reference, _, _ in rows} == {
+        folder.name for folder in DATA.iterdir() if folder.name != "manifests"
+    }
+    assert {verdict for _, _, verdict in rows} == {"pass"}

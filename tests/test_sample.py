@@ -1,13 +1,16 @@
 """The main job, as users start it: a picture, a sound and a prompt become an mp4."""
 
+import gc
 import hashlib
 import subprocess
 import sys
 import time
 import wave
+import weakref
 from pathlib import Path
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import DATA
@@ -16,10 +19,13 @@ from safetensors.numpy import load_file, save
 
 from fantasy_jax import cli
 from fantasy_jax.config import build, load_config
+from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.media import read_video
 from fantasy_jax.pipeline import (
     ModelConfig,
+    RandomNetworks,
     SampleConfig,
+    generate_latents,
     latent_shape,
     read_noise,
     save_latents,
@@ -136,6 +142,8 @@ def test_both_makers_of_features_hear_the_sound():
             "fantasy_talking_14b: no such folder; convert_weights.py import makes it",
         ),
         ("--weights=none", "none: no such folder"),
+        ("--tokenizer=none", "none: no such folder; give one that holds a tokenizer"),
+        (f"--tokenizer={DATA}", "holds no tokenizer that can be read"),
         (f"--weights={DATA}", "holds no complete weights"),
         ("--noise=none.safetensors", "none.safetensors: no such file"),
         ("--config.sample.stepz=3", "sample.stepz: no such setting; did you mean steps?"),
@@ -248,6 +256,54 @@ def refused(folder, monkeypatch, capsys, arguments):
     assert printed.err.startswith("sample.py: error: ")
     assert len(printed.err.splitlines()) == 1
     return printed.err
+
+
+class Watched(RandomNetworks):
+    """Remembers which encoders were alive when the transformer was asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.encoders, self.alive = {}, None
+
+    def watch(self, name, network):
+        self.encoders[name] = weakref.ref(network)
+        return network
+
+    def text_encoder(self):
+        encoder, tokenizer = super().text_encoder()
+        return self.watch("text", encoder), tokenizer
+
+    def image_encoder(self):
+        return self.watch("picture", super().image_encoder())
+
+    def speech_encoder(self):
+        return self.watch("speech", super().speech_encoder())
+
+    def vae(self):
+        return self.watch("vae", super().vae())
+
+    def transformer(self):
+        gc.collect()
+        self.alive = [name for name, encoder in self.encoders.items() if encoder() is not None]
+        return super().transformer()
+
+
+def test_encoders_are_gone_before_the_transformer_comes():
+    config = load_config(DEBUG)
+    networks = Watched(build(ModelConfig, config.model, "model"), byte_tokenizer())
+    settings = build(SampleConfig, config.sample, "sample")
+    picture, sound = Image.new("RGB", (64, 64)), np.zeros(16000, np.float32)
+    noise = np.zeros(latent_shape(picture, sound, settings, 16), np.float32)
+    generate_latents(
+        networks,
+        settings,
+        picture=picture,
+        sound=sound,
+        prompt="A person is talking.",
+        noise=jnp.asarray(noise),
+    )
+    assert set(networks.encoders) == {"text", "picture", "speech", "vae"}
+    assert networks.alive == []
 
 
 def test_help_shows_examples():

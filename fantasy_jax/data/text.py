@@ -9,6 +9,7 @@ import ftfy
 import numpy as np
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
+from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.typing import Int
 
 Tokenizer = PreTrainedTokenizerBase
@@ -43,8 +44,18 @@ def tokenize(
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a local folder, such as `google/umt5-xxl` in the official one; nothing is fetched."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """The tokenizer in a local folder, such as `google/umt5-xxl` in the official one; nothing is fetched.
+
+    Raises:
+        WeightsError: The folder is missing or damaged, or holds no tokenizer.
+    """
+    if not Path(folder).is_dir():
+        raise WeightsError(f"{folder}: no such folder; give one that holds a tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise WeightsError(f"{folder}: holds no tokenizer that can be read ({reason})") from error
 
 
 def byte_tokenizer() -> Tokenizer:
