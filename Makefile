@@ -4,10 +4,12 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 VENV ?= .venv
 EXTRAS ?= test
 RUN := $(VENV)/bin/python
+EXAMPLE := fantasy_jax/assets/example
 
 
 help:
 	@echo "make install    a virtual environment in $(VENV) with everything that is needed"
+	@echo "make demo       a talking video from what comes with the project: out/demo.mp4 and out/demo.png"
 	@echo "make test       all tests that are quick"
 	@echo "make test-all   all tests, slow ones too"
 	@echo "make lint       style and format"
@@ -22,6 +24,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
+
+demo: install
+	$(RUN) sample.py --config=configs/tiny.py --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav \
+		--prompt="A person is talking in a lively way." --output=out/demo.mp4
+	$(RUN) -m fantasy_jax.evaluation.video out/demo.mp4 --image=$(EXAMPLE)/portrait.png
 
 test: install
 	$(RUN) -m pytest -n 2 -m "not slow"

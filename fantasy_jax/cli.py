@@ -15,8 +15,17 @@ from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.rules import ConversionError
 from fantasy_jax.media import MediaError
 
-EXPECTED = (ConfigError, ConversionError, MediaError, WeightsError, OSError)
+EXPECTED = (ConfigError, ConversionError, FloatingPointError, MediaError, WeightsError, OSError)
 """Errors that a user's input causes: one line says what, where and what to do."""
+
+
+class Stopped(Exception):
+    """Work that was told to stop, and has saved what it did; the message says how to go on."""
+
+    def __init__(self, message: str, signal: int):
+        """Of the signal follows the exit code, as shells have it: 128 and its number."""
+        super().__init__(message)
+        self.code = 128 + signal
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -61,6 +70,9 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     except EXPECTED as error:
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)

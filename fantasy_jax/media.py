@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fantasy_jax.data.preprocessing import resample
-from fantasy_jax.typing import Float32, UInt8
+from fantasy_jax.typing import Float32, Int16, UInt8
 
 _SOUND_RATE = 44_100
 """Of the sound in a written video, in Hz."""
@@ -91,8 +92,9 @@ def _decode_sound(
                 raise MediaError(f"{path}: holds no sound; give a file that does")
             source_rate = rate or container.streams.audio[0].rate
             for frame in container.decode(audio=0):
-                pieces += [part.to_ndarray() for part in resampler.resample(frame)]
-                length += pieces[-1].shape[1] if pieces else 0
+                parts = [part.to_ndarray() for part in resampler.resample(frame)]
+                pieces += parts
+                length += sum(part.shape[1] for part in parts)
                 if length > seconds * source_rate:
                     break
             pieces += [part.to_ndarray() for part in resampler.resample(None)]
@@ -106,6 +108,19 @@ def _decode_sound(
     if not np.isfinite(waveform).all():
         raise MediaError(f"{path}: the sound holds samples that are no numbers (NaN); save it anew")
     return waveform, source_rate
+
+
+def write_sound(path: str | Path, waveform: Int16[np.ndarray, " samples"], rate: int) -> None:
+    """Writes a WAV file of 16 bits, mono.
+
+    Raises:
+        MediaError: The folder cannot be written to.
+    """
+    with whole_or_nothing(path) as partial, wave.open(str(partial), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.ascontiguousarray(waveform, "<i2").tobytes())
 
 
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
@@ -149,7 +164,7 @@ def write_video(
         waveform, _ = _decode_sound(sound, rate=_SOUND_RATE, layout="stereo", seconds=seconds)
         samples = round(seconds * _SOUND_RATE)
         waveform = np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
-    with _whole_or_nothing(path) as partial:
+    with whole_or_nothing(path) as partial:
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
             video = container.add_stream("libx264", rate=fps, options={"crf": "16"})
@@ -202,7 +217,7 @@ def write_contact_sheet(
         tiles.append(tile)
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-    with _whole_or_nothing(path) as partial:
+    with whole_or_nothing(path) as partial:
         Image.fromarray(sheet).save(partial, format="PNG")
 
 
@@ -224,7 +239,7 @@ def check_writable(path: str | Path) -> None:
 
 
 @contextmanager
-def _whole_or_nothing(path: str | Path) -> Iterator[Path]:
+def whole_or_nothing(path: str | Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place when all went well and vanishes otherwise."""
     path = Path(path)
     check_writable(path)

@@ -24,10 +24,10 @@ from fantasy_jax.data.preprocessing import clip_pixels, fit_picture, to_pixels
 from fantasy_jax.data.speech import SAMPLE_RATE, LogMel, SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, tokenize
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
-from fantasy_jax.media import _whole_or_nothing
+from fantasy_jax.media import whole_or_nothing
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-from fantasy_jax.models.tiling import _PIXELS_PER_LATENT, tiled_decode
+from fantasy_jax.models.tiling import PIXELS_PER_LATENT, tiled_decode
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
@@ -225,7 +225,7 @@ def latent_shape(
     picture: Image.Image, sound: Float[np.ndarray, " samples"], config: SampleConfig, channels: int
 ) -> tuple[int, int, int, int, int]:
     """Shape `[B, F, h, w, C]` of the latents that a picture and its speech ask for."""
-    width, height = (side // _PIXELS_PER_LATENT for side in fit_picture(picture, config.longest_edge).size)
+    width, height = (side // PIXELS_PER_LATENT for side in fit_picture(picture, config.longest_edge).size)
     return (1, clip_frames(sound.size / SAMPLE_RATE, config) // 4 + 1, height, width, channels)
 
 
@@ -271,7 +271,7 @@ def save_latents(path: str | Path, latents: Float[Array, "B F h w C"]) -> None:
         MediaError: The file cannot be written; nothing is left of it then.
     """
     channels_first = np.ascontiguousarray(np.moveaxis(np.asarray(latents, np.float32), -1, 1))
-    with _whole_or_nothing(path) as partial:
+    with whole_or_nothing(path) as partial:
         partial.write_bytes(save({"latents": channels_first}))
 
 
@@ -310,7 +310,8 @@ def generate_latents(
     with phase("Speech encoder"):
         audio = networks.speech_encoder()(sound[: int(num_frames / config.fps * SAMPLE_RATE)])
     with phase("First frame through the VAE"):
-        first_frame = first_frame_condition(networks.vae(), pixels, num_frames)
+        encode = nnx.jit(first_frame_latents, static_argnums=2)
+        first_frame = first_frame_condition(encode(networks.vae(), pixels[None], num_frames))
         first_frame.block_until_ready()
     with phase("Transformer"):
         inputs = SamplerInputs(first_frame, text, negative, image, audio)
@@ -348,16 +349,20 @@ def encode_picture(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[A
     return nnx.jit(lambda encoder, x: encoder(x))(encoder, small).astype(jnp.float32)
 
 
-def first_frame_condition(
-    vae: WanVAE, pixels: Float[Array, "H W 3"], num_frames: int
-) -> Float[Array, "1 F h w C"]:
-    """What tells the transformer how the clip begins.
+def first_frame_latents(
+    vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int
+) -> Float[Array, "B F h w C"]:
+    """Latents of pictures followed by mid-grey frames (which are not zero latents)."""
+    batch, *picture = pixels.shape
+    grey = jnp.zeros((batch, num_frames - 1, *picture), pixels.dtype)
+    video = jnp.concatenate([pixels[:, None], grey], axis=1)
+    return vae.encode(video).astype(jnp.float32)
 
-    Four channels of mask, one in the first latent frame and zero after it, then the latents of the
-    picture followed by mid-grey frames (not zero latents).
+
+def first_frame_condition(latents: Float[Array, "B F h w C"]) -> Float[Array, "B F h w E"]:
+    """What tells the transformer how the clip begins: `first_frame_latents` behind four channels of mask.
+
+    The mask is one in the first latent frame and zero after it.
     """
-    grey = jnp.zeros((num_frames - 1, *pixels.shape), pixels.dtype)
-    video = jnp.concatenate([pixels[None], grey])[None]
-    latents = nnx.jit(lambda vae, video: vae.encode(video))(vae, video).astype(jnp.float32)
-    mask = jnp.zeros((*latents.shape[:-1], 4)).at[:, 0].set(1)
+    mask = jnp.zeros((*latents.shape[:-1], 4), latents.dtype).at[:, 0].set(1)
     return jnp.concatenate([mask, latents], axis=-1)

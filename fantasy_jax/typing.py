@@ -25,7 +25,7 @@ Signatures carry these shapes through jaxtyping; they are checked at run time in
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int16, UInt8
 
 DType = Any
 """Whatever `numpy.dtype` understands, bfloat16 included."""
@@ -34,4 +34,4 @@ Leaf = Any
 """An array in a dataclass that is a pytree. JAX rebuilds those with other shapes (under `vmap`) and with what
 is no array at all (`None`), so that their type cannot be checked; the docstring gives the shape."""
 
-__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "Leaf", "UInt8"]
+__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "Int16", "Leaf", "UInt8"]

@@ -42,6 +42,7 @@ class Face:
         textures: Waves over the background, `[4, 5]`: frequency x, y, phase, strength, sharpness.
         light: Direction x and y, strength, and overall brightness.
         tint: Colour of the light.
+        softness: Deviation of the lens's blur.
     """
 
     centre: Leaf
@@ -63,6 +64,7 @@ class Face:
     textures: Leaf
     light: Leaf
     tint: Leaf
+    softness: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -111,9 +113,10 @@ def draw_face(rng: np.random.Generator, *, unseen: bool = False) -> Face:
         beyond = rng.uniform(0.02, 0.25) * (high - low)
         return high + beyond if edge > 0 else low - beyond
 
-    height = between(0.68, 0.86)
+    height = between(0.58, 0.86)
     return Face(
-        centre=np.array([rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.02)]),
+        # Anywhere from where the hair touches the upper edge to a little below the middle.
+        centre=np.array([rng.uniform(-0.1, 0.1), rng.uniform(height - 1.0, 0.02)]),
         size=np.array([height * between(0.70, 0.82), height]),
         jaw=rng.uniform(),
         skin=skin,
@@ -143,6 +146,7 @@ def draw_face(rng: np.random.Generator, *, unseen: bool = False) -> Face:
         ),
         light=np.array([*rng.normal(0, 0.5, 2), between(0.1, 0.35), between(0.8, 1.1)]),
         tint=1 + rng.normal(0, 0.05, 3),
+        softness=rng.uniform(0.018, 0.03),
     )
 
 
@@ -234,7 +238,7 @@ class _Canvas:
         self.color = self.color * (1 - share) + color * share
 
 
-def _ellipse(x: Array, y: Array, width: Array, height: Array) -> Array:
+def _ellipse(x: Array, y: Array, width: float | Array, height: float | Array) -> Array:
     """Signed distance to an ellipse, nearly: exact in sign, good near the edge."""
     radius = jnp.sqrt((x / width) ** 2 + (y / height) ** 2 + 1e-9)
     slope = jnp.sqrt((x / width**2) ** 2 + (y / height**2) ** 2 + 1e-9) / radius
@@ -272,7 +276,15 @@ def _frame(face: Face, act: Performance, size: int) -> tuple[Array, Array]:
     lips = _paint_mouth(canvas, face, act, u, v)
     _paint_fringe(canvas, face, head, hx, hy)
     color = jnp.clip(canvas.color * face.light[3] * face.tint, 0, 1)
-    return color * 2 - 1, lips
+    return _blur(color, face.softness * size / 2) * 2 - 1, lips
+
+
+def _blur(picture: Array, deviation: Array) -> Array:
+    """A lens: what it draws is never as sharp as a pixel. `deviation` is in pixels."""
+    place = jnp.arange(picture.shape[0])
+    spread = jnp.exp(-0.5 * ((place[:, None] - place) / deviation) ** 2)
+    spread = spread / spread.sum(axis=1, keepdims=True)
+    return jnp.einsum("yr,rcd,xc->yxd", spread, picture, spread)
 
 
 def _background(face: Face, x: Array, y: Array) -> Array:
@@ -307,7 +319,7 @@ def _paint_fringe(canvas: _Canvas, face: Face, head: Array, hx: Array, hy: Array
     width, height = face.size
     line = hy / height - face.hair_shape[0] - 0.35 * (hx / width) ** 2
     share = canvas.cover(head) * jnp.clip(0.5 - line / 0.06, 0, 1)
-    strands = 1 + 0.12 * jnp.sin(22 * hx / width + 3 * hy)[..., None]
+    strands = 1 + 0.08 * jnp.sin(22 * hx / width + 3 * hy)[..., None]
     canvas.paint(face.hair * strands, share)
 
 

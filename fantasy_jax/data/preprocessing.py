@@ -12,6 +12,8 @@ from fantasy_jax.typing import Array, Float, Float32
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LEVEL = 0.1
+"""Root mean square of what log-mel bands are taken of, full scale being 1."""
 _WINDOW, _HOP = 400, 320
 """Samples that one feature sees, and from one to the next: wav2vec2's grid, 25 ms every 20 ms."""
 
@@ -113,6 +115,8 @@ def wav2vec2_length(samples: int) -> int:
 def log_mel(waveform: Float[np.ndarray, " samples"], bands: int = 40) -> Float[np.ndarray, "A {bands}"]:
     """Loudness in bands of equal width to the ear, at wav2vec2's 50 Hz and with its count of features.
 
+    Made equally loud first, as wav2vec2's waveforms are: how near the microphone stood is nothing to hear.
+
     Args:
         waveform: 16 kHz, at least 400 samples; shorter is padded with silence.
         bands: From 60 Hz to 7600 Hz.
@@ -120,6 +124,7 @@ def log_mel(waveform: Float[np.ndarray, " samples"], bands: int = 40) -> Float[n
     Returns:
         Natural logarithm of power, shifted and scaled to around zero and one for speech.
     """
+    waveform = waveform * (_LEVEL / max(float(np.sqrt(np.square(waveform).mean())), _LEVEL / 100))
     waveform = np.pad(waveform, (0, max(_WINDOW - waveform.size, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(waveform, _WINDOW)[::_HOP]
     spectrum = np.abs(np.fft.rfft(windows * np.hanning(_WINDOW), n=512)) ** 2

@@ -8,16 +8,18 @@ What a clip shows follows from its split and number alone. Written as a TFDS dat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 from tqdm import tqdm
 
-from fantasy_jax import cli
+from fantasy_jax import cli, media
 from fantasy_jax.config import ConfigError, build
 from fantasy_jax.data.faces import Face, Performance, draw_face, face_box, render_batch, stack_faces
+from fantasy_jax.data.records import Record, write_dataset
 from fantasy_jax.data.voices import SAMPLE_RATE, Speech, draw_voice, speak
 from fantasy_jax.typing import Float
 
@@ -37,6 +39,12 @@ PROMPTS = {
     ),
 }
 """What clips are called; beyond the picture, the prompt tells how much the head moves."""
+
+EXAMPLES = """\
+examples:
+  python -m fantasy_jax.data.synthetic --config=configs/tiny.py --output=out/data
+  python -m fantasy_jax.data.synthetic --config=configs/tiny.py --output=out/example --example=7
+"""
 
 _SEEDS = {"train": 0, "test": 1, "unseen": 2}
 _BATCH = 16
@@ -158,7 +166,7 @@ def _blinks(
     return shut.astype(np.float32)
 
 
-def draw_clips(config: SyntheticConfig, clips: list[Clip]) -> Iterator[dict[str, Any]]:
+def draw_clips(config: SyntheticConfig, clips: list[Clip]) -> Iterator[Record]:
     """Draws clips; yields a record of each, as `features` describes it."""
     faces = stack_faces([clip.face for clip in clips])
     acts = jax.tree.map(lambda *leaves: np.stack(leaves), *[clip.performance for clip in clips])
@@ -179,7 +187,7 @@ def draw_clips(config: SyntheticConfig, clips: list[Clip]) -> Iterator[dict[str,
         }
 
 
-def records(config: SyntheticConfig, split: Split, count: int) -> Iterator[dict[str, Any]]:
+def records(config: SyntheticConfig, split: Split, count: int) -> Iterator[Record]:
     """The first `count` records of a split, with a progress bar where that takes a while."""
     with tqdm(total=count, desc=f"Clips ({split})", unit="clip", disable=count < 256) as bar:
         for start in range(0, count, _BATCH):
@@ -188,74 +196,44 @@ def records(config: SyntheticConfig, split: Split, count: int) -> Iterator[dict[
             bar.update(len(numbers))
 
 
-def features(config: SyntheticConfig) -> tfds.features.FeaturesDict:
+def features(config: SyntheticConfig) -> dict[str, tfds.features.FeatureConnector]:
     """The schema: pixels and mask as bytes, sound at 16 kHz, boxes as left, top, right, bottom in pixels."""
     frames, size = config.num_frames, config.size
     samples = int(frames / config.fps * SAMPLE_RATE)
     packed = tfds.features.Encoding.ZLIB
-    return tfds.features.FeaturesDict(
-        {
-            "video": tfds.features.Tensor(shape=(frames, size, size, 3), dtype=np.uint8, encoding=packed),
-            "lips": tfds.features.Tensor(shape=(frames, size, size), dtype=np.uint8, encoding=packed),
-            "sound": tfds.features.Tensor(shape=(samples,), dtype=np.int16, encoding=packed),
-            "opening": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
-            "face_box": tfds.features.Tensor(shape=(frames, 4), dtype=np.float32),
-            "face_motion": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
-            "body_motion": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
-            "prompt": tfds.features.Text(),
-        }
-    )
-
-
-class TalkingHeads(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder of a synthetic dataset."""
-
-    name = "synthetic_talking_heads"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, config: SyntheticConfig, directory: Path):
-        """Prepares to write below a directory; writes nothing yet."""
-        self.clips = config
-        super().__init__(data_dir=str(directory), file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=features(self.clips),
-            description=(__doc__ or "").splitlines()[0],
-            metadata=tfds.core.MetadataDict(asdict(self.clips)),
-        )
-
-    def _split_generators(self, download_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        counts = {"train": self.clips.train_clips, "test": self.clips.test_clips}
-        return {split: enumerate(records(self.clips, split, counts[split])) for split in counts}
-
-    def _generate_examples(self, *arguments: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-        raise NotImplementedError("the splits are generators already")
+    return {
+        "video": tfds.features.Tensor(shape=(frames, size, size, 3), dtype=np.uint8, encoding=packed),
+        "lips": tfds.features.Tensor(shape=(frames, size, size), dtype=np.uint8, encoding=packed),
+        "sound": tfds.features.Tensor(shape=(samples,), dtype=np.int16, encoding=packed),
+        "opening": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
+        "face_box": tfds.features.Tensor(shape=(frames, 4), dtype=np.float32),
+        "face_motion": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
+        "body_motion": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
+        "prompt": tfds.features.Text(),
+    }
 
 
 def prepare(config: SyntheticConfig, directory: str | Path) -> Path:
-    """Writes the dataset below a directory, unless it is there; TFDS moves it into place when complete.
+    """Writes the dataset below a directory, unless it is there.
 
     Returns:
-        The folder of its records, to be read with `tfds.builder_from_directory`.
+        The folder of its records.
 
     Raises:
         ConfigError: Another dataset lies there, made with other settings.
     """
-    tfds.disable_progress_bar()  # it knows no total, ours does
-    builder = TalkingHeads(config, Path(directory))
-    folder = Path(builder.data_path)
-    if folder.exists():
-        written = tfds.builder_from_directory(folder).info.metadata
-        differing = [name for name, value in asdict(config).items() if dict(written).get(name) != value]
-        if differing:
-            raise ConfigError(
-                f"{folder}: was made with another data.{differing[0]}; remove it, or choose another folder"
-            )
-        return folder
-    builder.download_and_prepare()
-    return folder
+    counts = {"train": config.train_clips, "test": config.test_clips}
+    splits = {split: records(config, split, count) for split, count in counts.items()}
+    return write_dataset("synthetic_talking_heads", directory, features(config), splits, asdict(config))
+
+
+def write_example(config: SyntheticConfig, index: int, folder: Path) -> None:
+    """Writes a clip that was held out as a portrait, a sound, and the video that it is in truth."""
+    (clip,) = draw_clips(config, [plan_clip(config, "test", index)])
+    media.check_writable(folder / "portrait.png")
+    Image.fromarray(clip["video"][0]).save(folder / "portrait.png")
+    media.write_sound(folder / "speech.wav", clip["sound"], SAMPLE_RATE)
+    media.write_video(folder / "clip.mp4", clip["video"], config.fps, sound=folder / "speech.wav")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -263,12 +241,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.ArgumentParser(
         prog="python -m fantasy_jax.data.synthetic",
         description="Writes synthetic talking heads as a TFDS dataset of array records.",
-        epilog="example:\n  python -m fantasy_jax.data.synthetic --config=configs/tiny.py --output=out/data",
+        epilog=EXAMPLES,
     )
     cli.add_config_argument(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write it")
+    parser.add_argument(
+        "--example",
+        type=int,
+        metavar="N",
+        help="write instead what can be sampled from: portrait, speech and clip number N of those held out",
+    )
     arguments, config = cli.parse(parser, argv)
-    folder = prepare(build(SyntheticConfig, config.data, "data"), arguments.output)
+    settings = build(SyntheticConfig, config.data, "data")
+    if arguments.example is not None:
+        write_example(settings, arguments.example, Path(arguments.output))
+        print(f"Wrote {arguments.output}: portrait.png, speech.wav and clip.mp4")
+        return
+    folder = prepare(settings, arguments.output)
     print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.0f} MB")
 
 

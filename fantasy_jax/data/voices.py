@@ -94,7 +94,7 @@ def draw_voice(rng: np.random.Generator) -> Voice:
     )
 
 
-def speak(rng: np.random.Generator, voice: Voice, *, num_frames: int, fps: float) -> Speech:
+def speak(rng: np.random.Generator, voice: Voice, *, num_frames: int, fps: int | float) -> Speech:
     """An utterance of drawn syllables and pauses.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ class SamplerConfig:
         prompt_scale: Guidance by the prompt, a number or a schedule over the steps.
         audio_scale: Guidance by the audio, likewise.
         loudness: Weight of the attended audio where it is heard.
+        audio: Whether each frame hears its own window of the sound (second training stage, and the released
+            weights) or the whole clip (first stage).
         batch_branches: Evaluate guidance's branches as one batch (faster where memory allows), or one after
             another.
     """
@@ -36,6 +39,7 @@ class SamplerConfig:
     prompt_scale: float | ScaleSchedule = 5.0
     audio_scale: float | ScaleSchedule = 5.0
     loudness: float = 1.0
+    audio: Literal["frame", "clip"] = "frame"
     batch_branches: bool = True
 
     def __post_init__(self):
@@ -92,7 +96,7 @@ def sample(
     audio_scales = scale_values(config.audio_scale, config.steps)
     needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
     graphdef, state = nnx.split(transformer)
-    conditions = _branch_conditions(graphdef, needed, state, inputs)
+    conditions = _branch_conditions(graphdef, needed, config.audio, state, inputs)
     latents = jnp.array(noise, jnp.float32)  # a copy, for the step gives its argument's memory away
     for i in tqdm(range(config.steps), desc="Sampling", unit="step", disable=not progress):
         scales = np.array([prompt_scales[i], audio_scales[i]])
@@ -113,16 +117,22 @@ def sample(
     return latents
 
 
-@jax.jit(static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1, 2))
 def _branch_conditions(
-    graphdef: nnx.GraphDef, needed: tuple[Branch, ...], state: nnx.State, inputs: SamplerInputs
+    graphdef: nnx.GraphDef,
+    needed: tuple[Branch, ...],
+    level: Literal["frame", "clip"],
+    state: nnx.State,
+    inputs: SamplerInputs,
 ) -> dict[str, Condition]:
     """What the transformer listens to in each branch: every array has a leading axis of branches."""
     model = nnx.merge(graphdef, state)
     batch, frames = inputs.first_frame.shape[:2]
     prompt = model.conditions(inputs.text, inputs.image)
     negative = model.conditions(inputs.negative_text, inputs.image)
-    audio = model.adapters["audio"].frame_level(inputs.audio, 4 * (frames - 1) + 1)
+    adapter = model.adapters["audio"]
+    hear = adapter.frame_level if level == "frame" else adapter.clip_level
+    audio = hear(inputs.audio, 4 * (frames - 1) + 1)
     each = []
     for branch in needed:
         text = negative if branch.negative_text else prompt

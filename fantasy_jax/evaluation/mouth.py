@@ -40,7 +40,7 @@ def mouth_opening(
 
 def _crop_mouth(
     video: UInt8[np.ndarray, "T H W 3"], box: Float[np.ndarray, "4"]
-) -> Float[np.ndarray, "T {_SIDE} {_SIDE} 3"]:
+) -> Float[np.ndarray, "T side side 3"]:
     """The lower middle of the face in every frame, in [0, 1]."""
     left, top, right, bottom = (float(side) for side in box)
     x, y, half_width, half_height = (

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.typing import Array, Float
 
-_PIXELS_PER_LATENT = 8
+PIXELS_PER_LATENT = 8
 
 
 def tiled_decode(
@@ -39,7 +39,7 @@ def tiled_decode(
         latents,
         tile=tile,
         stride=stride,
-        grow=_PIXELS_PER_LATENT,
+        grow=PIXELS_PER_LATENT,
         progress="Decoding" if progress else None,
     )
     return jnp.clip(video, -1, 1)
@@ -55,13 +55,13 @@ def tiled_encode(
 ) -> Float[Array, "B F h w C"]:
     """Encodes in tiles; `tile` and `stride` are in latents, as for `tiled_decode`."""
     encode = nnx.jit(lambda vae, x: vae.encode(x))
-    rows, columns = ([size * _PIXELS_PER_LATENT for size in pair] for pair in (tile, stride))
+    rows, columns = ([size * PIXELS_PER_LATENT for size in pair] for pair in (tile, stride))
     return blend_tiles(
         lambda x: encode(vae, x),
         video,
         tile=tuple(rows),
         stride=tuple(columns),
-        grow=1 / _PIXELS_PER_LATENT,
+        grow=1 / PIXELS_PER_LATENT,
         progress="Encoding" if progress else None,
     )
 

@@ -1,0 +1,91 @@
+"""Encoded clips: what the transformer is trained on, each network but it having done its part once.
+
+A record holds latents of the video, latents of its first frame followed by grey, tokens of picture and
+prompt, features of the sound, and the lips' mask on the grid of the latents.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+from flax import nnx
+from tqdm import tqdm
+
+from fantasy_jax.data.preprocessing import clip_pixels
+from fantasy_jax.data.records import Record, open_split, write_dataset
+from fantasy_jax.diffusion.losses import project_mask
+from fantasy_jax.pipeline import Networks, encode_text, first_frame_latents
+
+_BATCH = 8
+
+
+def features(record: Record) -> dict[str, tfds.features.FeatureConnector]:
+    """The schema of records like this one; prompts may differ in length."""
+
+    def tensor(name: str, value: np.ndarray) -> tfds.features.Tensor:
+        shape = (None, *value.shape[1:]) if name == "text" else value.shape
+        return tfds.features.Tensor(shape=shape, dtype=value.dtype.type)
+
+    return {name: tensor(name, value) for name, value in record.items()}
+
+
+def encode_dataset(networks: Networks, source: Path, directory: Path, settings: dict[str, Any]) -> Path:
+    """Encodes a dataset of clips, unless that is done.
+
+    Args:
+        networks: The encoders.
+        source: Folder of the clips' dataset, with splits train and test.
+        directory: Where the encoded dataset is written.
+        settings: What it follows from.
+
+    Returns:
+        The folder of the encoded dataset.
+    """
+    splits = {split: open_split(source, split) for split in ("train", "test")}
+    sample = next(encode_records(networks, [splits["test"][0]]))
+    encoded = {
+        split: _with_bar(encode_records(networks, records), f"Encoding ({split})", len(records))
+        for split, records in splits.items()
+    }
+    return write_dataset("encoded_clips", directory, features(sample), encoded, settings)
+
+
+def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:
+    """Encodes clips; see the module for what of them is kept."""
+    vae, picture, speech = networks.vae(), networks.image_encoder(), networks.speech_encoder()
+    texts: dict[str, np.ndarray] = {}
+
+    @nnx.jit
+    def encode(
+        vae: nnx.Module, picture: nnx.Module, video: jax.Array, lips: jax.Array
+    ) -> dict[str, jax.Array]:
+        pixels = video.astype(jnp.float32) / 127.5 - 1
+        latents = vae.encode(pixels)
+        first = first_frame_latents(vae, pixels[:, 0], pixels.shape[1])
+        image = picture(clip_pixels(pixels[:, 0], picture.config.image_size))
+        mask = project_mask(lips.astype(jnp.float32) / 255, *latents.shape[2:4])
+        return {"latents": latents, "first_frame": first, "image": image, "lips": mask}
+
+    for start in range(0, len(records), _BATCH):
+        batch = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
+        video, lips = (np.stack([record[name] for record in batch]) for name in ("video", "lips"))
+        missing = _BATCH - len(batch)  # one shape, one compiled program
+        video, lips = (np.concatenate([x, x[:1].repeat(missing, axis=0)]) for x in (video, lips))
+        arrays = {name: np.asarray(x, np.float32) for name, x in encode(vae, picture, video, lips).items()}
+        for i, record in enumerate(batch):
+            prompt = record["prompt"].decode() if isinstance(record["prompt"], bytes) else record["prompt"]
+            if prompt not in texts:
+                texts[prompt] = np.asarray(encode_text(networks, [prompt])[0][0])
+            sound = record["sound"].astype(np.float32) / 32767
+            yield {name: x[i] for name, x in arrays.items()} | {
+                "text": texts[prompt],
+                "audio": np.asarray(speech(sound)[0], np.float32),
+            }
+
+
+def _with_bar(records: Iterator[Record], name: str, total: int) -> Iterator[Record]:
+    yield from tqdm(records, desc=name, total=total, unit="clip", disable=total < 256)

@@ -1,0 +1,59 @@
+"""Checkpoints: the state of a run by step, written by Orbax, complete or not there."""
+
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from fantasy_jax.config import ConfigError
+from fantasy_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest two are kept."""
+
+    def __init__(self, folder: Path, settings: dict):
+        """Opens a folder, or makes it.
+
+        Args:
+            folder: Of this run alone.
+            settings: That a run must have to go on from here, JSON's types.
+        """
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self.folder, self.settings = Path(folder).absolute(), settings
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState, position: dict[str, int]) -> None:
+        """Saves, unless this step is saved; `position` says in words where in the data the run stands."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        about = {"settings": self.settings, "position": position}
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
+        )
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest state, or None where there is none.
+
+        Raises:
+            ConfigError: It was made with other settings.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        if differing := [k for k, v in self.settings.items() if about["settings"].get(k) != v]:
+            raise ConfigError(
+                f"{self.folder}: was begun with another {differing[0]}; keep to that, or choose another workdir"
+            )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self.manager.restore(step, args=arguments)["state"]
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.manager.close()

@@ -1,0 +1,245 @@
+"""The course of a training from nothing: clips, VAE, encoded clips, both stages of the transformer, weights.
+
+Each part is done once: what is complete is taken as it is, what was interrupted goes on. In the workdir:
+
+    data/          the clips                        vae/           checkpoints and logs
+    encoded/       what the VAE and encoders made   clip_stage/    checkpoints, logs, weights
+    weights/       the store that is sampled from   frame_stage/   checkpoints and logs
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fantasy_jax import cli
+from fantasy_jax.data.encoded import encode_dataset
+from fantasy_jax.data.loader import batches
+from fantasy_jax.data.records import open_split
+from fantasy_jax.data.synthetic import SyntheticConfig, prepare
+from fantasy_jax.data.text import byte_tokenizer
+from fantasy_jax.diffusion.sampler import sample
+from fantasy_jax.models.vae import WanVAE
+from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, encode_text, to_uint8
+from fantasy_jax.training.loop import LoopConfig, Task, train
+from fantasy_jax.training.talking import PadText, TalkingStageConfig, sampling_inputs, talking_loss
+from fantasy_jax.training.vae import (
+    Crop,
+    VAEStageConfig,
+    normalise_latents,
+    start_from_principal_components,
+    vae_loss,
+)
+from fantasy_jax.typing import UInt8
+from fantasy_jax.weights import FOLDERS, save_network
+
+_SHOWN = 4
+_STARTED_FROM, _NORMALISED_OVER = 128, 512
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A course: how each part is trained, and what happens beside the steps.
+
+    Attributes:
+        loop: Logs, checkpoints, loader.
+        vae: The VAE's training.
+        clip_stage: The transformer's first stage.
+        frame_stage: Its second, from where the first ended.
+    """
+
+    loop: LoopConfig = LoopConfig()
+    vae: VAEStageConfig = VAEStageConfig()
+    clip_stage: TalkingStageConfig = TalkingStageConfig()
+    frame_stage: TalkingStageConfig = TalkingStageConfig(audio="frame", lip_probability=0.8)
+
+
+class Course:
+    """Trains a small system from nothing, on synthetic clips.
+
+    Text and picture encoders stay as they are drawn: tokens of random networks tell prompts and pictures
+    apart, and a small transformer learns to read them.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        data: SyntheticConfig,
+        model: ModelConfig,
+        sampling: SampleConfig,
+        config: TrainConfig,
+    ):
+        """Keeps the settings; nothing is done before `run`."""
+        self.workdir, self.data, self.model, self.sampling, self.config = (
+            workdir,
+            data,
+            model,
+            sampling,
+            config,
+        )
+        self.networks = _Encoders(model, byte_tokenizer(), seed=config.loop.seed)
+
+    def run(self) -> Path:
+        """Runs what is not done yet; returns the store of weights."""
+        with cli.phase("Clips"):
+            clips = prepare(self.data, self.workdir / "data")
+        with cli.phase("VAE"):
+            self.networks.trained_vae = self._train_vae(clips)
+        settings = {"data": asdict(self.data), "vae": asdict(self.config.vae), "model": asdict(self.model)}
+        with cli.phase("Encoded clips"):
+            encoded = encode_dataset(self.networks, clips, self.workdir / "encoded", _as_json(settings))
+        transformer = self.networks.transformer()
+        for name, stage in (("clip_stage", self.config.clip_stage), ("frame_stage", self.config.frame_stage)):
+            settings |= {name: asdict(stage)}
+            with cli.phase(name.replace("_", " ").capitalize()):
+                task = self._talking_task(name, stage, transformer, encoded, _as_json(settings))
+                transformer = train(task, self.config.loop, self.workdir / name)
+            last = name == "frame_stage"
+            self._save(self.workdir / ("weights" if last else f"{name}/weights"), transformer)
+        return self.workdir / "weights"
+
+    def _train_vae(self, clips: Path) -> WanVAE:
+        config, loop, records = self.config.vae, self.config.loop, open_split(clips, "train")
+        shown = _videos(open_split(clips, "test"), range(_SHOWN))
+
+        def show(model: WanVAE) -> dict[str, np.ndarray]:
+            decoded = nnx.jit(lambda vae, video: vae.decode(vae.encode(video)))(model, _to_pixels(shown))
+            return {"reconstructed": _pairs(shown, to_uint8(np.asarray(decoded)))}
+
+        def crops(start: int) -> Iterator[dict[str, np.ndarray]]:
+            crop = Crop(config.crop, config.frames, config.mouth_share)
+            return batches(
+                records,
+                crop,
+                batch_size=config.batch_size,
+                start=start,
+                workers=loop.workers,
+                seed=loop.seed,
+            )
+
+        model = self.networks.random_vae()
+        some = [records[i] for i in range(min(_STARTED_FROM, len(records)))]
+        video, lips = (np.stack([record[name] for record in some]) for name in ("video", "lips"))
+        start_from_principal_components(model, video, lips, lips_weight=config.lips_weight)
+        settings = {"data": asdict(self.data), "vae": asdict(config), "seed": loop.seed}
+        task = Task(
+            "vae",
+            model,
+            partial(vae_loss, config=config),
+            crops,
+            config.batch_size,
+            config.steps,
+            config.optimizer,
+            show,
+            _as_json(settings),
+        )
+        model = train(task, loop, self.workdir / "vae")
+        some = range(0, min(_NORMALISED_OVER, len(records)), _SHOWN)
+        normalise_latents(model, [_videos(records, range(i, min(i + _SHOWN, len(records)))) for i in some])
+        return model
+
+    def _talking_task(
+        self,
+        name: str,
+        config: TalkingStageConfig,
+        transformer: WanTransformer,
+        encoded: Path,
+        settings: dict,
+    ) -> Task:
+        loop = self.config.loop
+        records, shown = open_split(encoded, "train"), open_split(encoded, "test")
+        empty_text = encode_text(self.networks, [""])[0]
+        inputs = sampling_inputs([shown[i] for i in range(min(_SHOWN, len(shown)))], empty_text)
+        truth = jnp.asarray(np.stack([shown[i]["latents"] for i in range(min(_SHOWN, len(shown)))]))
+        decode = nnx.jit(lambda vae, latents: vae.decode(latents))
+        # As it hears while it is trained.
+        sampling = SampleConfig(**{**vars(self.sampling), "audio": config.audio})
+
+        def show(model: WanTransformer) -> dict[str, np.ndarray]:
+            noise = jax.random.normal(jax.random.key(0), truth.shape)
+            latents = sample(model, noise, inputs, sampling)
+            true, made = (to_uint8(np.asarray(decode(self.networks.vae(), x))) for x in (truth, latents))
+            return {"sampled": _pairs(true, made)}
+
+        def examples(start: int) -> Iterator[dict[str, np.ndarray]]:
+            return batches(
+                records,
+                PadText(self.model.transformer.text_length),
+                batch_size=config.batch_size,
+                start=start,
+                workers=loop.workers,
+                seed=loop.seed,
+            )
+
+        return Task(
+            name,
+            transformer,
+            partial(talking_loss, config=config, empty_text=empty_text),
+            examples,
+            config.batch_size,
+            config.steps,
+            config.optimizer,
+            show,
+            settings,
+        )
+
+    def _save(self, folder: Path, transformer: WanTransformer) -> None:
+        """Writes a store that `sample.py` takes, in bfloat16: half the size, and samples look the same."""
+        networks = {
+            "wan2.1_i2v_dit": transformer,
+            "fantasytalking": transformer.adapters["audio"],
+            "wan_vae": self.networks.vae(),
+            "umt5_encoder": self.networks.text_encoder()[0],
+            "clip_vision": self.networks.image_encoder(),
+        }
+        for component, network in networks.items():
+            save_network(folder / FOLDERS[component], _rounded(network), component=component)
+
+
+class _Encoders(RandomNetworks):
+    """Random networks, but for a VAE that is trained."""
+
+    trained_vae: WanVAE | None = None
+
+    def random_vae(self) -> WanVAE:
+        """One to start from."""
+        return super().vae()
+
+    def vae(self) -> WanVAE:
+        """The trained one."""
+        return self.trained_vae
+
+
+def _rounded(network: nnx.Module) -> nnx.Module:
+    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), rest)
+
+
+def _videos(records, numbers: range) -> UInt8[np.ndarray, "B T H W 3"]:
+    return np.stack([records[i]["video"] for i in numbers if i < len(records)])
+
+
+def _to_pixels(video: UInt8[np.ndarray, "B T H W 3"]) -> jax.Array:
+    return jnp.asarray(video, jnp.float32) / 127.5 - 1
+
+
+def _pairs(
+    true: UInt8[np.ndarray, "B T H W 3"], made: UInt8[np.ndarray, "B T H W 3"]
+) -> UInt8[np.ndarray, "R C 3"]:
+    """One picture: every other frame side by side, each made clip below its true one."""
+    rows = [
+        np.concatenate(list(video[::2]), axis=1) for pair in zip(true, made, strict=True) for video in pair
+    ]
+    return np.concatenate(rows, axis=0)
+
+
+def _as_json(settings: dict) -> dict:
+    return json.loads(json.dumps(settings))

@@ -1,0 +1,263 @@
+"""Training: a run that is stopped goes on bit for bit, and the small system learns what it should."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fantasy_jax.cli import Stopped
+from fantasy_jax.config import ConfigError, build, load_config
+from fantasy_jax.data.synthetic import SyntheticConfig, records
+from fantasy_jax.models.vae import VAEConfig, WanVAE
+from fantasy_jax.pipeline import ModelConfig
+from fantasy_jax.training.course import TrainConfig
+from fantasy_jax.training.loop import LoopConfig, Task, train
+from fantasy_jax.training.optim import OptimizerConfig, make_optimizer
+from fantasy_jax.training.vae import Crop, normalise_latents, start_from_principal_components
+
+ROOT = Path(__file__).parent.parent
+LOOP = LoopConfig(log_every=1, save_every=100, show_every=0, workers=0)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2)
+
+
+class Line(nnx.Module):
+    """Something small to train, with a random loss as diffusion has."""
+
+    def __init__(self):
+        self.weight = nnx.Param(jnp.zeros((3, 3)))
+
+
+def line_loss(model, batch, key):
+    noisy = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+    return jnp.square(noisy @ model.weight[...] - 2 * batch["x"]).mean(), {"noise": noisy.std()}
+
+
+def line_task(*, steps=12, stop_at=None, broken_at=None, **settings):
+    def batches(start):
+        for step in range(start, steps):
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            x = np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
+            yield {"x": x * (np.nan if step == broken_at else 1)}
+
+    return Task("line", Line(), line_loss, batches, 4, steps, OPTIMIZER, settings=settings)
+
+
+def weight(model):
+    return np.asarray(model.weight[...])
+
+
+def test_it_learns(tmp_path):
+    learnt = weight(train(line_task(steps=300), LOOP, tmp_path))
+    assert np.abs(learnt - 2 * np.eye(3)).max() < 0.15
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
+    whole = weight(train(line_task(), LOOP, tmp_path / "whole"))
+    with pytest.raises(Stopped, match="line: stopped and saved at step 6 of 12; the same command goes on"):
+        train(line_task(stop_at=5), LOOP, tmp_path / "parts")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was
+    assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts")), whole)
+    # What is complete is not trained further.
+    assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts")), whole)
+
+
+def test_a_checkpoint_says_where_the_run_stands(tmp_path):
+    train(line_task(kind="straight"), LOOP, tmp_path)
+    about = tmp_path / "checkpoints/12/about/metadata"
+    assert json.loads(about.read_text()) == {
+        "settings": {"kind": "straight"},
+        "position": {"step": 12, "examples": 48},
+    }
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
+    train(line_task(kind="straight"), LOOP, tmp_path)
+    with pytest.raises(ConfigError, match="was begun with another kind"):
+        train(line_task(kind="crooked"), LOOP, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"line: the loss is nan at step 5; the newest checkpoint"):
+        train(line_task(broken_at=4), replace(LOOP, save_every=2), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"2", "4"}
+
+
+def test_the_learning_rate_rises_and_falls():
+    optimizer = make_optimizer(replace(OPTIMIZER, weight_decay=0.0, warmup=10), 100)
+    params = {"x": jnp.ones((2, 2))}
+    state, sizes = optimizer.init(params), []
+    for _ in range(100):
+        updates, state = optimizer.update({"x": jnp.ones((2, 2))}, state, params)
+        sizes.append(float(-updates["x"][0, 0]))
+    assert sizes[0] == 0
+    assert np.argmax(sizes) == 10
+    assert sizes[10] == pytest.approx(0.05, rel=1e-3)
+    assert sizes[-1] == pytest.approx(0.005, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return list(records(SyntheticConfig(), "train", 48))
+
+
+def test_crops_show_the_mouth_as_often_as_they_should(clips):
+    rng = np.random.default_rng(0)
+    crops = [Crop(32, 9, 1.0)(clips[i % 48], rng) for i in range(96)]
+    assert all(crop["video"].shape == (9, 32, 32, 3) and crop["lips"].shape == (9, 32, 32) for crop in crops)
+    assert np.mean([crop["lips"].max() > 127 for crop in crops]) > 0.95
+    anywhere = [Crop(32, 9, 0.0)(clips[i % 48], rng) for i in range(96)]
+    assert np.mean([crop["lips"].max() > 127 for crop in anywhere]) < 0.9
+
+
+@pytest.mark.slow
+def test_the_vae_starts_as_a_linear_coder_and_its_latents_can_be_normalised(clips):
+    config = VAEConfig(
+        dim=8,
+        dim_mult=(1, 1, 1),
+        num_res_blocks=1,
+        temporal_downsample=(True, True),
+        patch=2,
+        linear_shortcut=True,
+        latent_mean=(0.0,) * 16,
+        latent_std=(1.0,) * 16,
+    )
+    vae = nnx.jit(lambda: WanVAE(config, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))()
+    video, lips = (np.stack([clip[name] for clip in clips]) for name in ("video", "lips"))
+    start_from_principal_components(vae, video[8:], lips[8:], lips_weight=0.0)
+    pixels = jnp.asarray(video[:8], jnp.float32) / 127.5 - 1
+    there = nnx.jit(lambda vae, x: vae.encode(x))
+    back = nnx.jit(lambda vae, x: vae.decode(x))
+    latents = there(vae, pixels)
+    decoded = back(vae, latents)
+    psnr = -10 * np.log10(np.square((np.asarray(decoded) - np.asarray(pixels)) / 2).mean())
+    assert psnr > 26  # sixteen numbers for each 8 x 8 x 4 pixels
+    # Anything but one and zero, so that normalising has something to do.
+    for layer in (vae.shortcut.encode_first, vae.shortcut.encode_chunk):
+        layer.kernel[...] = 3 * layer.kernel[...]
+        layer.bias[...] = 3 * layer.bias[...] + 1
+    for layer in (vae.shortcut.decode_first, vae.shortcut.decode_chunk):
+        layer.bias[...] = layer.bias[...] - layer.kernel[...].sum(axis=0) / 3
+        layer.kernel[...] = layer.kernel[...] / 3
+    np.testing.assert_allclose(back(vae, there(vae, pixels)), decoded, atol=1e-4)
+    normalise_latents(vae, [video[:4], video[4:8]])
+    latents = np.asarray(there(vae, pixels))
+    np.testing.assert_allclose(latents.mean(axis=(0, 1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(latents.std(axis=(0, 1, 2, 3)), 1, atol=1e-3)
+    np.testing.assert_allclose(back(vae, latents), decoded, atol=1e-4)
+
+
+def small_course(workdir):
+    """The command that trains everything, at a size that teaches nothing."""
+    settings = {
+        "data.size": 32,
+        "data.num_frames": 5,
+        "data.train_clips": 16,
+        "data.test_clips": 8,
+        "sample.longest_edge": 32,
+        "sample.max_frames": 5,
+        "sample.steps": 2,
+        "model.vae.dim": 8,
+        "model.transformer.num_layers": 2,
+        "model.audio_adapter.num_layers": 2,
+        "train.loop.save_every": 2,
+        "train.loop.show_every": 4,
+        "train.loop.log_every": 1,
+        "train.vae.steps": 4,
+        "train.vae.batch_size": 2,
+        "train.vae.crop": 16,
+        "train.vae.frames": 5,
+        "train.clip_stage.steps": 4,
+        "train.clip_stage.batch_size": 2,
+        "train.frame_stage.steps": 30,
+        "train.frame_stage.batch_size": 2,
+    }
+    options = [f"--config.{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *options]
+
+
+def final_state(workdir):
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        state = checkpointer.restore((workdir / "frame_stage/checkpoints/30/state").resolve())
+    return jax.tree.leaves(state)
+
+
+@pytest.mark.slow
+def test_the_whole_course_stopped_in_the_middle_ends_as_if_it_was_not(tmp_path):
+    run = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 900}
+    whole = subprocess.run(small_course(tmp_path / "whole"), **run)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert f"Wrote {tmp_path}/whole/weights" in whole.stdout
+
+    process = subprocess.Popen(
+        small_course(tmp_path / "parts"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = tmp_path / "parts/frame_stage/checkpoints"
+    deadline = time.monotonic() + 600
+    while not (checkpoints / "2").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-2000:]
+    assert "frame_stage: stopped and saved at step" in errors
+    assert "Traceback" not in errors
+
+    again = subprocess.run(small_course(tmp_path / "parts"), **run)
+    assert again.returncode == 0, again.stderr[-2000:]
+    one, other = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+    events = [
+        path
+        for name in ("vae", "clip_stage", "frame_stage")
+        for path in tmp_path.glob(f"whole/{name}/events*")
+    ]
+    assert len(events) == 3
+    assert min(path.stat().st_size for path in events) > 10_000
+
+
+def test_every_setting_of_the_miniature_can_be_built():
+    config = load_config(str(ROOT / "configs/tiny.py:quick"))
+    build(ModelConfig, config.model, "model")
+    course = build(TrainConfig, config.train, "train")
+    assert course.clip_stage.audio == "clip"
+    assert course.clip_stage.lip_probability == 0
+    assert course.frame_stage.audio == "frame"
+    assert course.frame_stage.lip_probability == 0.8
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--config.train.vae.frames=8", "train.vae.frames is 8; it must be 4k + 1"),
+        (
+            "--config.train.frame_stage.lip_probability=2",
+            "lip_probability is 2.0; it must lie between 0 and 1",
+        ),
+        (
+            "--config.train.clip_stage.audio=song",
+            "train.clip_stage.audio: is 'song'; use one of 'clip', 'frame'",
+        ),
+        ("--config.train.loop.workers=-1", "workers must not be negative"),
+        ("--config.train.stage1.steps=3", "train.stage1: no such setting"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(setting, message, tmp_path):
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path / 'w'}", setting]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "w").exists()
