@@ -140,7 +140,7 @@ def _perform(
         wave = np.sin(2 * np.pi * (rng.uniform(*hertz) * seconds + rng.uniform()))
         return (most * (wave - wave[0])).astype(np.float32)
 
-    stress = np.convolve(speech.opening, np.hanning(9) / np.hanning(9).sum(), mode="same")
+    stress = np.convolve(np.pad(speech.opening, 4), np.hanning(9) / np.hanning(9).sum(), mode="valid")
     nod = 0.07 * body_motion * (stress - stress[0])  # heads nod with what they stress
     return Performance(
         opening=speech.opening,

@@ -7,7 +7,7 @@ that `mouth.mouth_opening` reads from the pixels is correlated with the opening 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -152,12 +152,14 @@ def _psnr_outside(
     videos: UInt8[np.ndarray, "N T H W 3"],
     true: UInt8[np.ndarray, "N T H W 3"],
     lips: UInt8[np.ndarray, "N T H W"],
-) -> Iterator[float]:
+) -> list[float]:
     """Of each clip, over pixels in which no frame has lips, nor their neighbours."""
+    ratios = []
     for video, expected, mask in zip(videos, true, lips, strict=True):
         outside = cv2.dilate(mask.max(axis=0), np.ones((5, 5), np.uint8)) == 0
         error = np.square((video.astype(np.float64) - expected) / 255)[:, outside]
-        yield float(-10 * np.log10(error.mean() + 1e-10))
+        ratios.append(float(-10 * np.log10(error.mean() + 1e-10)))
+    return ratios
 
 
 def report(figures: dict[str, Figure]) -> str:
