@@ -87,8 +87,7 @@ def small_model() -> ModelConfig:
             num_layers=layers,
             rotary=True,
         ),
-        # Twice the channels of the real one: a small coder is nearly linear, and packs less into each. Latents
-        # are normalised by the weights themselves.
+        # Twice the real one's channels: a small coder is nearly linear, and packs less into each.
         vae=VAEConfig(
             dim=16,
             latent_channels=channels,

@@ -54,4 +54,9 @@ def constrain(x: Array, *dimensions: str | None) -> Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(RULES[name] for name in dimensions)))
+    return jax.lax.with_sharding_constraint(x, partition(*dimensions))
+
+
+def partition(*dimensions: str | None) -> PartitionSpec:
+    """How an activation of these logical dimensions is cut."""
+    return PartitionSpec(*(RULES[name] for name in dimensions))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from helpers import relative
 
-from fantasy_jax.models.attention import attention
+from fantasy_jax.config import ConfigError
+from fantasy_jax.models.attention import attention, choose_backend, use_backend
+from fantasy_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.networks
 
@@ -97,3 +99,61 @@ def test_a_query_that_sees_nothing_is_finite_and_so_are_its_gradients(qkv):
         atol=1e-6,
     )
     assert all(np.isfinite(x).all() for x in jax.grad(total, argnums=(0, 1, 2))(*arrays))
+
+
+def with_gradient(q, k, v, lengths, weights):
+    """Attended values, and the gradient of a weighted sum of them."""
+
+    def total(q, k, v):
+        heard = attention(q, k, v, kv_lengths=lengths)
+        return (heard.astype(jnp.float32) * weights).sum(), heard
+
+    (_, heard), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return heard, *gradients
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 5e-6), (jnp.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "lengths"), [(128, 256, None), (200, 150, (150, 70)), (30, 700, (513, 1))]
+)
+def test_splash_attention_is_the_plain_one_at_any_length(queries, keys, lengths, dtype, limit):
+    rng = np.random.default_rng(0)
+    shapes = [(2, queries, 2, 128), *[(2, keys, 2, 128)] * 2]
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    weights = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
+    lengths = None if lengths is None else jnp.asarray(lengths)
+    expected = with_gradient(q, k, v, lengths, weights)
+    with use_backend("splash_interpreted"):
+        assert choose_backend(q, k).name == "splash_interpreted"
+        results = with_gradient(q, k, v, lengths, weights)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        assert relative(result.astype(jnp.float32), wanted.astype(jnp.float32)) < limit
+
+
+def test_splash_attention_on_a_mesh_is_the_plain_one():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 128)), jnp.float32) for n in (64, 150, 150))
+    lengths = jnp.array([150, 33])
+    expected = attention(q, k, v, kv_lengths=lengths)
+    with jax.set_mesh(make_mesh(data=2, context=2, tensor=2)), use_backend("splash_interpreted"):
+        result = jax.jit(lambda q, k, v: attention(q, k, v, kv_lengths=lengths))(q, k, v)
+    assert relative(result, expected) < 2e-6
+
+
+def test_a_backend_takes_what_it_can_and_leaves_the_rest():
+    def chosen(backend, keys, width, dtype=jnp.bfloat16):
+        with use_backend(backend):
+            shapes = ((1, 256, 2, width), (1, keys, 2, width))
+            return choose_backend(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).name
+
+    assert chosen("splash", 256, 128) == "splash"
+    assert chosen("splash", 25, 128) == "plain"  # the audio of a frame
+    assert chosen("splash", 257, 80) == "plain"  # heads of CLIP's tower
+    assert chosen("cudnn", 256, 128) == "cudnn"
+    assert chosen("cudnn", 256, 128, jnp.float32) == "plain"
+    assert chosen("plain", 256, 128) == "plain"
+    q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    assert choose_backend(q, q).name == "plain"  # what a CPU has
+    with pytest.raises(ConfigError, match="there is no backend 'flash'; use one of splash, cudnn"):
+        use_backend("flash").__enter__()

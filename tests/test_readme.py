@@ -15,4 +15,3 @@ def test_the_example_of_a_reference_verifies(tmp_path):
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, capture_output=True)
     assert main(["verify", "--reference", str(tmp_path / "my_wav2vec2")]) == 0
-

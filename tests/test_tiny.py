@@ -67,7 +67,7 @@ def test_picture_sound_and_prompt_each_change_the_result(networks):
 @pytest.mark.slow
 def test_mouths_follow_the_sound_and_not_another(networks):
     clips = list(records(build(SyntheticConfig, CONFIG.data, "data"), "test", 24))
-    figures = lipsync.evaluate(networks, SAMPLE, clips)
+    figures = lipsync.LipSync(networks, SAMPLE, clips).figures()
     assert figures["correlation_of_renders"].mean > 0.95
     assert figures["correlation_of_vae"].mean > 0.9
     assert figures["correlation"].mean > 0.75
@@ -81,11 +81,13 @@ def test_the_demo(tmp_path, capsys):
     output = tmp_path / "demo.mp4"
     files = [f"--image={PORTRAIT}", f"--audio={SPEECH}", f"--output={output}"]
     main([f"--config={ROOT / 'configs/tiny.py'}", *files])
-    assert output.exists() and output.with_suffix(".png").exists()
+    assert output.exists()
+    assert output.with_suffix(".png").exists()
     video.main([str(output), f"--image={PORTRAIT}", f"--json={tmp_path / 'figures.json'}"])
     assert "correlation with energy" in capsys.readouterr().out
     frames, fps = media.read_video(output)
-    assert frames.shape == (17, 64, 64, 3) and fps == 25
+    assert frames.shape == (17, 64, 64, 3)
+    assert fps == 25
     assert video.first_frame_psnr(frames, np.asarray(media.read_picture(PORTRAIT))) > 26
 
 

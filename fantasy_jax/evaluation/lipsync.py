@@ -18,13 +18,15 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from fantasy_jax import cli
+from fantasy_jax import cli, media
 from fantasy_jax.config import build
 from fantasy_jax.data.encoded import encode_records
 from fantasy_jax.data.records import Record
+from fantasy_jax.data.speech import SAMPLE_RATE
 from fantasy_jax.data.synthetic import SyntheticConfig, records
 from fantasy_jax.diffusion.sampler import SamplerInputs, sample
 from fantasy_jax.evaluation.mouth import correlation, mouth_opening
+from fantasy_jax.evaluation.video import sound_energy
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, Networks, SampleConfig, encode_text, to_uint8
@@ -33,8 +35,9 @@ from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.weights import StoredNetworks
 
 EXAMPLE = """\
-example:
+examples:
   python -m fantasy_jax.evaluation.lipsync --config=configs/tiny.py --json=out/lipsync.json
+  python -m fantasy_jax.evaluation.lipsync --config=configs/tiny.py --speech=speech.wav
 """
 
 _BATCH = 16
@@ -61,74 +64,113 @@ def figure(values: Sequence[float]) -> Figure:
     return Figure(float(np.mean(values)), float(spread), len(values))
 
 
-def evaluate(
-    networks: Networks, config: SampleConfig, clips: Sequence[Record], *, seed: int = 0
-) -> dict[str, Figure]:
-    """All figures over these clips of synthetic talking heads.
+class LipSync:
+    """Makes videos of held-out speakers and measures them."""
 
-    Args:
-        networks: With trained weights.
-        config: How videos are made.
-        clips: Records of `data.synthetic`, held out.
-        seed: Of the starting noise.
+    def __init__(self, networks: Networks, config: SampleConfig, clips: Sequence[Record], *, seed: int = 0):
+        """Encodes the clips.
 
-    Returns:
-        By name: correlation with the truth; of a clip made with another's sound, with its own truth and with
-        that other's; without sound; of the renders and of the VAE's reconstruction, the upper bounds; and
-        the signal-to-noise ratio outside of the lips, in dB, against the VAE's reconstruction and the render.
-    """
-    encoded = list(encode_records(networks, clips))
-    vae, transformer = networks.vae(), networks.transformer()
-    empty_text = encode_text(networks, [""])[0]
-    true = np.stack([clip["video"] for clip in clips])
-    others = [*range(1, len(clips)), 0]
-    swapped = [clip | {"audio": encoded[other]["audio"]} for clip, other in zip(encoded, others, strict=True)]
+        Args:
+            networks: With trained weights.
+            config: How videos are made.
+            clips: Records of `data.synthetic`, held out.
+            seed: Of the starting noise.
+        """
+        self.config, self.clips, self.seed = config, clips, seed
+        self.encoded = list(encode_records(networks, clips))
+        self.vae, self.transformer = networks.vae(), networks.transformer()
+        self.speech_encoder = networks.speech_encoder()
+        self.empty_text = encode_text(networks, [""])[0]
 
-    def make(examples: list[Record], settings: SampleConfig, name: str) -> UInt8[np.ndarray, "N T H W 3"]:
-        parts = range(0, len(examples), _BATCH)
-        return np.concatenate(
-            [
-                _make(
-                    transformer,
-                    vae,
-                    sampling_inputs(examples[i : i + _BATCH], empty_text),
-                    settings,
-                    seed + i,
-                )
-                for i in tqdm(parts, desc=name, unit="batch")
-            ]
+    def figures(self) -> dict[str, Figure]:
+        """All that can be told where the truth is known.
+
+        Returns:
+            By name: correlation with the truth; of a clip made with another's sound, with its own truth and
+            with that other's; without sound; of the renders and of the VAE's reconstruction, the upper
+            bounds; and the signal-to-noise ratio outside of the lips, in dB, against the VAE's
+            reconstruction and against the render.
+        """
+        clips, encoded = self.clips, self.encoded
+        others = [*range(1, len(clips)), 0]
+        swapped = [
+            clip | {"audio": encoded[other]["audio"]} for clip, other in zip(encoded, others, strict=True)
+        ]
+        truths, lips = ([clip[name] for clip in clips] for name in ("opening", "lips"))
+        true = np.stack([clip["video"] for clip in clips])
+        made = self.make(encoded, "Own sound")
+        made_swapped = self.make(swapped, "Another's sound")
+        silent = self.make(encoded, "No sound", audio_scale=1.0, loudness=0.0)
+        coded = np.concatenate(
+            [_decode(self.vae, np.stack([x["latents"] for x in part])) for part in _parts(encoded)]
         )
+        return {
+            "correlation": self.follows(made, truths),
+            "correlation_with_another_sound": self.follows(made_swapped, truths),
+            "correlation_with_that_sound": self.follows(made_swapped, [truths[i] for i in others]),
+            "correlation_without_sound": self.follows(silent, truths),
+            "correlation_of_vae": self.follows(coded, truths),
+            "correlation_of_renders": self.follows(true, truths),
+            "psnr_outside_lips": figure(_psnr_outside(made, coded, lips)),
+            "psnr_outside_lips_to_render": figure(_psnr_outside(made, true, lips)),
+            "psnr_of_vae": figure(_psnr_outside(coded, true, np.zeros_like(lips))),
+        }
 
-    made = make(encoded, config, "Own sound")
-    made_swapped = make(swapped, config, "Another's sound")
-    silent = make(encoded, replace(config, audio_scale=1.0, loudness=0.0), "No sound")
-    latents = np.stack([clip["latents"] for clip in encoded])
-    coded = np.concatenate(
-        [_decode(vae, jnp.asarray(latents[i : i + _BATCH])) for i in range(0, len(clips), _BATCH)]
-    )
+    def figures_of_speech(self, waveform: Float[np.ndarray, " samples"]) -> dict[str, Figure]:
+        """Real speech on the synthetic faces: each gets the next piece of it, as long as a clip.
 
-    def follows(videos: UInt8[np.ndarray, "N T H W 3"], whose: Sequence[int] | None = None) -> Figure:
-        truths = [clips[i]["opening"] for i in whose] if whose is not None else [c["opening"] for c in clips]
-        boxes = [clip["face_box"][0] for clip in clips]
+        Args:
+            waveform: 16 kHz; at least one clip long.
+
+        Returns:
+            Correlation of the opening with the energy of the sound that was given, and with another's.
+
+        Raises:
+            MediaError: The speech is too short.
+        """
+        frames, fps = len(self.clips[0]["video"]), self.config.fps
+        length = int(frames / fps * SAMPLE_RATE)
+        if waveform.size < length:
+            raise media.MediaError(f"the speech lasts {waveform.size / SAMPLE_RATE:.2f} s, less than a clip")
+        count = waveform.size // length
+        pieces = [waveform[i % count * length :][:length] for i in range(len(self.clips))]
+        examples = [
+            clip | {"audio": np.asarray(self.speech_encoder(piece)[0])}
+            for clip, piece in zip(self.encoded, pieces, strict=True)
+        ]
+        energies = [sound_energy(piece, frames, fps) for piece in pieces]
+        made = self.make(examples, "Real speech")
+        return {
+            "correlation_of_speech": self.follows(made, energies),
+            "correlation_of_speech_with_another": self.follows(made, [*energies[1:], energies[0]]),
+        }
+
+    def make(
+        self, examples: Sequence[Record], name: str, **settings: float
+    ) -> UInt8[np.ndarray, "N T H W 3"]:
+        """Videos of encoded clips, with a bar of this name."""
+        config = replace(self.config, **settings)
+        parts = [
+            _make(self.transformer, self.vae, sampling_inputs(part, self.empty_text), config, self.seed + i)
+            for i, part in enumerate(tqdm(_parts(examples), desc=name, unit="batch"))
+        ]
+        return np.concatenate(parts)
+
+    def follows(
+        self, videos: UInt8[np.ndarray, "N T H W 3"], courses: Sequence[Float[np.ndarray, " T"]]
+    ) -> Figure:
+        """Correlation of the openings that are seen in videos with these courses."""
+        boxes = [clip["face_box"][0] for clip in self.clips]
         return figure(
             [
-                correlation(mouth_opening(video, box), truth)
-                for video, box, truth in zip(videos, boxes, truths, strict=True)
+                correlation(mouth_opening(video, box), course)
+                for video, box, course in zip(videos, boxes, courses, strict=True)
             ]
         )
 
-    lips = np.stack([clip["lips"] for clip in clips])
-    return {
-        "correlation": follows(made),
-        "correlation_with_another_sound": follows(made_swapped),
-        "correlation_with_that_sound": follows(made_swapped, others),
-        "correlation_without_sound": follows(silent),
-        "correlation_of_vae": follows(coded),
-        "correlation_of_renders": follows(true),
-        "psnr_outside_lips": figure(_psnr_outside(made, coded, lips)),
-        "psnr_outside_lips_to_render": figure(_psnr_outside(made, true, lips)),
-        "psnr_of_vae": figure(_psnr_outside(coded, true, np.zeros_like(lips))),
-    }
+
+def _parts(examples: Sequence[Record]) -> list[list[Record]]:
+    return [list(examples[i : i + _BATCH]) for i in range(0, len(examples), _BATCH)]
 
 
 def _make(
@@ -139,8 +181,8 @@ def _make(
     return _decode(vae, sample(transformer, noise, inputs, config))
 
 
-def _decode(vae: WanVAE, latents: Float[Array, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
-    return to_uint8(np.asarray(_decoded(vae, latents)))
+def _decode(vae: WanVAE, latents: Float[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
+    return to_uint8(np.asarray(_decoded(vae, jnp.asarray(latents))))
 
 
 @nnx.jit
@@ -151,7 +193,7 @@ def _decoded(vae: WanVAE, latents: Float[Array, "B F h w C"]) -> Float[Array, "B
 def _psnr_outside(
     videos: UInt8[np.ndarray, "N T H W 3"],
     true: UInt8[np.ndarray, "N T H W 3"],
-    lips: UInt8[np.ndarray, "N T H W"],
+    lips: Sequence[UInt8[np.ndarray, "T H W"]] | UInt8[np.ndarray, "N T H W"],
 ) -> list[float]:
     """Of each clip, over pixels in which no frame has lips, nor their neighbours."""
     ratios = []
@@ -174,6 +216,8 @@ def report(figures: dict[str, Figure]) -> str:
         "psnr_outside_lips": "dB outside lips, to VAE",
         "psnr_outside_lips_to_render": "dB outside lips, to render",
         "psnr_of_vae": "dB of VAE to render",
+        "correlation_of_speech": "real speech, opening with energy",
+        "correlation_of_speech_with_another": "  with another piece's energy",
     }
     return "\n".join(
         f"{names[name] + ' ':.<40} {x.mean:7.3f} +- {x.standard_error:.3f}" for name, x in figures.items()
@@ -192,15 +236,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=64, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--speech", metavar="FILE", help="real speech, to try on the synthetic faces")
     arguments, config = cli.parse(parser, argv)
+    speech = media.read_sound(arguments.speech) if arguments.speech else None
+    if arguments.json:
+        media.check_writable(arguments.json)
     model = build(ModelConfig, config.model, "model")
     networks = StoredNetworks(Path(arguments.weights or config.weights), model)
     data = build(SyntheticConfig, config.data, "data")
     clips = list(records(data, "test", arguments.clips))
-    figures = evaluate(networks, build(SampleConfig, config.sample, "sample"), clips, seed=arguments.seed)
+    measured = LipSync(networks, build(SampleConfig, config.sample, "sample"), clips, seed=arguments.seed)
+    figures = measured.figures()
+    if speech is not None:
+        figures |= measured.figures_of_speech(speech)
     print(report(figures))
     if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(
             json.dumps({name: asdict(x) for name, x in figures.items()}, indent=1) + "\n"
         )

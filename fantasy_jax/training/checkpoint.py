@@ -49,7 +49,7 @@ class Checkpoints:
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if differing := [k for k, v in self.settings.items() if about["settings"].get(k) != v]:
             raise ConfigError(
-                f"{self.folder}: was begun with another {differing[0]}; keep to that, or choose another workdir"
+                f"{self.folder}: was begun with another {differing[0]}; keep it, or choose another workdir"
             )
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self.manager.restore(step, args=arguments)["state"]
