@@ -1,5 +1,6 @@
 """The loader: records to batches by Grain, in an order that is a function of the step."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,5 +42,10 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own (google/grain, issue 1355)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
-        iterable = iterable.mp_prefetch(options)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_run)
     return iter(iterable)
+
+
+def _leave_interrupts_to_the_run(worker: int, workers: int) -> None:
+    """Ctrl-C reaches every process; the run decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

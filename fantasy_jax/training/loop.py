@@ -119,9 +119,14 @@ def _run(
 
     bar = tqdm(total=task.steps, initial=first, desc=task.name, unit="step", smoothing=0.05)
     with _stop_signals() as stop, SummaryWriter(str(folder), flush_secs=20) as writer, bar:
+        bar.set_postfix_str("compiling")
         batches, begun, seen = task.batches(first), time.perf_counter(), first
         for step in range(first + 1, task.steps + 1):
             state, metrics = trainer.step(state, trainer.rest, next(batches))
+            if step == first + 1:  # which no later step takes as long as
+                jax.block_until_ready(metrics)
+                bar.unpause()
+                begun, seen = time.perf_counter(), first
             if step % config.log_every == 0 or step == task.steps:
                 numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not np.isfinite(numbers["loss"]):
