@@ -1,12 +1,11 @@
 """The miniature: everything that the 14B system has, small enough for two CPU cores.
 
 64 x 64 pixels, 17 frames at 25 a second. Sampling takes seconds, from the weights that come with the project.
-Training them from nothing takes about @FULL@ on two cores:
+Training them from nothing takes 77 minutes on two cores:
 
     python train.py --config=configs/tiny.py --workdir=out/tiny
 
-`configs/tiny.py:quick` is the same with fewer clips and steps, in half an hour; the mouth then follows the
-sound, less closely.
+`configs/tiny.py:quick` is the same with fewer clips and steps.
 """
 
 from dataclasses import replace
