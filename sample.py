@@ -128,7 +128,7 @@ def _networks(arguments: argparse.Namespace, model: ModelConfig, weights: str) -
         for name in ("wav2vec2", "tokenizer"):
             if getattr(arguments, name):
                 raise ConfigError(
-                    f"--{name} goes with random weights, and {weights} has its own; leave it out"
+                    f"--{name} goes with random weights (--weights=''); {weights} has its own; leave it out"
                 )
         return StoredNetworks(Path(weights), model)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else byte_tokenizer()

@@ -93,7 +93,7 @@ def common(folder, output="out/first.mp4"):
 )
 def test_a_picture_and_a_sound_become_a_video(inputs, tmp_path, monkeypatch, capsys, speech):
     monkeypatch.chdir(tmp_path)
-    settings = ["--prompt=A woman is talking.", "--seed=3", "--config.sample.steps=2"]
+    settings = ["--weights=", "--prompt=A woman is talking.", "--seed=3", "--config.sample.steps=2"]
     main([*common(inputs), *settings, *speech])
     done = capsys.readouterr()
     for phase in ("Text encoder", "First frame through the VAE", "Transformer", "Latents to video"):
@@ -112,10 +112,10 @@ def test_a_picture_and_a_sound_become_a_video(inputs, tmp_path, monkeypatch, cap
 
 
 def test_a_wav2vec2_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, capsys):
-    folder = f"--wav2vec2={DATA / 'wav2vec2'}"
-    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), folder])
+    random = [*common(inputs), "--weights="]
+    error = refused(tmp_path, monkeypatch, capsys, [*random, f"--wav2vec2={DATA / 'wav2vec2'}"])
     assert "feature_width is 40, but the speech encoder's features have width 48" in error
-    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--wav2vec2={DATA / 'wan_vae'}"])
+    error = refused(tmp_path, monkeypatch, capsys, [*random, f"--wav2vec2={DATA / 'wan_vae'}"])
     assert "holds wan_vae, where wav2vec2 is meant" in error
 
 
@@ -142,8 +142,7 @@ def test_both_makers_of_features_hear_the_sound():
             "fantasy_talking_14b: no such folder; convert_weights.py import makes it",
         ),
         ("--weights=none", "none: no such folder"),
-        ("--tokenizer=none", "none: no such folder; give one that holds a tokenizer"),
-        (f"--tokenizer={DATA}", "holds no tokenizer that can be read"),
+        ("--tokenizer=none", "--tokenizer goes with random weights"),
         (f"--weights={DATA}", "holds no complete weights"),
         ("--noise=none.safetensors", "none.safetensors: no such file"),
         ("--config.sample.stepz=3", "sample.stepz: no such setting; did you mean steps?"),
@@ -178,23 +177,35 @@ def test_stored_weights_are_not_mixed_with_others(inputs, tmp_path, monkeypatch,
 def test_a_tokenizer_of_more_tokens_than_the_encoder_is_refused(inputs, tmp_path, monkeypatch, capsys):
     save_tokenizer(tmp_path / "tokenizer", ["A person is talking."])
     settings = [f"--tokenizer={tmp_path / 'tokenizer'}", "--config.model.text_encoder.vocab_size=5"]
-    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), *settings])
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), "--weights=", *settings])
     assert "vocab_size is 5, but the tokenizer has" in error
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("none", "no such folder; give one that holds a tokenizer"),
+        (DATA, "holds no tokenizer that can be read"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused(inputs, tmp_path, monkeypatch, capsys, folder, message):
+    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), "--weights=", f"--tokenizer={folder}"])
+    assert message in error
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"noise": np.zeros((1, 16, 5, 8, 9), np.float32)}, "noise is float32 of 1 x 16 x 5 x 8 x 9; this"),
-        ({"noise": np.zeros((1, 16, 5, 8, 8), np.int32)}, "ask for float32 of 1 x 16 x 5 x 8 x 8"),
-        ({"noise": np.full((1, 16, 5, 8, 8), np.nan, np.float32)}, "values that are no numbers"),
-        ({"latents": np.zeros((1, 16, 5, 8, 8), np.float32)}, "holds latents; give one tensor, noise"),
+        ({"noise": np.zeros((1, 32, 5, 8, 9), np.float32)}, "noise is float32 of 1 x 32 x 5 x 8 x 9; this"),
+        ({"noise": np.zeros((1, 32, 5, 8, 8), np.int32)}, "ask for float32 of 1 x 32 x 5 x 8 x 8"),
+        ({"noise": np.full((1, 32, 5, 8, 8), np.nan, np.float32)}, "values that are no numbers"),
+        ({"latents": np.zeros((1, 32, 5, 8, 8), np.float32)}, "holds latents; give one tensor, noise"),
         (None, "damaged or cut off"),
     ],
 )
 def test_noise_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, capsys, tensors, message):
     path = tmp_path / "noise.safetensors"
-    path.write_bytes(save(tensors or {"noise": np.zeros((1, 16, 5, 8, 8), np.float32)}))
+    path.write_bytes(save(tensors or {"noise": np.zeros((1, 32, 5, 8, 8), np.float32)}))
     if tensors is None:
         path.write_bytes(path.read_bytes()[:-100])
     error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--noise={path}"])
