@@ -192,8 +192,8 @@ def test_a_missing_network_is_found_before_anything_is_loaded(store, tmp_path):
     folder, config, _ = store
     with pytest.raises(WeightsError, match="nowhere: no such folder"):
         StoredNetworks(tmp_path / "nowhere", config)
-    other = dataclasses.replace(config, vae=dataclasses.replace(config.vae, num_res_blocks=1))
-    with pytest.raises(WeightsError, match="vae: of another model; it has num_res_blocks 2"):
+    other = dataclasses.replace(config, vae=dataclasses.replace(config.vae, num_res_blocks=3))
+    with pytest.raises(WeightsError, match="vae: of another model; it has num_res_blocks 1"):
         StoredNetworks(folder, other)
     shutil.copytree(folder, tmp_path / "store")
     shutil.rmtree(tmp_path / "store" / "vae")
