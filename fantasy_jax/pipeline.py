@@ -327,6 +327,11 @@ def decode_latents(
     return to_uint8(np.asarray(video[0]))
 
 
+def from_uint8(video: UInt8[Array | np.ndarray, "*n H W 3"]) -> Float[Array, "*n H W 3"]:
+    """Bytes to pixels in [-1, 1]."""
+    return jnp.asarray(video, jnp.float32) / 127.5 - 1
+
+
 def to_uint8(video: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
     """Pixels in [-1, 1] to bytes, cut off as the official code does, not rounded."""
     return ((video + 1) * 127.5).clip(0, 255).astype(np.uint8)

@@ -51,6 +51,8 @@ FOLDERS = {
 RECORD = "component.json"
 TOKENIZER = "tokenizer"
 _STARTED = "started.json"
+_MARKER = "commit_success.txt"
+"""Orbax's word that an item is complete; it names a path, and the folder's name says as much."""
 _STACKS = ("blocks", "layers")
 
 Places = dict[str, dict[str, int | None]]
@@ -254,6 +256,8 @@ def write(
             if not (partial / name).is_dir():
                 _save_item(partial / name, make(name))
         extra(partial)
+        for marker in partial.glob(f"*/{_MARKER}"):
+            marker.unlink()
         content["items"] = {name: _bytes(partial / name) for name in names}
         (partial / RECORD).write_text(json.dumps(content, indent=1) + "\n")
         # Only what is on the disk, not in the system's memory, survives a loss of power.

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from fantasy_jax.convert.components import recognise
@@ -18,9 +19,30 @@ from fantasy_jax.convert.rules import (
     load,
     make_plan,
 )
+from fantasy_jax.models.clip_vision import CLIPVisionConfig
+from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.wan import WanTransformer
 
 DATA = Path(__file__).parent / "data"
+REFERENCES = (
+    "fantasytalking_dit",
+    "wan_vae",
+    "umt5_encoder",
+    "clip_vision",
+    "wav2vec2",
+    "wav2vec2_large_style",
+)
+"""One of each kind of network."""
+
+
+def run_convert_weights(capsys, *arguments) -> tuple[int, str, str]:
+    """The command as users have it: exit code, standard output, standard error."""
+    import convert_weights
+    from fantasy_jax import cli
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
+    return exit_.value.code, *capsys.readouterr()
 
 
 def relative(value, reference) -> float:
@@ -93,6 +115,53 @@ def layer(stack: nnx.Module, index: int) -> nnx.Module:
     """One of stacked layers."""
     graphdef, state = nnx.split(stack)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], state))
+
+
+def transformers_umt5(config: UMT5Config):
+    """transformers' encoder of these sizes."""
+    from transformers import UMT5Config as TheirConfig
+    from transformers import UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        TheirConfig(
+            vocab_size=config.vocab_size,
+            d_model=config.dim,
+            d_kv=config.dim_attn // config.num_heads,
+            d_ff=config.dim_ffn,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            relative_attention_num_buckets=config.num_buckets,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def transformers_clip_vision(config: CLIPVisionConfig):
+    """transformers' tower of these sizes."""
+    from transformers import CLIPVisionConfig as TheirConfig
+    from transformers import CLIPVisionModel
+
+    return CLIPVisionModel(
+        TheirConfig(
+            hidden_size=config.dim,
+            intermediate_size=config.dim * config.mlp_ratio,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_act="gelu",
+        )
+    )
+
+
+def disturb(model):
+    """Moves all parameters of a PyTorch module off their initial values; gives the module."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def _activations(name: str, prefix: str) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, fill, randomise, relative
+from helpers import DATA, disturb, fill, randomise, relative, transformers_clip_vision
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import clip_vision as table
@@ -90,24 +90,9 @@ def test_bfloat16_stays_near_float32():
 
 def transformers_model():
     import torch
-    from transformers import CLIPVisionConfig as TheirConfig
-    from transformers import CLIPVisionModel as TheirModel
 
     torch.manual_seed(0)
-    config = TheirConfig(
-        hidden_size=TINY.dim,
-        intermediate_size=TINY.dim * TINY.mlp_ratio,
-        num_hidden_layers=TINY.num_layers,
-        num_attention_heads=TINY.num_heads,
-        image_size=TINY.image_size,
-        patch_size=TINY.patch_size,
-        hidden_act="gelu",
-    )
-    model = TheirModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return disturb(transformers_clip_vision(TINY).eval())
 
 
 def official_keys(model):

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomise, relative, to_torch
+from helpers import randomise, relative, to_torch, transformers_clip_vision, transformers_umt5
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_sample import DEBUG, refused, save_tokenizer
@@ -319,32 +319,11 @@ def torch_networks(networks):
 
     config = networks.config
     text, image, speech = config.text_encoder, config.image_encoder, config.speech_encoder
-    encoder = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=text.vocab_size,
-            d_model=text.dim,
-            d_kv=text.dim_attn // text.num_heads,
-            d_ff=text.dim_ffn,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-            relative_attention_num_buckets=text.num_buckets,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    encoder = transformers_umt5(text)
     state = to_torch(networks.text_encoder()[0], umt5.transformers_rules(text))
     encoder.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
 
-    tower = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=image.dim,
-            intermediate_size=image.dim * image.mlp_ratio,
-            num_hidden_layers=image.num_layers,
-            num_attention_heads=image.num_heads,
-            image_size=image.image_size,
-            patch_size=image.patch_size,
-            hidden_act="gelu",
-        )
-    )
+    tower = transformers_clip_vision(image)
     # transformers has a last block too, and a norm behind it; neither is listened to.
     rules = clip_vision.transformers_rules(image)
     assert not tower.load_state_dict(to_torch(networks.image_encoder(), rules), strict=False).unexpected_keys

@@ -5,24 +5,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA
+from helpers import DATA, REFERENCES, run_convert_weights
 from safetensors.numpy import load_file, save_file
 
 import convert_weights
-from fantasy_jax import cli
 from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import WeightsError, open_weights, write_safetensors
 from fantasy_jax.convert.rules import TensorSpec, load
 from fantasy_jax.weights import FOLDERS, load_network, save_network
-
-REFERENCES = (
-    "fantasytalking_dit",
-    "wan_vae",
-    "umt5_encoder",
-    "clip_vision",
-    "wav2vec2",
-    "wav2vec2_large_style",
-)
 
 
 @pytest.fixture
@@ -30,10 +20,8 @@ def command(capsys):
     """Runs convert_weights.py; gives exit code, standard output, and the last line of standard error."""
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err.splitlines()[-1] if err else ""
+        code, out, err = run_convert_weights(capsys, *arguments)
+        return code, out, err.splitlines()[-1] if err else ""
 
     return run
 

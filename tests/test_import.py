@@ -15,11 +15,11 @@ import full_size
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA
+from helpers import DATA, run_convert_weights
 from safetensors.numpy import save_file
 
 import convert_weights
-from fantasy_jax import cli, weights
+from fantasy_jax import weights
 from fantasy_jax.convert import components, download, importer
 from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import open_weights
@@ -54,14 +54,9 @@ def command(capsys):
     """Runs convert_weights.py; gives exit code, standard output, and standard error without its bars."""
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
-        out, err = capsys.readouterr()
-        return (
-            exit_.value.code,
-            out,
-            "".join(x for x in err.splitlines(True) if "B/s" not in x and "B [" not in x and x.strip()),
-        )
+        code, out, err = run_convert_weights(capsys, *arguments)
+        told = [x for x in err.splitlines(True) if "B/s" not in x and "B [" not in x and x.strip()]
+        return code, out, "".join(told)
 
     return run
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from fantasy_jax.diffusion.losses import project_mask, velocity_loss
 
@@ -22,6 +21,8 @@ def test_the_first_frame_stands_alone_as_in_the_vae():
 
 
 def test_where_a_mask_changes_evenly_it_is_what_torch_makes_of_it():
+    import torch
+
     frames, rows, columns = np.meshgrid(*(np.linspace(0, 1, n) for n in (17, 64, 64)), indexing="ij")
     mask = ((frames + rows + 2 * columns) / 4).astype(np.float32)[None]
     ours = np.asarray(project_mask(jnp.asarray(mask), 8, 8))[:, 1:]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA
+from helpers import DATA, REFERENCES
 
 from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import open_weights
@@ -42,14 +42,6 @@ SHAPES = {
     "heads/0/bias": (2,),
     "heads/1/bias": (3,),
 }
-REFERENCES = (
-    "fantasytalking_dit",
-    "wan_vae",
-    "umt5_encoder",
-    "clip_vision",
-    "wav2vec2",
-    "wav2vec2_large_style",
-)
 
 
 def target():

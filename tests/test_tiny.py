@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fantasy_jax import media
-from fantasy_jax.config import build, load_config
+from fantasy_jax.config import ConfigError, build, load_config
 from fantasy_jax.data.synthetic import SyntheticConfig, records
 from fantasy_jax.evaluation import lipsync, video
 from fantasy_jax.pipeline import (
@@ -88,7 +88,7 @@ def test_the_demo(tmp_path, capsys):
     frames, fps = media.read_video(output)
     assert frames.shape == (17, 64, 64, 3)
     assert fps == 25
-    assert video.first_frame_psnr(frames, np.asarray(media.read_picture(PORTRAIT))) > 25
+    assert video.psnr(frames[0], np.asarray(media.read_picture(PORTRAIT))) > 25
 
 
 def test_the_energy_of_sound_is_where_the_sound_is():
@@ -122,6 +122,11 @@ def test_what_cannot_be_measured(arguments, message, tmp_path):
     media.write_video(demo, np.zeros((5, 64, 64, 3), np.uint8), 25, sound=SPEECH)
     with pytest.raises((media.MediaError, ValueError), match=message):
         video.main([argument.format(demo=demo) for argument in arguments])
+
+
+def test_no_clips_cannot_be_measured():
+    with pytest.raises(ConfigError, match="--clips=0: at least 1 is needed"):
+        lipsync.main([f"--config={ROOT / 'configs/tiny.py'}", "--clips=0"])
 
 
 def test_decoding_gives_frames(networks):

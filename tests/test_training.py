@@ -251,6 +251,7 @@ def test_every_setting_of_the_miniature_can_be_built():
             "train.clip_stage.audio: is 'song'; use one of 'clip', 'frame'",
         ),
         ("--config.train.loop.workers=-1", "workers must not be negative"),
+        ("--config.train.vae.crop=128", "train.vae: crops of 9 frames of 128 do not fit; at most 17 of 64"),
         ("--config.train.stage1.steps=3", "train.stage1: no such setting"),
     ],
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, fill, randomise, relative, to_torch
+from helpers import DATA, disturb, fill, randomise, relative, to_torch, transformers_umt5
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import umt5 as table
@@ -100,25 +100,9 @@ def test_bfloat16_stays_near_float32():
 
 def transformers_model():
     import torch
-    from transformers import UMT5Config as TheirConfig
-    from transformers import UMT5EncoderModel
 
     torch.manual_seed(0)
-    config = TheirConfig(
-        vocab_size=TINY.vocab_size,
-        d_model=TINY.dim,
-        d_kv=TINY.dim_attn // TINY.num_heads,
-        d_ff=TINY.dim_ffn,
-        num_layers=TINY.num_layers,
-        num_heads=TINY.num_heads,
-        relative_attention_num_buckets=TINY.num_buckets,
-        feed_forward_proj="gated-gelu",
-    )
-    model = UMT5EncoderModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return disturb(transformers_umt5(TINY).eval())
 
 
 def assert_same(ours, theirs):

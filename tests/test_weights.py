@@ -99,6 +99,12 @@ def test_every_network_comes_back_bit_for_bit(store):
     assert_equal(speech.model, networks["speech_encoder"])
 
 
+def test_a_store_does_not_tell_where_it_was_written(store):
+    folder, *_ = store
+    for file in folder.rglob("*"):
+        assert file.is_dir() or str(folder).encode() not in file.read_bytes(), file
+
+
 def test_blocks_are_items_of_their_own(store):
     folder, config, _ = store
     record = json.loads((folder / "transformer" / "component.json").read_text())

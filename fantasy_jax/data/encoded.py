@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fantasy_jax.data.preprocessing import clip_pixels
 from fantasy_jax.data.records import Record, open_split, write_dataset
 from fantasy_jax.diffusion.losses import project_mask
-from fantasy_jax.pipeline import Networks, encode_text, first_frame_latents
+from fantasy_jax.pipeline import Networks, encode_text, first_frame_latents, from_uint8
 
 _BATCH = 8
 
@@ -46,12 +46,15 @@ def encode_dataset(networks: Networks, source: Path, directory: Path, settings: 
         The folder of the encoded dataset.
     """
     splits = {split: open_split(source, split) for split in ("train", "test")}
-    sample = next(encode_records(networks, [splits["test"][0]]))
     encoded = {
         split: _with_bar(encode_records(networks, records), f"Encoding ({split})", len(records))
         for split, records in splits.items()
     }
-    return write_dataset("encoded_clips", directory, features(sample), encoded, settings)
+
+    def schema() -> dict[str, tfds.features.FeatureConnector]:
+        return features(next(encode_records(networks, [splits["test"][0]])))
+
+    return write_dataset("encoded_clips", directory, schema, encoded, settings)
 
 
 def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:
@@ -63,7 +66,7 @@ def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Re
     def encode(
         vae: nnx.Module, picture: nnx.Module, video: jax.Array, lips: jax.Array
     ) -> dict[str, jax.Array]:
-        pixels = video.astype(jnp.float32) / 127.5 - 1
+        pixels = from_uint8(video)
         latents = vae.encode(pixels)
         first = first_frame_latents(vae, pixels[:, 0], pixels.shape[1])
         image = picture(clip_pixels(pixels[:, 0], picture.config.image_size))

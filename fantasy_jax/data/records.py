@@ -1,6 +1,6 @@
 """Datasets of records on disk: TFDS, as array records, complete or not there. No TensorFlow is needed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 def write_dataset(
     name: str,
     directory: str | Path,
-    features: Mapping[str, tfds.features.FeatureConnector],
+    features: Callable[[], Mapping[str, tfds.features.FeatureConnector]],
     splits: Mapping[str, Iterable[Record]],
     settings: Mapping[str, Any],
 ) -> Path:
@@ -52,7 +52,7 @@ def write_dataset(
     Args:
         name: Of the dataset.
         directory: Where datasets lie.
-        features: The schema of a record.
+        features: Makes the schema of a record; not asked where nothing is to be written.
         splits: The records of each; iterators that do nothing until they are asked.
         settings: What the records follow from, JSON's types.
 
@@ -63,10 +63,9 @@ def write_dataset(
         ConfigError: Such a dataset lies there, made with other settings.
     """
     tfds.disable_progress_bar()  # it knows no total
-    builder = _Builder(name, Path(directory), features, splits, settings)
-    folder = Path(builder.data_path)
+    folder = Path(directory) / name / str(_Builder.VERSION)
     if not folder.exists():
-        builder.download_and_prepare()
+        _Builder(name, Path(directory), features(), splits, settings).download_and_prepare()
         return folder
     written = dict(tfds.builder_from_directory(folder).info.metadata or {})
     if differing := [key for key, value in settings.items() if written.get(key) != value]:

@@ -7,6 +7,7 @@ What a clip shows follows from its split and number alone. Written as a TFDS dat
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -224,7 +225,9 @@ def prepare(config: SyntheticConfig, directory: str | Path) -> Path:
     """
     counts = {"train": config.train_clips, "test": config.test_clips}
     splits = {split: records(config, split, count) for split, count in counts.items()}
-    return write_dataset("synthetic_talking_heads", directory, features(config), splits, asdict(config))
+    return write_dataset(
+        "synthetic_talking_heads", directory, partial(features, config), splits, asdict(config)
+    )
 
 
 def write_example(config: SyntheticConfig, index: int, folder: Path) -> None:

@@ -19,14 +19,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from fantasy_jax import cli, media
-from fantasy_jax.config import build
+from fantasy_jax.config import ConfigError, build
 from fantasy_jax.data.encoded import encode_records
 from fantasy_jax.data.records import Record
 from fantasy_jax.data.speech import SAMPLE_RATE
 from fantasy_jax.data.synthetic import SyntheticConfig, records
 from fantasy_jax.diffusion.sampler import SamplerInputs, sample
 from fantasy_jax.evaluation.mouth import correlation, mouth_opening
-from fantasy_jax.evaluation.video import sound_energy
+from fantasy_jax.evaluation.video import psnr, sound_energy
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, Networks, SampleConfig, encode_text, to_uint8
@@ -196,12 +196,11 @@ def _psnr_outside(
     lips: Sequence[UInt8[np.ndarray, "T H W"]] | UInt8[np.ndarray, "N T H W"],
 ) -> list[float]:
     """Of each clip, over pixels in which no frame has lips, nor their neighbours."""
-    ratios = []
-    for video, expected, mask in zip(videos, true, lips, strict=True):
-        outside = cv2.dilate(mask.max(axis=0), np.ones((5, 5), np.uint8)) == 0
-        error = np.square((video.astype(np.float64) - expected) / 255)[:, outside]
-        ratios.append(float(-10 * np.log10(error.mean() + 1e-10)))
-    return ratios
+    outsides = [cv2.dilate(mask.max(axis=0), np.ones((5, 5), np.uint8)) == 0 for mask in lips]
+    return [
+        psnr(video[:, outside], expected[:, outside])
+        for video, expected, outside in zip(videos, true, outsides, strict=True)
+    ]
 
 
 def report(figures: dict[str, Figure]) -> str:
@@ -238,6 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     parser.add_argument("--speech", metavar="FILE", help="real speech, to try on the synthetic faces")
     arguments, config = cli.parse(parser, argv)
+    if arguments.clips < 1:
+        raise ConfigError(f"--clips={arguments.clips}: at least 1 is needed")
     speech = media.read_sound(arguments.speech) if arguments.speech else None
     if arguments.json:
         media.check_writable(arguments.json)
@@ -251,9 +252,9 @@ def main(argv: list[str] | None = None) -> None:
         figures |= measured.figures_of_speech(speech)
     print(report(figures))
     if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({name: asdict(x) for name, x in figures.items()}, indent=1) + "\n"
-        )
+        content = {name: asdict(x) for name, x in figures.items()}
+        with media.whole_or_nothing(arguments.json) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ energy: mouths open on loud syllables, and pauses are silent. Real talkers reach
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -43,10 +42,9 @@ def sound_energy(
     return np.sqrt([np.average(padded[i : i + 2 * half] ** 2, weights=window) for i in middles])
 
 
-def first_frame_psnr(video: UInt8[np.ndarray, "T H W 3"], picture: UInt8[np.ndarray, "H W 3"]) -> float:
-    """Signal-to-noise ratio of the first frame, in dB, against the picture in the video's size."""
-    error = np.square((video[0].astype(np.float64) - picture) / 255).mean()
-    return float(-10 * np.log10(error + 1e-10))
+def psnr(one: UInt8[np.ndarray, "*n"], other: UInt8[np.ndarray, "*n"]) -> float:
+    """Peak signal-to-noise ratio of two pictures or videos of one size, in dB; 100 where they are equal."""
+    return float(-10 * np.log10(np.square((one.astype(np.float64) - other) / 255).mean() + 1e-10))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,18 +64,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     arguments = parser.parse_args(argv)
+    if arguments.json:
+        media.check_writable(arguments.json)
     video, fps = media.read_video(arguments.video)
     energy = sound_energy(media.read_sound(arguments.video), len(video), fps)
     opening = mouth_opening(video, _box(arguments.face, video.shape))
     figures = {"correlation_with_energy": correlation(opening, energy)}
     if arguments.image:
         picture = fit_picture(media.read_picture(arguments.image), max(video.shape[1:3]))
-        figures["first_frame_psnr"] = first_frame_psnr(video, np.asarray(picture))
+        figures["first_frame_psnr"] = psnr(video[0], np.asarray(picture))
     for name, value in figures.items():
         print(f"{name.replace('_', ' ') + ' ':.<40} {value:7.3f}")
     if arguments.json:
-        media.check_writable(arguments.json)
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+        with media.whole_or_nothing(arguments.json) as partial:
+            partial.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _box(text: str, shape: tuple[int, ...]) -> Float[np.ndarray, "4"]:

@@ -8,10 +8,11 @@ Each part is done once: what is complete is taken as it is, what was interrupted
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,18 @@ import numpy as np
 from flax import nnx
 
 from fantasy_jax import cli
+from fantasy_jax.config import ConfigError
 from fantasy_jax.data.encoded import encode_dataset
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import open_split
+from fantasy_jax.data.records import Record, open_split
 from fantasy_jax.data.synthetic import SyntheticConfig, prepare
 from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, encode_text, to_uint8
+from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, encode_text, from_uint8, to_uint8
 from fantasy_jax.training.loop import LoopConfig, Task, train
+from fantasy_jax.training.state import Batch
 from fantasy_jax.training.talking import PadText, TalkingStageConfig, sampling_inputs, talking_loss
 from fantasy_jax.training.vae import (
     Crop,
@@ -77,7 +80,17 @@ class Course:
         sampling: SampleConfig,
         config: TrainConfig,
     ):
-        """Keeps the settings; nothing is done before `run`."""
+        """Keeps the settings; nothing is done before `run`.
+
+        Raises:
+            ConfigError: The VAE's crops are larger than clips, or do not divide into latents.
+        """
+        crop, factor = config.vae.crop, model.vae.spatial_factor
+        if crop > data.size or crop % factor or config.vae.frames > data.num_frames:
+            raise ConfigError(
+                f"train.vae: crops of {config.vae.frames} frames of {crop} do not fit; "
+                f"at most {data.num_frames} of {data.size}, and a multiple of {factor}"
+            )
         self.workdir, self.data, self.model, self.sampling, self.config = (
             workdir,
             data,
@@ -111,19 +124,8 @@ class Course:
         shown = _videos(open_split(clips, "test"), range(_SHOWN))
 
         def show(model: WanVAE) -> dict[str, np.ndarray]:
-            decoded = nnx.jit(lambda vae, video: vae.decode(vae.encode(video)))(model, _to_pixels(shown))
+            decoded = nnx.jit(lambda vae, video: vae.decode(vae.encode(video)))(model, from_uint8(shown))
             return {"reconstructed": _pairs(shown, to_uint8(np.asarray(decoded)))}
-
-        def crops(start: int) -> Iterator[dict[str, np.ndarray]]:
-            crop = Crop(config.crop, config.frames, config.mouth_share)
-            return batches(
-                records,
-                crop,
-                batch_size=config.batch_size,
-                start=start,
-                workers=loop.workers,
-                seed=loop.seed,
-            )
 
         model = self.networks.random_vae()
         some = [records[i] for i in range(min(_STARTED_FROM, len(records)))]
@@ -134,7 +136,7 @@ class Course:
             "vae",
             model,
             partial(vae_loss, config=config),
-            crops,
+            self._batches(records, Crop(config.crop, config.frames, config.mouth_share), config.batch_size),
             config.batch_size,
             config.steps,
             config.optimizer,
@@ -143,7 +145,7 @@ class Course:
         )
         model = train(task, loop, self.workdir / "vae")
         some = range(0, min(_NORMALISED_OVER, len(records)), _SHOWN)
-        normalise_latents(model, [_videos(records, range(i, min(i + _SHOWN, len(records)))) for i in some])
+        normalise_latents(model, [_videos(records, range(i, i + _SHOWN)) for i in some])
         return model
 
     def _talking_task(
@@ -154,14 +156,14 @@ class Course:
         encoded: Path,
         settings: dict,
     ) -> Task:
-        loop = self.config.loop
-        records, shown = open_split(encoded, "train"), open_split(encoded, "test")
+        records, tests = open_split(encoded, "train"), open_split(encoded, "test")
+        shown = [tests[i] for i in range(min(_SHOWN, len(tests)))]
         empty_text = encode_text(self.networks, [""])[0]
-        inputs = sampling_inputs([shown[i] for i in range(min(_SHOWN, len(shown)))], empty_text)
-        truth = jnp.asarray(np.stack([shown[i]["latents"] for i in range(min(_SHOWN, len(shown)))]))
+        inputs = sampling_inputs(shown, empty_text)
+        truth = jnp.asarray(np.stack([record["latents"] for record in shown]))
         decode = nnx.jit(lambda vae, latents: vae.decode(latents))
         # As it hears while it is trained.
-        sampling = SampleConfig(**{**vars(self.sampling), "audio": config.audio})
+        sampling = replace(self.sampling, audio=config.audio)
 
         def show(model: WanTransformer) -> dict[str, np.ndarray]:
             noise = jax.random.normal(jax.random.key(0), truth.shape)
@@ -169,27 +171,24 @@ class Course:
             true, made = (to_uint8(np.asarray(decode(self.networks.vae(), x))) for x in (truth, latents))
             return {"sampled": _pairs(true, made)}
 
-        def examples(start: int) -> Iterator[dict[str, np.ndarray]]:
-            return batches(
-                records,
-                PadText(self.model.transformer.text_length),
-                batch_size=config.batch_size,
-                start=start,
-                workers=loop.workers,
-                seed=loop.seed,
-            )
-
         return Task(
             name,
             transformer,
             partial(talking_loss, config=config, empty_text=empty_text),
-            examples,
+            self._batches(records, PadText(self.model.transformer.text_length), config.batch_size),
             config.batch_size,
             config.steps,
             config.optimizer,
             show,
             settings,
         )
+
+    def _batches(
+        self, records: Any, prepare: Callable[[Record, np.random.Generator], Record], batch_size: int
+    ) -> Callable[..., Iterator[Batch]]:
+        """What gives the batches from a step on, as a task wants it."""
+        loop = self.config.loop
+        return partial(batches, records, prepare, batch_size=batch_size, workers=loop.workers, seed=loop.seed)
 
     def _save(self, folder: Path, transformer: WanTransformer) -> None:
         """Writes a store that `sample.py` takes, in bfloat16: half the size, and samples look the same."""
@@ -225,10 +224,6 @@ def _rounded(network: nnx.Module) -> nnx.Module:
 
 def _videos(records, numbers: range) -> UInt8[np.ndarray, "B T H W 3"]:
     return np.stack([records[i]["video"] for i in numbers if i < len(records)])
-
-
-def _to_pixels(video: UInt8[np.ndarray, "B T H W 3"]) -> jax.Array:
-    return jnp.asarray(video, jnp.float32) / 127.5 - 1
 
 
 def _pairs(

@@ -56,7 +56,7 @@ class Task:
         name: Of the stage.
         model: Where it starts.
         loss: What is lowered.
-        batches: Gives the batches from a step on; which they are depends on the step alone.
+        batches: Gives the batches from step `start` on; which they are depends on the step alone.
         batch_size: Examples in each.
         steps: How long.
         optimizer: How.
@@ -67,7 +67,7 @@ class Task:
     name: str
     model: nnx.Module
     loss: Loss
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[..., Iterator[Batch]]
     batch_size: int
     steps: int
     optimizer: OptimizerConfig
@@ -120,7 +120,7 @@ def _run(
     bar = tqdm(total=task.steps, initial=first, desc=task.name, unit="step", smoothing=0.05)
     with _stop_signals() as stop, SummaryWriter(str(folder), flush_secs=20) as writer, bar:
         bar.set_postfix_str("compiling")
-        batches, begun, seen = task.batches(first), time.perf_counter(), first
+        batches, begun, seen = task.batches(start=first), time.perf_counter(), first
         for step in range(first + 1, task.steps + 1):
             state, metrics = trainer.step(state, trainer.rest, next(batches))
             if step == first + 1:  # which no later step takes as long as

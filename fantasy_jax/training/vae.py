@@ -11,6 +11,7 @@ from flax import nnx
 from fantasy_jax.config import ConfigError
 from fantasy_jax.data.records import Record
 from fantasy_jax.models.vae import CHUNK, WanVAE, to_blocks
+from fantasy_jax.pipeline import from_uint8
 from fantasy_jax.training.optim import OptimizerConfig
 from fantasy_jax.training.state import Batch, Metrics
 from fantasy_jax.typing import Array, Float, UInt8
@@ -66,9 +67,9 @@ class Crop:
         start = rng.integers(len(video) - self.frames + 1)
         most = np.array(video.shape[1:3]) - self.size
         place = rng.integers(most + 1)
-        if rng.uniform() < self.mouth_share and lips[start].any():
-            mouth = np.argwhere(lips[start] > 127).mean(axis=0) if (lips[start] > 127).any() else most / 2
-            place = mouth - self.size / 2 + rng.uniform(-0.25, 0.25, 2) * self.size
+        mouth = np.argwhere(lips[start] > 127)
+        if rng.uniform() < self.mouth_share and len(mouth):
+            place = mouth.mean(axis=0) - self.size / 2 + rng.uniform(-0.25, 0.25, 2) * self.size
             place = np.clip(np.round(place), 0, most).astype(int)
         rows, columns = (slice(i, i + self.size) for i in place)
         cut = (slice(start, start + self.frames), rows, columns)
@@ -82,7 +83,7 @@ def vae_loss(
     vae: WanVAE, batch: Batch, key: Array, *, config: VAEStageConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """L1 of pixels and of their differences, lips more than the rest, and a little divergence."""
-    video = batch["video"].astype(jnp.float32) / 127.5 - 1
+    video = from_uint8(batch["video"])
     lips = batch["lips"].astype(jnp.float32)[..., None] / 255
     sample_key, level_key, noise_key = jax.random.split(key, 3)
     mean, log_variance = vae.encode_moments(video)
@@ -119,7 +120,7 @@ def start_from_principal_components(
 ) -> None:
     """Sets the linear shortcut to the best linear coder; all else is silent.
 
-    Without it, a small VAE takes ten times as long to see anything.
+    Most of what a small VAE can do after minutes is there from the start.
 
     Args:
         vae: With a shortcut; its last layers are set to zero, so that they add what the shortcut lacks.
@@ -128,7 +129,7 @@ def start_from_principal_components(
         lips_weight: How much more a block counts that is all lips.
     """
     shortcut, side = vae.shortcut, vae.config.spatial_factor
-    pixels = jnp.asarray(video, jnp.float32) / 127.5 - 1
+    pixels = from_uint8(video)
     mask = jnp.asarray(lips, jnp.float32)[..., None] / 255
     for frames, part, encode, decode in (
         (1, slice(None, 1), shortcut.encode_first, shortcut.decode_first),
@@ -160,7 +161,7 @@ def normalise_latents(vae: WanVAE, videos: Sequence[UInt8[np.ndarray, "B T H W 3
     beside its weights; here those that show most in pixels stay largest, and so count most in training.
     """
     encode = nnx.jit(lambda vae, video: vae.encode_moments(video)[0])
-    means = [np.asarray(encode(vae, jnp.asarray(video, jnp.float32) / 127.5 - 1)) for video in videos]
+    means = [np.asarray(encode(vae, from_uint8(video))) for video in videos]
     values = np.concatenate([x.reshape(-1, x.shape[-1]) for x in means])
     channels, shortcut = vae.config.latent_channels, vae.shortcut
     mean = values.mean(axis=0)
