@@ -1,5 +1,7 @@
 """Batches are a function of the step: not of where a run begins, nor of how many processes read."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,36 @@ def test_every_record_comes_once_before_one_comes_twice():
     for epoch in numbers[:40].reshape(4, 10):
         assert sorted(epoch) == list(range(10))
     assert not np.array_equal(numbers[:10], numbers[10:20])
+
+
+def test_processes_read_the_rows_that_are_theirs():
+    whole = read(2, 3)
+    for rows in ([0, 1], [3], [0, 2, 3]):
+        parts = batches(Numbers(), jitter, batch_size=4, start=2, workers=0, seed=3, rows=rows)
+        for batch in whole:
+            part = next(parts)
+            assert all(np.array_equal(part[name], batch[name][rows]) for name in batch)
+
+
+class Damaged(Numbers):
+    """Some of these records cannot be read."""
+
+    def __getitem__(self, index):
+        if index in (3, 4, 7):
+            raise ValueError("checksum")
+        return super().__getitem__(index)
+
+
+def test_records_that_cannot_be_read_are_named_and_left_out(caplog):
+    seen = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])
+    assert set(seen) == {0, 1, 2, 5, 6, 8, 9}
+    assert "record 7 cannot be read (ValueError: checksum)" in caplog.text
+    assert "number 3, left out" in caplog.text
+    again = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])
+    assert np.array_equal(again, seen)
+    damaged = batches(Damaged(), jitter, batch_size=4, start=0, workers=0, seed=3, max_unreadable=2)
+    with pytest.raises(OSError, match="nor can 2 others"):
+        list(itertools.islice(damaged, 10))
 
 
 def test_another_seed_gives_another_order():

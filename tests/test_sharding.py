@@ -1,21 +1,37 @@
 """On a mesh: what devices exchange, read off the compiled program, and that they compute what one does."""
 
+import functools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import layer, randomise, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fantasy_jax.config import ConfigError
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanConfig, WanTransformer
-from fantasy_jax.sharding import MESH_AXES, axis_size, constrain, make_mesh
+from fantasy_jax.sharding import (
+    MESH_AXES,
+    assemble_batch,
+    axis_size,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    parameter_partition,
+    parameter_shardings,
+    partition,
+    rows_of_this_process,
+)
+from fantasy_jax.training.talking import TalkingStageConfig, talking_loss
 
 pytestmark = pytest.mark.networks
 
@@ -31,6 +47,10 @@ CONFIG = WanConfig(
 )
 AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=4, num_layers=2)
 BATCH, FRAMES, HEAD_WIDTH = 2, 3, CONFIG.dim // CONFIG.num_heads
+MESHES = [
+    dict(zip(MESH_AXES, sizes, strict=True))
+    for sizes in [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 2, 1)]
+]
 CONTEXT_MESHES = [{"context": 4}, {"context": 4, "data": 2}]
 EVEN, UNEVEN = (4, 6), (5, 3)  # 24 tokens of space, and 15, which four devices cannot share evenly
 
@@ -58,6 +78,17 @@ def make_transformer(dtype=jnp.float32):
 @pytest.fixture(scope="module")
 def transformer():
     return make_transformer()
+
+
+@pytest.fixture(scope="module")
+def wide_transformer():
+    """Of eight heads, which eight devices can share."""
+
+    def make():
+        adapters = {"audio": AudioAdapter(replace(AUDIO, width=64, num_heads=8), rngs=nnx.Rngs(0))}
+        return WanTransformer(replace(CONFIG, dim=64, num_heads=8), adapters=adapters, rngs=nnx.Rngs(0))
+
+    return randomise(nnx.eval_shape(make))
 
 
 def draw(*shape, seed=0):
@@ -196,6 +227,120 @@ def test_sampling_on_a_mesh_is_sampling(transformer, batch_branches):
             (state, heard, inputs["latents"]), NamedSharding(mesh, PartitionSpec())
         )
         assert relative(sample(nnx.merge(graphdef, state), noise, heard, config), expected) < 5e-6
+
+
+def training_batch(rows, columns):
+    inputs = model_inputs(rows, columns, batch=8)
+    del inputs["timestep"]
+    lips = np.zeros(inputs["latents"].shape[:-1], np.float32)
+    lips[::2, :, rows:, :columns] = 1
+    first_frame = inputs["first_frame"][..., 4:]
+    text = jnp.pad(inputs["text"], ((0, 0), (0, CONFIG.text_length - 5), (0, 0)))
+    return inputs | {"lips": jnp.asarray(lips), "first_frame": first_frame, "text": text}
+
+
+@pytest.fixture(scope="module")
+def gradients_on_one_device(wide_transformer):
+    return functools.cache(lambda grid: gradients(wide_transformer, training_batch(*grid), make_mesh()))
+
+
+def gradients(model, batch, mesh):
+    """Loss and gradients with parameters and batch cut as in training."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    config = TalkingStageConfig(audio="frame", lip_probability=0.5, outside_lips=0.1)
+    empty = np.zeros((1, 2, CONFIG.text_dim), np.float32)
+
+    def loss(params, batch):
+        merged = nnx.merge(graphdef, params, rest)
+        return talking_loss(merged, batch, jax.random.key(0), config=config, empty_text=empty)[0]
+
+    with jax.set_mesh(mesh):
+        shardings = parameter_shardings(params, mesh)
+        placed = jax.device_put(params, shardings), jax.device_put(batch, batch_sharding(mesh))
+        return jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))(*placed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(5, 5), (5, 3)], ids=str)
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes.values())))
+def test_training_on_a_mesh_is_training(wide_transformer, gradients_on_one_device, sizes, grid):
+    expected_loss, expected = gradients_on_one_device(grid)
+    loss, found = gradients(wide_transformer, training_batch(*grid), make_mesh(**sizes))
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    for (path, one), other in zip(
+        jax.tree.flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True
+    ):
+        assert relative(one, other) < 1e-5, jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(5, 5), (5, 3)], ids=str)
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes.values())))
+def test_guided_samples_on_a_mesh_are_guided_samples(wide_transformer, sizes, grid):
+    inputs = model_inputs(*grid, batch=8)
+    heard = SamplerInputs(
+        inputs["first_frame"], inputs["text"], 2 * inputs["text"], inputs["image"], inputs["audio"]
+    )
+    config = SamplerConfig(steps=2)
+    expected = np.asarray(sample(wide_transformer, inputs["latents"], heard, config))
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(wide_transformer)
+        state = jax.device_put(state, parameter_shardings(state, mesh))
+        noise, heard = jax.device_put((inputs["latents"], heard), batch_sharding(mesh))
+        assert relative(sample(nnx.merge(graphdef, state), noise, heard, config), expected) < 1e-5
+
+
+def test_parameters_are_cut_by_the_table(wide_transformer):
+    mesh = make_mesh(fsdp=2, context=2, tensor=2)
+    params = nnx.state(wide_transformer, nnx.Param)
+    optimizer = optax.adam(1e-3)
+    found = {
+        "/".join(str(key) for key in path): sharding.spec
+        for path, sharding in nnx.to_flat_state(parameter_shardings(params, mesh))
+    }
+    assert found["blocks/mlp_in/kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert found["blocks/self_attention/out/kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert found["blocks/self_attention/query_norm/scale"] == PartitionSpec(None, "tensor")
+    assert found["adapters/audio/layers/key/kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert found["blocks/modulation"] == PartitionSpec(None, None, None)
+    # Whatever is kept for a parameter is cut as it is.
+    kept = parameter_shardings(jax.eval_shape(optimizer.init, params), mesh)[0].mu
+    assert jax.tree.leaves(kept) == jax.tree.leaves(parameter_shardings(params, mesh))
+
+
+def test_what_does_not_divide_is_left_whole_and_what_collides_is_refused():
+    mesh = make_mesh(fsdp=8)
+    assert parameter_partition("blocks/query/kernel", (2, 12, 8), mesh) == PartitionSpec(None, None, "tensor")
+    with pytest.raises(ValueError, match="collide: they are cut along"):
+        partition("batch", "embed")
+    with pytest.raises(ValueError, match="has 1 dimensions, its rule is for 2"):
+        parameter_partition("blocks/query/kernel", (12,), mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, "one of them may be -1"),
+        ({"context": 0}, "at least 1"),
+        ({"data": 3, "fsdp": -1}, "does not fit 8 devices"),
+        ({"data": 16}, "does not fit 8 devices"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(**sizes)
+
+
+def test_processes_read_what_their_devices_need():
+    mesh = make_mesh(data=2, fsdp=2, context=2)
+    rows = rows_of_this_process(8, mesh)
+    assert rows.tolist() == list(range(8))
+    batch = assemble_batch({"x": np.arange(16).reshape(8, 2)}, rows, 8, mesh)
+    assert np.array_equal(batch["x"], np.arange(16).reshape(8, 2))
+    assert batch["x"].sharding == batch_sharding(mesh)
+    with pytest.raises(ConfigError, match="a batch of 6 cannot be shared by 4"):
+        rows_of_this_process(6, mesh)
 
 
 def test_without_a_mesh_nothing_is_constrained():

@@ -14,20 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fantasy_jax.cli import Stopped
 from fantasy_jax.config import ConfigError, build, load_config
 from fantasy_jax.data.synthetic import SyntheticConfig, records
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.pipeline import ModelConfig
+from fantasy_jax.sharding import assemble_batch, make_mesh
 from fantasy_jax.training.course import TrainConfig
 from fantasy_jax.training.loop import LoopConfig, Task, train
 from fantasy_jax.training.optim import OptimizerConfig, make_optimizer
+from fantasy_jax.training.state import Trainer
 from fantasy_jax.training.vae import Crop, normalise_latents, start_from_principal_components
 
 ROOT = Path(__file__).parent.parent
 LOOP = LoopConfig(log_every=1, save_every=100, show_every=0, workers=0)
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2)
+MESH = make_mesh()
 
 
 class Line(nnx.Module):
@@ -43,12 +47,13 @@ def line_loss(model, batch, key):
 
 
 def line_task(*, steps=12, stop_at=None, broken_at=None, **settings):
-    def batches(start):
+    def batches(start, rows):
         for step in range(start, steps):
             if step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             x = np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
-            yield {"x": x * (np.nan if step == broken_at else 1)}
+            broken = step == broken_at
+            yield {"x": (x * (np.nan if broken else 1))[rows], "record": np.arange(4)[rows]}
 
     return Task("line", Line(), line_loss, batches, 4, steps, OPTIMIZER, settings=settings)
 
@@ -58,22 +63,22 @@ def weight(model):
 
 
 def test_it_learns(tmp_path):
-    learnt = weight(train(line_task(steps=300), LOOP, tmp_path))
+    learnt = weight(train(line_task(steps=300), LOOP, tmp_path, MESH))
     assert np.abs(learnt - 2 * np.eye(3)).max() < 0.15
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
-    whole = weight(train(line_task(), LOOP, tmp_path / "whole"))
+    whole = weight(train(line_task(), LOOP, tmp_path / "whole", MESH))
     with pytest.raises(Stopped, match="line: stopped and saved at step 6 of 12; the same command goes on"):
-        train(line_task(stop_at=5), LOOP, tmp_path / "parts")
+        train(line_task(stop_at=5), LOOP, tmp_path / "parts", MESH)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was
-    assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts")), whole)
+    assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts", MESH)), whole)
     # What is complete is not trained further.
-    assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts")), whole)
+    assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts", MESH)), whole)
 
 
 def test_a_checkpoint_says_where_the_run_stands(tmp_path):
-    train(line_task(kind="straight"), LOOP, tmp_path)
+    train(line_task(kind="straight"), LOOP, tmp_path, MESH)
     about = tmp_path / "checkpoints/12/about/metadata"
     assert json.loads(about.read_text()) == {
         "settings": {"kind": "straight"},
@@ -81,15 +86,41 @@ def test_a_checkpoint_says_where_the_run_stands(tmp_path):
     }
 
 
+def test_steps_are_compiled_once_move_nothing_and_give_their_memory_away():
+    mesh = make_mesh(fsdp=4)
+    with jax.set_mesh(mesh):
+        trainer = Trainer(Line(), line_loss, OPTIMIZER, 10, seed=0, mesh=mesh)
+        state = trainer.initial()
+        for step in range(3):
+            x = np.full((4, 3), step, np.float32)
+            batch = assemble_batch({"x": x}, np.arange(4), 4, mesh)
+            number = jax.device_put(np.int32(step), NamedSharding(mesh, PartitionSpec()))
+            with jax.transfer_guard("disallow"):
+                following, metrics = trainer.step(state, trainer.rest, batch, number)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            assert bool(metrics["finite"])
+            state = following
+        assert trainer.step._cache_size() == 1
+        # A step out of turn changes nothing.
+        before = weight(trainer.model(state.params)).copy()
+        state, metrics = trainer.step(state, trainer.rest, batch, number)
+        assert not bool(metrics["finite"])
+        assert int(state.step) == 3
+        assert np.array_equal(weight(trainer.model(state.params)), before)
+
+
 def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
-    train(line_task(kind="straight"), LOOP, tmp_path)
+    train(line_task(kind="straight"), LOOP, tmp_path, MESH)
     with pytest.raises(ConfigError, match="was begun with another kind"):
-        train(line_task(kind="crooked"), LOOP, tmp_path)
+        train(line_task(kind="crooked"), LOOP, tmp_path, MESH)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"line: the loss is nan at step 5; the newest checkpoint"):
-        train(line_task(broken_at=4), replace(LOOP, save_every=2), tmp_path)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"line: step 5 \(records 0, 1, 2, 3\) is not finite \(loss nan\); step 4 is saved",
+    ):
+        train(line_task(broken_at=4), replace(LOOP, save_every=2), tmp_path, MESH)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"2", "4"}
 
 
@@ -170,6 +201,7 @@ def small_course(workdir):
         "model.vae.dim": 8,
         "model.transformer.num_layers": 2,
         "model.audio_adapter.num_layers": 2,
+        "train.mesh.fsdp": 2,
         "train.loop.save_every": 2,
         "train.loop.show_every": 4,
         "train.loop.log_every": 1,
@@ -250,7 +282,7 @@ def test_every_setting_of_the_miniature_can_be_built():
             "--config.train.clip_stage.audio=song",
             "train.clip_stage.audio: is 'song'; use one of 'clip', 'frame'",
         ),
-        ("--config.train.loop.workers=-1", "workers must not be negative"),
+        ("--config.train.loop.workers=-1", "workers is -1; it must not be negative"),
         ("--config.train.vae.crop=128", "train.vae: crops of 9 frames of 128 do not fit; at most 17 of 64"),
         ("--config.train.stage1.steps=3", "train.stage1: no such setting"),
     ],

@@ -1,7 +1,9 @@
 """The loader: records to batches by Grain, in an order that is a function of the step."""
 
+import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -19,11 +21,13 @@ def batches(
     start: int,
     workers: int,
     seed: int,
+    rows: Sequence[int] | None = None,
+    max_unreadable: int = 10,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches, from a step on.
 
     Which records a batch holds and what chance does to them depends on `seed` and on the batch's number
-    alone, not on the number of workers or on where the run began.
+    alone, not on the number of workers or processes or on where the run began.
 
     Args:
         source: Records that can be indexed, such as TFDS' `as_data_source` gives; it must pickle.
@@ -32,9 +36,18 @@ def batches(
         start: Number of the first batch that is wanted.
         workers: Processes to read with; 0 reads in threads of this one.
         seed: Of order and chance.
+        rows: Which examples of each batch are wanted, where several processes share it; None: all.
+        max_unreadable: So many records that cannot be read are named in the log, and the next ones taken in
+            their place; one more in one process ends the run.
+
+    Yields:
+        Arrays by name, and the records' numbers as `record`.
     """
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(prepare)
-    dataset = dataset.batch(batch_size, drop_remainder=True)
+    dataset = grain.MapDataset.source(_Readable(source, max_unreadable)).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(_Numbered(prepare))
+    if rows is not None:
+        dataset = _Rows(dataset, batch_size, tuple(rows))
+    dataset = dataset.batch(batch_size if rows is None else len(rows), drop_remainder=True)
     # A slice of an endless dataset ends where Python's integers for lengths do.
     dataset = dataset.slice(slice(start, None)) if start else dataset
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
@@ -44,6 +57,57 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
         iterable = iterable.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_run)
     return iter(iterable)
+
+
+class _Readable:
+    """Records with their numbers, those that cannot be read left out."""
+
+    def __init__(self, source: Any, limit: int):
+        self._source, self._limit = source, limit
+        self._unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, Record]:
+        while True:
+            try:
+                return index, self._source[index]
+            except Exception as error:  # damaged files make readers raise anything
+                self._unreadable.add(index)
+                message = f"record {index} cannot be read ({type(error).__name__}: {error})"
+                if len(self._unreadable) > self._limit:
+                    raise OSError(f"{message}; nor can {self._limit} others, remake the dataset") from error
+                logging.getLogger(__name__).warning("%s; number %d, left out", message, len(self._unreadable))
+                index = (index + 1) % len(self)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Prepares a record and keeps its number."""
+
+    prepare: Callable[[Record, np.random.Generator], Record]
+
+    def __call__(self, numbered: tuple[int, Record], rng: np.random.Generator) -> Record:
+        number, record = numbered
+        return self.prepare(record, rng) | {"record": np.int64(number)}
+
+
+class _Rows(grain.MapDataset):
+    """Of every batch of examples, some; the others are never read."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: tuple[int, ...]):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 def _leave_interrupts_to_the_run(worker: int, workers: int) -> None:

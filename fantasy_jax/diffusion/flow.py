@@ -13,7 +13,7 @@ from fantasy_jax.typing import Array, Float, Float32
 TRAIN_TIMESTEPS = 1000
 
 
-def shift_sigma(sigma: Float[np.ndarray, "*n"], shift: float) -> Float[np.ndarray, "*n"]:
+def shift_sigma(sigma: Float[Array | np.ndarray, "*n"], shift: float) -> Float[Array | np.ndarray, "*n"]:
     """Moves noise levels towards noise: `shift * s / (1 + (shift - 1) * s)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -11,18 +11,22 @@ from fantasy_jax.training.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run; the newest two are kept."""
+    """The checkpoints of one run, written beside the steps and moved into place when they are complete."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, *, keep_last: int, keep_every: int):
         """Opens a folder, or makes it.
 
         Args:
             folder: Of this run alone.
             settings: That a run must have to go on from here, JSON's types.
+            keep_last: How many of the newest are kept.
+            keep_every: Those whose step is a multiple of this are kept, too; 0 for none.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
         self.folder, self.settings = Path(folder).absolute(), settings
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState, position: dict[str, int]) -> None:
@@ -36,16 +40,16 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
         )
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state, or None where there is none.
+    def restore(self, start: TrainState) -> TrainState:
+        """The newest state, cut as `start` is; `start` itself where there is none.
 
         Raises:
             ConfigError: It was made with other settings.
         """
         step = self.manager.latest_step()
         if step is None:
-            return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            return start
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if differing := [k for k, v in self.settings.items() if about["settings"].get(k) != v]:
             raise ConfigError(

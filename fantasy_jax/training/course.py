@@ -8,13 +8,10 @@ Each part is done once: what is complete is taken as it is, what was interrupted
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,16 +20,16 @@ from fantasy_jax import cli
 from fantasy_jax.config import ConfigError
 from fantasy_jax.data.encoded import encode_dataset
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import Record, open_split
+from fantasy_jax.data.records import open_split
 from fantasy_jax.data.synthetic import SyntheticConfig, prepare
 from fantasy_jax.data.text import byte_tokenizer
-from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, encode_text, from_uint8, to_uint8
-from fantasy_jax.training.loop import LoopConfig, Task, train
-from fantasy_jax.training.state import Batch
-from fantasy_jax.training.talking import PadText, TalkingStageConfig, sampling_inputs, talking_loss
+from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, from_uint8, to_uint8
+from fantasy_jax.sharding import make_mesh
+from fantasy_jax.training.loop import Task, train
+from fantasy_jax.training.stages import SHOWN, STAGES, StagesConfig, pairs, train_stages
+from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.training.vae import (
     Crop,
     VAEStageConfig,
@@ -43,25 +40,18 @@ from fantasy_jax.training.vae import (
 from fantasy_jax.typing import UInt8
 from fantasy_jax.weights import FOLDERS, save_network
 
-_SHOWN = 4
 _STARTED_FROM, _NORMALISED_OVER = 128, 512
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(StagesConfig):
     """A course: how each part is trained, and what happens beside the steps.
 
     Attributes:
-        loop: Logs, checkpoints, loader.
         vae: The VAE's training.
-        clip_stage: The transformer's first stage.
-        frame_stage: Its second, from where the first ended.
     """
 
-    loop: LoopConfig = LoopConfig()
     vae: VAEStageConfig = VAEStageConfig()
-    clip_stage: TalkingStageConfig = TalkingStageConfig()
-    frame_stage: TalkingStageConfig = TalkingStageConfig(audio="frame", lip_probability=0.8)
 
 
 class Course:
@@ -106,26 +96,31 @@ class Course:
             clips = prepare(self.data, self.workdir / "data")
         with cli.phase("VAE"):
             self.networks.trained_vae = self._train_vae(clips)
-        settings = {"data": asdict(self.data), "vae": asdict(self.config.vae), "model": asdict(self.model)}
+        settings = _as_json(
+            {"data": asdict(self.data), "vae": asdict(self.config.vae), "model": asdict(self.model)}
+        )
         with cli.phase("Encoded clips"):
-            encoded = encode_dataset(self.networks, clips, self.workdir / "encoded", _as_json(settings))
-        transformer = self.networks.transformer()
-        for name, stage in (("clip_stage", self.config.clip_stage), ("frame_stage", self.config.frame_stage)):
-            settings |= {name: asdict(stage)}
-            with cli.phase(name.replace("_", " ").capitalize()):
-                task = self._talking_task(name, stage, transformer, encoded, _as_json(settings))
-                transformer = train(task, self.config.loop, self.workdir / name)
-            last = name == "frame_stage"
+            encoded = encode_dataset(self.networks, clips, self.workdir / "encoded", settings)
+        stages = train_stages(
+            self.networks,
+            encoded,
+            self.workdir,
+            sampling=self.sampling,
+            config=self.config,
+            settings=settings,
+        )
+        for name, transformer in stages:
+            last = name == STAGES[-1]
             self._save(self.workdir / ("weights" if last else f"{name}/weights"), transformer)
         return self.workdir / "weights"
 
     def _train_vae(self, clips: Path) -> WanVAE:
         config, loop, records = self.config.vae, self.config.loop, open_split(clips, "train")
-        shown = _videos(open_split(clips, "test"), range(_SHOWN))
+        shown = _videos(open_split(clips, "test"), range(SHOWN))
 
         def show(model: WanVAE) -> dict[str, np.ndarray]:
             decoded = nnx.jit(lambda vae, video: vae.decode(vae.encode(video)))(model, from_uint8(shown))
-            return {"reconstructed": _pairs(shown, to_uint8(np.asarray(decoded)))}
+            return {"reconstructed": pairs(shown, to_uint8(np.asarray(decoded)))}
 
         model = self.networks.random_vae()
         some = [records[i] for i in range(min(_STARTED_FROM, len(records)))]
@@ -136,59 +131,24 @@ class Course:
             "vae",
             model,
             partial(vae_loss, config=config),
-            self._batches(records, Crop(config.crop, config.frames, config.mouth_share), config.batch_size),
+            partial(
+                batches,
+                records,
+                Crop(config.crop, config.frames, config.mouth_share),
+                batch_size=config.batch_size,
+                workers=loop.workers,
+                seed=loop.seed,
+            ),
             config.batch_size,
             config.steps,
             config.optimizer,
-            show,
-            _as_json(settings),
+            show=show,
+            settings=_as_json(settings),
         )
-        model = train(task, loop, self.workdir / "vae")
-        some = range(0, min(_NORMALISED_OVER, len(records)), _SHOWN)
-        normalise_latents(model, [_videos(records, range(i, i + _SHOWN)) for i in some])
+        model = train(task, loop, self.workdir / "vae", make_mesh(**asdict(self.config.mesh)))
+        some = range(0, min(_NORMALISED_OVER, len(records)), SHOWN)
+        normalise_latents(model, [_videos(records, range(i, i + SHOWN)) for i in some])
         return model
-
-    def _talking_task(
-        self,
-        name: str,
-        config: TalkingStageConfig,
-        transformer: WanTransformer,
-        encoded: Path,
-        settings: dict,
-    ) -> Task:
-        records, tests = open_split(encoded, "train"), open_split(encoded, "test")
-        shown = [tests[i] for i in range(min(_SHOWN, len(tests)))]
-        empty_text = encode_text(self.networks, [""])[0]
-        inputs = sampling_inputs(shown, empty_text)
-        truth = jnp.asarray(np.stack([record["latents"] for record in shown]))
-        decode = nnx.jit(lambda vae, latents: vae.decode(latents))
-        # As it hears while it is trained.
-        sampling = replace(self.sampling, audio=config.audio)
-
-        def show(model: WanTransformer) -> dict[str, np.ndarray]:
-            noise = jax.random.normal(jax.random.key(0), truth.shape)
-            latents = sample(model, noise, inputs, sampling)
-            true, made = (to_uint8(np.asarray(decode(self.networks.vae(), x))) for x in (truth, latents))
-            return {"sampled": _pairs(true, made)}
-
-        return Task(
-            name,
-            transformer,
-            partial(talking_loss, config=config, empty_text=empty_text),
-            self._batches(records, PadText(self.model.transformer.text_length), config.batch_size),
-            config.batch_size,
-            config.steps,
-            config.optimizer,
-            show,
-            settings,
-        )
-
-    def _batches(
-        self, records: Any, prepare: Callable[[Record, np.random.Generator], Record], batch_size: int
-    ) -> Callable[..., Iterator[Batch]]:
-        """What gives the batches from a step on, as a task wants it."""
-        loop = self.config.loop
-        return partial(batches, records, prepare, batch_size=batch_size, workers=loop.workers, seed=loop.seed)
 
     def _save(self, folder: Path, transformer: WanTransformer) -> None:
         """Writes a store that `sample.py` takes, in bfloat16: half the size, and samples look the same."""
@@ -200,7 +160,9 @@ class Course:
             "clip_vision": self.networks.image_encoder(),
         }
         for component, network in networks.items():
-            save_network(folder / FOLDERS[component], _rounded(network), component=component)
+            save_network(
+                folder / FOLDERS[component], cast_parameters(network, jnp.bfloat16), component=component
+            )
 
 
 class _Encoders(RandomNetworks):
@@ -217,23 +179,8 @@ class _Encoders(RandomNetworks):
         return self.trained_vae
 
 
-def _rounded(network: nnx.Module) -> nnx.Module:
-    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), rest)
-
-
 def _videos(records, numbers: range) -> UInt8[np.ndarray, "B T H W 3"]:
     return np.stack([records[i]["video"] for i in numbers if i < len(records)])
-
-
-def _pairs(
-    true: UInt8[np.ndarray, "B T H W 3"], made: UInt8[np.ndarray, "B T H W 3"]
-) -> UInt8[np.ndarray, "R C 3"]:
-    """One picture: every other frame side by side, each made clip below its true one."""
-    rows = [
-        np.concatenate(list(video[::2]), axis=1) for pair in zip(true, made, strict=True) for video in pair
-    ]
-    return np.concatenate(rows, axis=0)
 
 
 def _as_json(settings: dict) -> dict:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from fantasy_jax.cli import Stopped
 from fantasy_jax.config import ConfigError
+from fantasy_jax.sharding import assemble_batch, rows_of_this_process
 from fantasy_jax.training.checkpoint import Checkpoints
 from fantasy_jax.training.optim import OptimizerConfig
-from fantasy_jax.training.state import Batch, Loss, Trainer, TrainState
+from fantasy_jax.training.state import Batch, Loss, Metrics, Trainer
 from fantasy_jax.typing import UInt8
 
 
@@ -29,6 +32,8 @@ class LoopConfig:
     Attributes:
         log_every: Steps between two looks at the loss.
         save_every: Steps between two checkpoints.
+        keep_last: So many of the newest are kept.
+        keep_every: And those whose step is a multiple of this; 0 for none.
         show_every: Steps between two sample pictures; 0 for none.
         workers: Processes that read and prepare batches; 0 reads in the run's own.
         seed: Of initial weights, data order, noise and dropout.
@@ -36,16 +41,19 @@ class LoopConfig:
 
     log_every: int = 20
     save_every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
     show_every: int = 500
     workers: int = 1
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("log_every", "save_every"):
+        for name in ("log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        if self.show_every < 0 or self.workers < 0:
-            raise ConfigError("show_every and workers must not be negative")
+        for name in ("keep_every", "show_every", "workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,13 @@ class Task:
         name: Of the stage.
         model: Where it starts.
         loss: What is lowered.
-        batches: Gives the batches from step `start` on; which they are depends on the step alone.
+        batches: Gives the batches from step `start` on, of each the examples `rows`; which they are depends
+            on the step alone.
         batch_size: Examples in each.
         steps: How long.
         optimizer: How.
-        show: Makes pictures of what the model can do by now.
+        trainable: Patterns of the paths of the parameters that are trained.
+        show: Makes pictures of what the model can do by now; None: there are none.
         settings: Everything that decides the result, JSON's types; a run goes on only with the same.
     """
 
@@ -71,88 +81,159 @@ class Task:
     batch_size: int
     steps: int
     optimizer: OptimizerConfig
-    show: Callable[[nnx.Module], dict[str, UInt8[np.ndarray, "H W 3"]]] = lambda model: {}
+    trainable: Sequence[str] = ("",)
+    show: Callable[[nnx.Module], dict[str, UInt8[np.ndarray, "H W 3"]]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def train(task: Task, config: LoopConfig, folder: Path) -> nnx.Module:
+def train(task: Task, config: LoopConfig, folder: Path, mesh: Mesh) -> nnx.Module:
     """Trains until the task's last step, or from where an earlier call stopped.
 
     Args:
         task: What.
         config: What is done on the way.
         folder: For checkpoints and TensorBoard's files.
+        mesh: Of all devices of all processes.
 
     Returns:
         The model with the running mean of its parameters.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; everything is saved.
-        FloatingPointError: The loss is no number any more.
-        ConfigError: The folder holds a run with other settings.
+        FloatingPointError: A step was not finite; what was before it is saved.
+        ConfigError: The folder holds a run with other settings, or devices cannot share a batch evenly.
     """
-    trainer = Trainer(task.model, task.loss, task.optimizer, task.steps, seed=config.seed)
-    checkpoints = Checkpoints(folder / "checkpoints", task.settings)
-    state = trainer.initial()
-    state = checkpoints.restore(state) or state
-    try:
-        if int(state.step) < task.steps:
-            state = _run(task, config, folder, trainer, checkpoints, state)
-    finally:
-        checkpoints.close()
-    return trainer.model(state.average)
+    with jax.set_mesh(mesh):
+        run = _Run(task, config, folder, mesh)
+        try:
+            if run.step < task.steps:
+                run.go()
+        finally:
+            run.checkpoints.close()
+        return run.trainer.model(run.state.average)
 
 
-def _run(
-    task: Task,
-    config: LoopConfig,
-    folder: Path,
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    state: TrainState,
-) -> TrainState:
-    first = int(state.step)
+class _Run:
+    """One task on its way."""
 
-    def save(state: TrainState) -> None:
-        step = int(state.step)
-        checkpoints.save(state, {"step": step, "examples": step * task.batch_size})
+    def __init__(self, task: Task, config: LoopConfig, folder: Path, mesh: Mesh):
+        self.task, self.config, self.folder, self.mesh = task, config, folder, mesh
+        self.rows = rows_of_this_process(task.batch_size, mesh)
+        self.trainer = Trainer(
+            task.model,
+            task.loss,
+            task.optimizer,
+            task.steps,
+            seed=config.seed,
+            mesh=mesh,
+            patterns=task.trainable,
+        )
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", task.settings, keep_last=config.keep_last, keep_every=config.keep_every
+        )
+        self.state = self.checkpoints.restore(self.trainer.initial())
+        self.step = int(self.state.step)
 
-    bar = tqdm(total=task.steps, initial=first, desc=task.name, unit="step", smoothing=0.05)
-    with _stop_signals() as stop, SummaryWriter(str(folder), flush_secs=20) as writer, bar:
-        bar.set_postfix_str("compiling")
-        batches, begun, seen = task.batches(start=first), time.perf_counter(), first
-        for step in range(first + 1, task.steps + 1):
-            state, metrics = trainer.step(state, trainer.rest, next(batches))
-            if step == first + 1:  # which no later step takes as long as
-                jax.block_until_ready(metrics)
-                bar.unpause()
-                begun, seen = time.perf_counter(), first
-            if step % config.log_every == 0 or step == task.steps:
-                numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not np.isfinite(numbers["loss"]):
-                    raise FloatingPointError(
-                        f"{task.name}: the loss is {numbers['loss']} at step {step}; the newest checkpoint "
-                        f"in {checkpoints.folder} is sound; lower the learning rate"
+    def go(self) -> None:
+        """Steps to the end, or to a signal to stop."""
+        task, config = self.task, self.config
+        first = jax.process_index() == 0
+        bar = tqdm(
+            total=task.steps,
+            initial=self.step,
+            desc=task.name,
+            unit="step",
+            smoothing=0.05,
+            disable=not first,
+            postfix="compiling",
+        )
+        writer = SummaryWriter(str(self.folder), flush_secs=20, write_to_disk=first)
+        with _stop_signals() as stop, writer, bar:
+            clock, previous = _Clock(self.step), None
+            for local in task.batches(start=self.step, rows=self.rows):
+                records = local.pop("record", None)
+                batch = assemble_batch(local, self.rows, task.batch_size, self.mesh)
+                number = jax.device_put(np.int32(self.step), NamedSharding(self.mesh, PartitionSpec()))
+                self.state, metrics = self.trainer.step(self.state, self.trainer.rest, batch, number)
+                if previous is None:  # no later step takes as long
+                    jax.block_until_ready(metrics)
+                    bar.unpause()
+                    clock = _Clock(self.step)
+                else:  # while this step runs
+                    self._check(*previous)
+                self.step += 1
+                previous = (metrics, records)
+                bar.update()
+                last = self.step == task.steps
+                if self.step % config.log_every == 0 or last:
+                    self._check(*previous)
+                    self._log(metrics, clock, writer, bar)
+                stopping = self._stops(stop)
+                if self.step % config.save_every == 0 or last or stopping:
+                    self._check(*previous)
+                    writer.flush()  # first: what is logged before a checkpoint will not be logged again
+                    self._save()
+                if stopping:
+                    raise Stopped(
+                        f"{task.name}: stopped and saved at step {self.step} of {task.steps}; "
+                        "the same command goes on from there",
+                        stop[0] if stop else signal.SIGTERM,
                     )
-                numbers["seconds_per_step"] = (time.perf_counter() - begun) / (step - seen)
-                begun, seen = time.perf_counter(), step
-                for name, value in numbers.items():
-                    writer.add_scalar(f"{task.name}/{name}", value, step)
-                bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['seconds_per_step']:.2f} s a step")
-            bar.update()
-            if step % config.save_every == 0 or step == task.steps or stop:
-                save(state)
-            if stop:
-                raise Stopped(
-                    f"{task.name}: stopped and saved at step {step} of {task.steps}; "
-                    "the same command goes on from there",
-                    stop[0],
-                )
-            if config.show_every and (step % config.show_every == 0 or step == task.steps):
-                for name, picture in task.show(trainer.model(state.average)).items():
-                    writer.add_image(f"{task.name}/{name}", picture, step, dataformats="HWC")
-                begun, seen = time.perf_counter(), step
-    return state
+                if task.show and config.show_every and (self.step % config.show_every == 0 or last):
+                    self._show(writer)
+                    clock.reset(self.step)
+                if last:
+                    break
+
+    def _check(self, metrics: Metrics, records: np.ndarray | None) -> None:
+        """Stops before anything is built on a step that was not finite, which has left the state alone."""
+        if bool(metrics["finite"]):
+            return
+        self.step = int(self.state.step)
+        self._save()
+        among = "" if records is None else f" (records {', '.join(map(str, records))})"
+        raise FloatingPointError(
+            f"{self.task.name}: step {self.step + 1}{among} is not finite (loss {float(metrics['loss'])}); "
+            f"step {self.step} is saved in {self.checkpoints.folder}; look at the records, or lower the "
+            "learning rate"
+        )
+
+    def _stops(self, received: list[int]) -> bool:
+        """Whether any process was told to stop; they ask each other now and then, for all must save."""
+        if jax.process_count() == 1:
+            return bool(received)
+        if self.step % self.config.log_every:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(bool(received))).any())
+
+    def _log(self, metrics: Metrics, clock: "_Clock", writer: SummaryWriter, bar: tqdm) -> None:
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
+        numbers["seconds_per_step"] = clock.per_step(self.step)
+        for name, value in numbers.items():
+            writer.add_scalar(f"{self.task.name}/{name}", value, self.step)
+        bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['seconds_per_step']:.2f} s a step")
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
+
+    def _show(self, writer: SummaryWriter) -> None:
+        for name, picture in self.task.show(self.trainer.model(self.state.average)).items():
+            writer.add_image(f"{self.task.name}/{name}", picture, self.step, dataformats="HWC")
+
+
+class _Clock:
+    """Seconds a step since the last look."""
+
+    def __init__(self, step: int):
+        self.reset(step)
+
+    def reset(self, step: int) -> None:
+        self.begun, self.seen = time.perf_counter(), step
+
+    def per_step(self, step: int) -> float:
+        seconds = (time.perf_counter() - self.begun) / max(step - self.seen, 1)
+        self.reset(step)
+        return seconds
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """The state of a training run, and one step of it."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from fantasy_jax.sharding import parameter_shardings, place
 from fantasy_jax.training.optim import OptimizerConfig, make_optimizer
-from fantasy_jax.typing import Array, Leaf
+from fantasy_jax.typing import Array, DType, Leaf
 
 Batch = dict[str, Leaf]
 """Arrays by name, each with a leading axis of examples."""
@@ -39,31 +42,58 @@ class TrainState:
 class Trainer:
     """Steps a model; its graph and what is not trained are kept apart from the state, which is given away."""
 
-    def __init__(self, model: nnx.Module, loss: Loss, config: OptimizerConfig, steps: int, *, seed: int):
-        """Prepares to train all parameters.
+    def __init__(
+        self,
+        model: nnx.Module,
+        loss: Loss,
+        config: OptimizerConfig,
+        steps: int,
+        *,
+        seed: int,
+        mesh: Mesh,
+        patterns: Sequence[str] = ("",),
+    ):
+        """Cuts the model for a mesh.
 
         Args:
-            model: Where to start from.
+            model: Where to start from; of `jax.ShapeDtypeStruct`s, the step can be compiled but not run.
             loss: What to lower.
             config: How.
             steps: Length of the run, for the learning rate's course.
             seed: Of noise and dropout: step n uses `fold_in(key(seed), n)`.
+            mesh: Of all devices; `sharding.PARAMETERS` says what of the state lies where.
+            patterns: Of the paths of what is trained (`adapters/audio/`); the rest is frozen.
         """
-        self.graphdef, self._params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.graphdef, params, rest = nnx.split(model, trainable(patterns), ...)
+        # Whatever the type of frozen weights: small steps would be lost in bfloat16.
+        params = jax.tree.map(_as_float32, params)
         self.loss, self.seed, self.decay = loss, seed, config.average
         self.optimizer = make_optimizer(config, steps)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self._params, self.rest = (place(tree, parameter_shardings(tree, mesh)) for tree in (params, rest))
+        self.shardings = parameter_shardings(jax.eval_shape(self._initial, params), mesh)
+        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def _initial(self, params: nnx.State) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, params, self.optimizer.init(params))
 
     def initial(self) -> TrainState:
-        """The state before the first step."""
-        params, average = (jax.tree.map(jnp.copy, self._params) for _ in range(2))
-        return TrainState(jnp.zeros((), jnp.int32), params, average, self.optimizer.init(params))
+        """The state before the first step; abstract if the model is."""
+        if _is_abstract(self._params):
+            return place(jax.eval_shape(self._initial, self._params), self.shardings)
+        return jax.jit(self._initial, out_shardings=self.shardings)(self._params)
 
     def model(self, params: nnx.State) -> nnx.Module:
         """The model with given parameters."""
         return nnx.merge(self.graphdef, params, self.rest)
 
-    def _step(self, state: TrainState, rest: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
+    def _step(
+        self, state: TrainState, rest: nnx.State, batch: Batch, number: Leaf
+    ) -> tuple[TrainState, Metrics]:
+        """Takes step `number`, counted from 0.
+
+        One that is not finite changes nothing. Those after it are out of turn then, and change nothing
+        either: whoever looks later finds what was good.
+        """
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         def loss(params: nnx.State) -> tuple[Array, Metrics]:
@@ -75,5 +105,34 @@ class Trainer:
         # Early on the mean is over few steps, or it would hold on to where it started.
         decay = jnp.minimum(self.decay, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, state.average, params)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **metrics}
-        return TrainState(state.step + 1, params, average, optimizer), metrics
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & (state.step == number)
+        following = TrainState(state.step + 1, params, average, optimizer)
+        following = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, state)
+        return following, {"loss": value, "gradient_norm": norm, "finite": finite, **metrics}
+
+
+def trainable(patterns: Sequence[str]) -> Callable[[tuple, object], bool]:
+    """A filter, as Flax takes it, of the parameters in whose path one of the patterns is found."""
+
+    def chosen(path: tuple, value: object) -> bool:
+        name = "/".join(map(str, path))
+        return isinstance(value, nnx.Param) and any(re.search(pattern, name) for pattern in patterns)
+
+    return chosen
+
+
+def _as_float32(leaf: Leaf) -> Leaf:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    return leaf.astype(jnp.float32)
+
+
+def cast_parameters(model: nnx.Module, dtype: DType) -> nnx.Module:
+    """The same model with parameters of another type, as it is stored or kept."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params), rest)
+
+
+def _is_abstract(tree: Leaf) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))

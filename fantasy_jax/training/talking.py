@@ -37,6 +37,9 @@ class TalkingStageConfig:
         dropout: Chance that a sample goes without its picture, its sound, its prompt; each by itself.
         shift: Of the noise levels, as in sampling; 1 draws them evenly.
         optimizer: How parameters follow.
+        trainable: Patterns of the paths of the parameters that are trained, searched for; the rest is frozen.
+        saved: What blocks keep for the backward pass, by `checkpoint_name`; the rest is computed anew. None
+            keeps everything.
     """
 
     audio: Literal["clip", "frame"] = "clip"
@@ -47,6 +50,8 @@ class TalkingStageConfig:
     dropout: float = 0.1
     shift: float = 3.0
     optimizer: OptimizerConfig = OptimizerConfig()
+    trainable: tuple[str, ...] = ("",)
+    saved: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1:
@@ -74,7 +79,7 @@ def talking_loss(
     key: Array,
     *,
     config: TalkingStageConfig,
-    empty_text: Float[Array, "1 L C"],
+    empty_text: Float[Array | np.ndarray, "1 L C"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Error of the velocity at a drawn noise level, with conditions dropped by chance.
 

@@ -1,0 +1,92 @@
+"""Training on top of converted weights: the two stages, on encoded clips that lie ready."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.pipeline import ModelConfig, SampleConfig
+from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
+from fantasy_jax.training.state import cast_parameters, trainable
+from fantasy_jax.typing import DType
+from fantasy_jax.weights import FOLDERS, RECORD, StoredNetworks, save_network
+
+
+def finetune(
+    weights: Path,
+    records: Path,
+    workdir: Path,
+    *,
+    model: ModelConfig,
+    sampling: SampleConfig,
+    config: StagesConfig,
+) -> Path:
+    """Trains both stages, or from where an earlier call stopped.
+
+    Checkpoints hold what is trained and refer to the rest by the hash of its record. So does the store that
+    is written in the end: what was not trained is a link to where it lies.
+
+    Args:
+        weights: The store to start from.
+        records: Folder of the encoded clips.
+        workdir: For checkpoints, logs and the trained weights.
+        model: All sizes.
+        sampling: How samples are shown.
+        config: Of the stages.
+
+    Returns:
+        The trained store.
+    """
+    networks = StoredNetworks(weights, model)
+    settings = json.loads(json.dumps({"model": asdict(model)})) | {"weights": _hashes(weights)}
+    store = workdir / "weights"
+    stages = train_stages(networks, records, workdir, sampling=sampling, config=config, settings=settings)
+    for name, transformer in stages:
+        if name == STAGES[-1]:
+            _save(store, weights, transformer, config, jnp.dtype(model.dtype))
+    return store
+
+
+def _save(
+    store: Path, weights: Path, transformer: WanTransformer, config: StagesConfig, dtype: DType
+) -> None:
+    trained = [
+        path
+        for name in STAGES
+        for path, _ in nnx.to_flat_state(nnx.state(transformer, trainable(getattr(config, name).trainable)))
+    ]
+    networks = {}
+    if any(path[0] == "adapters" for path in trained):
+        networks["fantasytalking"] = transformer.adapters["audio"]
+    if any(path[0] != "adapters" for path in trained):
+        networks["wan2.1_i2v_dit"] = transformer
+    # Parameters lie in parts on all processes' devices; each gathers them, one writes.
+    gathered = {name: _gather(cast_parameters(network, dtype)) for name, network in networks.items()}
+    if jax.process_index():
+        return
+    store.mkdir(parents=True, exist_ok=True)
+    for component, folder in FOLDERS.items():
+        if component in gathered:
+            save_network(store / folder, gathered[component], component=component)
+        elif (weights / folder).exists() and not (store / folder).exists():
+            (store / folder).symlink_to((weights / folder).resolve(), target_is_directory=True)
+
+
+def _gather(network: nnx.Module) -> nnx.Module:
+    graphdef, state = nnx.split(network)
+    return nnx.merge(graphdef, multihost_utils.process_allgather(state, tiled=True))
+
+
+def _hashes(weights: Path) -> dict[str, str]:
+    """Of each network's record, which itself holds the hashes of what it was made from."""
+    return {
+        folder: hashlib.sha256((weights / folder / RECORD).read_bytes()).hexdigest()
+        for folder in FOLDERS.values()
+        if (weights / folder / RECORD).exists()
+    }
