@@ -7,6 +7,8 @@ from fantasy_jax import cli, media
 from fantasy_jax.config import ConfigError, build
 from fantasy_jax.data.speech import SAMPLE_RATE, load_wav2vec2
 from fantasy_jax.data.text import byte_tokenizer, load_tokenizer
+from fantasy_jax.performance import ahead
+from fantasy_jax.performance.programs import guided_step
 from fantasy_jax.pipeline import (
     ModelConfig,
     Networks,
@@ -36,16 +38,24 @@ examples:
       --noise=noise.safetensors --save_latents=out/latents.safetensors
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
+  what a guided step would need on eight chips, compiled for them on this machine; nothing is sampled:
+  python sample.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v6e:2x4 \\
+      --config.sample.mesh.context=2 --config.sample.mesh.tensor=4
 
 Every setting of the config file can be given as --config.NAME=VALUE.
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and samples one clip."""
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and samples one clip, or compiles a step."""
     arguments, config = cli.parse(_parser(), argv)
     model = build(ModelConfig, config.model, "model")
     settings = build(SampleConfig, config.sample, "sample")
+    if arguments.compile_only:
+        return _compile(arguments, model, settings)
+    for name in ("image", "audio", "output"):
+        if not getattr(arguments, name):
+            raise ConfigError(f"--{name} is needed; sample.py --help explains")
     output = Path(arguments.output)
     sheet = output.with_suffix(".png")
     for path in (output, sheet, arguments.save_latents):
@@ -86,19 +96,27 @@ def main(argv: list[str] | None = None) -> None:
     frames, height, width, _ = video.shape
     print(f"Wrote {output}: {frames} frames of {width} x {height} at {settings.fps} a second")
     print(f"Some of them are shown by {sheet}")
+    return 0
+
+
+def _compile(arguments: argparse.Namespace, model: ModelConfig, settings: SampleConfig) -> int:
+    """Compiles a guided step for a slice; exit code 1 if it does not fit."""
+    with ahead.slice_mesh(arguments.topology, settings.mesh) as mesh:
+        size = ahead.clip_size(arguments.size, settings.longest_edge)
+        program = guided_step(model, settings, size, mesh)
+        report = ahead.compile_ahead(program, arguments.topology, mesh)
+    return ahead.show([report], arguments.json)
 
 
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="sample.py", description=__doc__, epilog=EXAMPLES)
     cli.add_config_argument(parser)
-    parser.add_argument("--image", required=True, help="the portrait, in any common format")
-    parser.add_argument("--audio", required=True, help="the speech: a sound file, or a video with sound")
+    parser.add_argument("--image", help="the portrait, in any common format")
+    parser.add_argument("--audio", help="the speech: a sound file, or a video with sound")
     parser.add_argument(
         "--prompt", default="A person is talking.", help="what happens (default: %(default)s)"
     )
-    parser.add_argument(
-        "--output", required=True, help="the mp4 to write, and beside it a sheet of frames (.png)"
-    )
+    parser.add_argument("--output", help="the mp4 to write, and beside it a sheet of frames (.png)")
     parser.add_argument(
         "--weights",
         metavar="DIR",
@@ -119,6 +137,7 @@ def _parser() -> cli.ArgumentParser:
         metavar="FILE",
         help="write the final latents as a safetensors file: the tensor `latents`, laid out likewise",
     )
+    ahead.add_arguments(parser)
     return parser
 
 

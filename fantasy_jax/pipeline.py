@@ -7,7 +7,7 @@ free before the transformer needs it. Source of the steps: fantasy-talking, `inf
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from safetensors.numpy import save
 
@@ -32,6 +33,7 @@ from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from fantasy_jax.sharding import MeshConfig, in_host_memory, make_mesh, share
 from fantasy_jax.typing import Array, Float, UInt8
 
 
@@ -86,6 +88,7 @@ class SampleConfig(SamplerConfig):
         fps: Frames a second.
         max_frames: Longest clip, 4k + 1; speech beyond it is cut.
         negative_prompt: What the picture should not be.
+        mesh: How devices share the transformer; `tensor` shares its weights, too. Encoders and VAE use one.
         tile: Rows and columns of latents that are decoded at once.
         tile_stride: From one tile to the next; what overlaps is blended.
     """
@@ -94,6 +97,7 @@ class SampleConfig(SamplerConfig):
     fps: int = 23
     max_frames: int = 81
     negative_prompt: str = ""
+    mesh: MeshConfig = MeshConfig(fsdp=1)
     tile: tuple[int, int] = (30, 52)
     tile_stride: tuple[int, int] = (15, 26)
 
@@ -315,7 +319,26 @@ def generate_latents(
         first_frame.block_until_ready()
     with phase("Transformer"):
         inputs = SamplerInputs(first_frame, text, negative, image, audio)
+        return _sample_on_mesh(networks, noise, inputs, config, progress=progress)
+
+
+def _sample_on_mesh(
+    networks: Networks,
+    noise: Float[Array, "1 F h w C"],
+    inputs: SamplerInputs,
+    config: SampleConfig,
+    *,
+    progress: bool,
+) -> Float[Array, "1 F h w C"]:
+    mesh = make_mesh(**asdict(config.mesh))
+    if mesh.size == 1:
         return sample(networks.transformer(), noise, inputs, config, progress=progress)
+    with jax.set_mesh(mesh):
+        with in_host_memory():  # one device need not hold what all of them share
+            transformer = networks.transformer()
+        noise, inputs = jax.device_put((noise, inputs), NamedSharding(mesh, PartitionSpec()))
+        latents = sample(share(transformer, mesh), noise, inputs, config, progress=progress)
+    return jnp.asarray(np.asarray(latents))  # on one device again
 
 
 def decode_latents(

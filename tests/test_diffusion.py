@@ -131,7 +131,7 @@ def test_four_guided_steps_are_the_official_ones_and_compile_once(batch_branches
     names = ("condition_latents", "text", "negative_text", "clip_features", "audio_features")
     config = SamplerConfig(steps=4, prompt_scale=5.0, audio_scale=4.5, batch_branches=batch_branches)
     steps = []
-    compiled = sampler._euler_step._cache_size()
+    compiled = sampler.euler_step._cache_size()
     result = sample(
         reference_transformer(),
         inputs["latents"],
@@ -139,7 +139,7 @@ def test_four_guided_steps_are_the_official_ones_and_compile_once(batch_branches
         config,
         each_step=lambda i, x: steps.append((i, np.asarray(x))),
     )
-    assert sampler._euler_step._cache_size() == compiled + 1
+    assert sampler.euler_step._cache_size() == compiled + 1
     assert [i for i, _ in steps] == [0, 1, 2, 3]
     for i, latents in steps:
         assert relative(latents, expected[f"sample_latents_step{i + 1}"]) < 5e-6
@@ -191,7 +191,7 @@ def test_sampling_is_euler_by_hand(tiny, config):
 def test_no_setting_that_changes_over_steps_compiles_anew(tiny):
     def run(**settings):
         sample(*tiny, SamplerConfig(prompt_scale=1.0, **settings))
-        return sampler._euler_step._cache_size()
+        return sampler.euler_step._cache_size()
 
     count = run(steps=2, audio_scale=3.0)
     assert run(steps=3, shift=2.0, audio_scale=ScaleSchedule(2.0, 5.0), loudness=0.5) == count

@@ -136,7 +136,7 @@ def test_both_makers_of_features_hear_the_sound():
         ("--image=none.png", "none.png: no such picture"),
         ("--audio=none.wav", "none.wav: no such sound file"),
         ("--config=none.py", "none.py: no such config file"),
-        (f"--config={FULL}:small", "fantasy_talking_14b.py:small: no such variant; there is debug"),
+        (f"--config={FULL}:small", "fantasy_talking_14b.py:small: no such variant; use everything or debug"),
         (
             f"--config={FULL}",
             "fantasy_talking_14b: no such folder; convert_weights.py import makes it",
@@ -254,6 +254,17 @@ def test_the_debug_configuration_is_quick(inputs, tmp_path, monkeypatch, capsys)
     assert "out/latents.safetensors: the latents" in capsys.readouterr().out
     assert load_file("out/latents.safetensors")["latents"].shape == (1, 16, 3, 8, 8)
     assert read_video("out/first.mp4")[0].shape == (9, 64, 64, 3)
+
+
+@pytest.mark.slow
+def test_devices_can_share_the_work(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [*common(inputs), "--config.sample.steps=2"]
+    main([*settings, "--save_latents=one.safetensors"])
+    mesh = ["--config.sample.mesh.context=2", "--config.sample.mesh.tensor=4"]
+    main([*settings, *mesh, "--save_latents=eight.safetensors"])
+    one, eight = (load_file(f"{name}.safetensors")["latents"] for name in ("one", "eight"))
+    assert np.abs(one - eight).max() < 1e-4
 
 
 def refused(folder, monkeypatch, capsys, arguments):

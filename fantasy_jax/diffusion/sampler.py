@@ -96,11 +96,11 @@ def sample(
     audio_scales = scale_values(config.audio_scale, config.steps)
     needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
     graphdef, state = nnx.split(transformer)
-    conditions = _branch_conditions(graphdef, needed, config.audio, state, inputs)
+    conditions = branch_conditions(graphdef, needed, config.audio, state, inputs)
     latents = jnp.array(noise, jnp.float32)  # a copy, for the step gives its argument's memory away
     for i in tqdm(range(config.steps), desc="Sampling", unit="step", disable=not progress):
         scales = np.array([prompt_scales[i], audio_scales[i]])
-        latents = _euler_step(
+        latents = euler_step(
             graphdef,
             config.batch_branches,
             state,
@@ -118,14 +118,25 @@ def sample(
 
 
 @jax.jit(static_argnums=(0, 1, 2))
-def _branch_conditions(
+def branch_conditions(
     graphdef: nnx.GraphDef,
     needed: tuple[Branch, ...],
     level: Literal["frame", "clip"],
     state: nnx.State,
     inputs: SamplerInputs,
 ) -> dict[str, Condition]:
-    """What the transformer listens to in each branch: every array has a leading axis of branches."""
+    """What the transformer listens to in each branch.
+
+    Args:
+        graphdef: Of the transformer.
+        needed: The branches.
+        level: How the sound is heard.
+        state: The transformer's.
+        inputs: What to listen to.
+
+    Returns:
+        By name; every array has a leading axis of branches.
+    """
     model = nnx.merge(graphdef, state)
     batch, frames = inputs.first_frame.shape[:2]
     prompt = model.conditions(inputs.text, inputs.image)
@@ -143,7 +154,7 @@ def _branch_conditions(
 
 
 @jax.jit(static_argnums=(0, 1), donate_argnums=3)
-def _euler_step(
+def euler_step(
     graphdef: nnx.GraphDef,
     batch_branches: bool,
     state: nnx.State,
@@ -153,6 +164,18 @@ def _euler_step(
     sigmas: Float[Array, "2"],
     scales: Float[Array, "2"],
 ) -> Float[Array, "B F h w C"]:
+    """A guided step.
+
+    Args:
+        graphdef: Of the transformer.
+        batch_branches: Whether branches are one batch.
+        state: The transformer's.
+        latents: Where it stands; their memory is given away.
+        first_frame: The first frame's condition.
+        conditions: From `branch_conditions`.
+        sigmas: Noise levels before and after.
+        scales: Of prompt and audio.
+    """
     model = nnx.merge(graphdef, state)
 
     def velocity(conditions: dict[str, Condition], copies: int = 1) -> Array:

@@ -1,0 +1,1 @@
+"""What a program costs: counted from the model, read off compiled programs, measured on devices."""

@@ -1,0 +1,55 @@
+"""Peaks of the accelerators that are known here, a chip each, from their makers' pages."""
+
+from dataclasses import dataclass
+
+import jax
+
+from fantasy_jax.config import ConfigError
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a chip can do at best.
+
+    Attributes:
+        name: As people say it.
+        flops: bfloat16 operations a second, dense.
+        memory: High-bandwidth memory, in bytes.
+        memory_rate: Bytes a second to and from it.
+        link_rate: Bytes a second to and from other chips, all links and both directions together.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+
+
+# cloud.google.com/tpu/docs: system architecture of each; nvidia.com: data sheets of the SXM forms.
+CHIPS = {
+    "TPU v4": Chip("v4", 275e12, 32 * GIB, 1228e9, 300e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80 * GIB, 2039e9, 600e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350e9, 900e9),
+    "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 900e9),
+}
+"""By JAX's name of the device."""
+
+
+def chip_of(device: jax.Device) -> Chip:
+    """What is known of a device.
+
+    Raises:
+        ConfigError: Nothing is.
+    """
+    if device.device_kind not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise ConfigError(
+            f"device {device.device_kind!r}: its peaks are not known here, those of {known} are"
+        )
+    return CHIPS[device.device_kind]
