@@ -28,7 +28,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 demo: install
 	$(RUN) sample.py --config=configs/tiny.py --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav \
 		--prompt="A person is talking in a lively way." --output=out/demo.mp4
-	$(RUN) -m fantasy_jax.evaluation.video out/demo.mp4 --image=$(EXAMPLE)/portrait.png --face=0.21,0.08,0.72,0.73
+	$(RUN) -m fantasy_jax.evaluation.video out/demo.mp4 --image=$(EXAMPLE)/portrait.png --face=0.19,0.05,0.76,0.80
 
 test: install
 	$(RUN) -m pytest -n 2 -m "not slow"

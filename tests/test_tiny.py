@@ -70,8 +70,8 @@ def test_mouths_follow_the_sound_and_not_another(networks):
     figures = lipsync.LipSync(networks, SAMPLE, clips).figures()
     assert figures["correlation_of_renders"].mean > 0.95
     assert figures["correlation_of_vae"].mean > 0.9
-    assert figures["correlation"].mean > 0.75
-    assert figures["correlation_with_that_sound"].mean > 0.7
+    assert figures["correlation"].mean > 0.7
+    assert figures["correlation_with_that_sound"].mean > 0.65
     assert abs(figures["correlation_with_another_sound"].mean) < 0.25
     assert figures["psnr_outside_lips"].mean > 25
 

@@ -23,22 +23,23 @@ _VOWELS = {
     "e": (0.55, 0.0, 530, 1840, 2480),
     "schwa": (0.45, 0.1, 500, 1400, 2450),
     "o": (0.55, 0.8, 500, 900, 2410),
-    "i": (0.25, 0.0, 290, 2250, 2950),
-    "u": (0.18, 1.0, 320, 850, 2250),
+    "i": (0.35, 0.0, 290, 2250, 2950),
+    "u": (0.28, 1.0, 320, 850, 2250),
 }
 # Jaw opening (None: the vowel's), voicing, three formants, level of noise, its centre and width in Hz.
 _CONSONANTS = {
     "m": (0.00, 0.22, 260, 1000, 2200, 0.00, 3000, 2000),
     "b": (0.00, 0.03, 250, 900, 2200, 0.01, 1500, 1500),
     "f": (0.08, 0.00, 400, 1200, 2400, 0.12, 4500, 2500),
-    "s": (0.12, 0.00, 350, 1700, 2600, 0.30, 5600, 1200),
-    "sh": (0.15, 0.00, 350, 1700, 2400, 0.30, 3000, 900),
+    "s": (0.12, 0.00, 350, 1700, 2600, 0.20, 5600, 1200),
+    "sh": (0.15, 0.00, 350, 1700, 2400, 0.20, 3000, 900),
     "d": (0.15, 0.10, 300, 1700, 2600, 0.04, 4000, 2000),
     "l": (0.30, 0.45, 380, 1100, 2600, 0.00, 3000, 2000),
     "g": (0.30, 0.08, 300, 1500, 2200, 0.04, 2000, 1000),
     "": (None, 0.80, 500, 1500, 2500, 0.00, 3000, 2000),
 }
 _VOWEL_CHANCES = np.array([0.28, 0.14, 0.14, 0.12, 0.12, 0.12, 0.08])
+_COLOURED = (250, 1000, 2500, 5000)
 _FORMANT_WIDTHS = np.array([90.0, 120.0, 170.0, 250.0])
 
 
@@ -54,6 +55,13 @@ class Voice:
         rate: Syllables a second.
         level: Root mean square of loud vowels, full scale being 1.
         noise: Of the room, likewise.
+        sharpness: Of the formants, an exponent.
+        whisper: Share of the vowels' loudness that is breathed, not voiced.
+        change: Deviation, in dB, of what each syllable is coloured by, as in `colour`; loud is an open mouth,
+            whatever it sounds like.
+        pauses: Chance that nothing is said in place of a syllable.
+        tilt: Of the microphone, in dB an octave from 500 Hz on.
+        colour: Of the room, in dB at `_COLOURED` Hz, `[4]`.
     """
 
     pitch: float
@@ -63,6 +71,12 @@ class Voice:
     rate: float
     level: float
     noise: float
+    sharpness: float
+    whisper: float
+    change: float
+    pauses: float
+    tilt: float
+    colour: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,13 @@ def draw_voice(rng: np.random.Generator) -> Voice:
         breath=rng.uniform(0.01, 0.08),
         rate=rng.uniform(2.8, 4.6),
         level=0.1 * 10 ** rng.uniform(-0.35, 0.35),
-        noise=10 ** rng.uniform(-4.0, -2.6),
+        noise=10 ** rng.uniform(-5.0, -2.6),
+        sharpness=rng.uniform(0.8, 2.5),
+        whisper=max(rng.uniform(-1.0, 0.7), 0.0),
+        change=rng.uniform(0.0, 12.0),
+        pauses=rng.uniform(0.05, 0.35),
+        tilt=rng.uniform(-7.0, 1.0),
+        colour=rng.normal(0, 4, len(_COLOURED)),
     )
 
 
@@ -109,8 +129,9 @@ def speak(rng: np.random.Generator, voice: Voice, *, num_frames: int, fps: int |
     while tracks[:, 0].std() < 0.12:  # a clip in which hardly anything is said teaches nothing
         tracks = _articulate(rng, voice, times)
     opening, rounding = tracks[:, 0], tracks[:, 1]
-    waveform = _voiced(rng, voice, times, tracks, seconds) + _noises(rng, voice, times, tracks, seconds)
-    waveform = voice.level * waveform + voice.noise * rng.normal(size=waveform.size)
+    samples = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    waveform = _voiced(rng, voice, times, tracks, samples) + _noises(rng, voice, times, tracks, samples)
+    waveform = voice.level * _record(voice, waveform) + voice.noise * rng.normal(size=waveform.size)
     frames = (np.arange(num_frames) + 0.5) / fps  # the middle of the time that a frame is exposed
     return Speech(
         np.clip(waveform, -1, 1).astype(np.float32),
@@ -119,18 +140,27 @@ def speak(rng: np.random.Generator, voice: Voice, *, num_frames: int, fps: int |
     )
 
 
+def _record(voice: Voice, wave: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples"]:
+    """What microphone and room make of a sound; as loud as before."""
+    frequency = np.maximum(np.fft.rfftfreq(wave.size, 1 / SAMPLE_RATE), 50)
+    gain = voice.tilt * np.maximum(np.log2(frequency / 500), 0)
+    gain += np.interp(np.log2(frequency), np.log2(_COLOURED), voice.colour)
+    heard = np.fft.irfft(np.fft.rfft(wave) * 10 ** (gain / 20), wave.size)
+    return heard * np.sqrt(np.square(wave).mean() / (np.square(heard).mean() + 1e-12))
+
+
 def _articulate(
     rng: np.random.Generator, voice: Voice, times: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, "n 9"]:
-    """Opening, rounding, voicing, three formants, and noise (level, centre, width) over time."""
-    targets = np.zeros((times.size, 9))
+) -> Float[np.ndarray, "n 13"]:
+    """Over time: opening, rounding, voicing, three formants, noise (level, centre, width), four of colour."""
+    targets = np.zeros((times.size, 13))
     start = -rng.uniform(0, 1 / voice.rate)  # the clip begins anywhere in a syllable
-    rest = np.array([0.0, 0.0, 0.0, 450, 1450, 2450, 0.0, 3000, 2000])
+    rest = np.array([0.0, 0.0, 0.0, 450, 1450, 2450, 0.0, 3000, 2000, *[0.0] * len(_COLOURED)])
     while start < times[-1]:
         length = rng.uniform(0.75, 1.3) / voice.rate
-        if rng.uniform() < 0.12:
+        if rng.uniform() < voice.pauses:
             targets[times >= start] = rest
-            start += length
+            start += length * rng.uniform(0.7, 2.0)
             continue
         consonant = _CONSONANTS[rng.choice(list(_CONSONANTS))]
         opening, rounding, *formants = _VOWELS[rng.choice(list(_VOWELS), p=_VOWEL_CHANCES)]
@@ -138,9 +168,15 @@ def _articulate(
         jaw, voicing, *others, noise, centre, width = consonant
         jaw = opening if jaw is None else min(jaw, opening)
         turn = start + length * rng.uniform(0.3, 0.42)
-        targets[times >= start] = [jaw, rounding, voicing * 0.6, *others, noise, centre, width]
-        loudness = 0.22 + 0.78 * opening
-        targets[times >= turn] = [opening, rounding, loudness, *formants, voice.breath, 3000, 4000]
+        colour = rng.normal(0, voice.change, len(_COLOURED))
+        noises = (noise, centre, width)
+        targets[times >= start] = [jaw, rounding, voicing * 0.6, *others, *noises, *colour]
+        loudness = (0.22 + 0.78 * opening) * 10 ** rng.uniform(-0.15, 0.1)  # stressed or not
+        voicing, noises = (
+            loudness * (1 - voice.whisper),
+            (max(voice.breath, voice.whisper * loudness), 3000, 4000),
+        )
+        targets[times >= turn] = [opening, rounding, voicing, *formants, *noises, *colour]
         start += length
     # Lips and jaw are slow, the source is quick.
     slow, quick = _smooth(targets, 0.028), _smooth(targets, 0.012)
@@ -160,17 +196,19 @@ def _voiced(
     rng: np.random.Generator,
     voice: Voice,
     times: Float[np.ndarray, " n"],
-    tracks: Float[np.ndarray, "n 9"],
-    seconds: float,
+    tracks: Float[np.ndarray, "n 13"],
+    samples: Float[np.ndarray, " samples"],
 ) -> Float[np.ndarray, " samples"]:
     """Harmonics of the pitch, each as loud as the formants make it at that moment."""
-    samples = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     glide = np.sin(2 * np.pi * (rng.uniform(0.6, 1.8) * times + rng.uniform()))
     pitch = voice.pitch * (1 + voice.melody * glide + 0.01 * rng.normal(size=times.size))
     formants = np.concatenate([tracks[:, 3:6], np.full((times.size, 1), 3500.0)], axis=1) * voice.tract
     count = int(5500 / voice.pitch)
     harmonics = pitch[:, None] * np.arange(1, count + 1)
-    envelope = _resonance(harmonics, formants) * harmonics**-0.5
+    envelope = _resonance(harmonics, formants) ** voice.sharpness * harmonics**-0.8
+    octaves = np.log2(harmonics)[..., None] - np.log2(_COLOURED)
+    near = np.maximum(1 - np.abs(octaves) / 1.3, 0)
+    envelope *= 10 ** ((near * tracks[:, None, 9:]).sum(axis=-1) / 20)
     # Every vowel as loud as its articulation says: formants alone would make narrow ones louder.
     envelope *= (tracks[:, 2] / np.sqrt((envelope**2).sum(axis=1) / 2 + 1e-9))[:, None]
     phase = 2 * np.pi * np.cumsum(np.interp(samples, times, pitch)) / SAMPLE_RATE
@@ -192,12 +230,11 @@ def _noises(
     rng: np.random.Generator,
     voice: Voice,
     times: Float[np.ndarray, " n"],
-    tracks: Float[np.ndarray, "n 9"],
-    seconds: float,
+    tracks: Float[np.ndarray, "n 13"],
+    samples: Float[np.ndarray, " samples"],
 ) -> Float[np.ndarray, " samples"]:
     """Noise in three bands, mixed as the fricatives of each moment ask."""
-    count = int(seconds * SAMPLE_RATE)
-    samples = np.arange(count) / SAMPLE_RATE
+    count = samples.size
     frequency = np.fft.rfftfreq(count, 1 / SAMPLE_RATE)
     wave = np.zeros(count)
     centres = np.array([2000.0, 3200.0, 5500.0])

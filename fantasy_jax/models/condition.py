@@ -54,11 +54,14 @@ class KeyValue(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
-        kernel_init: nnx.Initializer = _XAVIER,
+        value_init: nnx.Initializer = _XAVIER,
     ):
-        """Builds key and value projections; `norm_epsilon` None leaves keys without RMS norm."""
+        """Builds the projections; `norm_epsilon` None leaves keys without RMS norm.
 
-        def linear() -> nnx.Linear:
+        Values that start from zero (`value_init`) add nothing until they are trained.
+        """
+
+        def linear(kernel_init: nnx.Initializer) -> nnx.Linear:
             return nnx.Linear(
                 token_width,
                 width,
@@ -69,7 +72,7 @@ class KeyValue(nnx.Module):
                 rngs=rngs,
             )
 
-        self.key, self.value = linear(), linear()
+        self.key, self.value = linear(_XAVIER), linear(value_init)
         self.key_norm = (
             RMSNorm(width, epsilon=norm_epsilon, param_dtype=param_dtype, rngs=rngs) if norm_epsilon else None
         )

@@ -1,7 +1,8 @@
 """The FantasyTalking audio adapter: speech features to tokens, and keys and values for every block.
 
 Source: arXiv 2504.04842, section 3.2, and fantasy-talking, `model.py`. The released weights have no bias, no
-norm on the keys, and start from zero, so that a new adapter leaves the transformer as it was.
+norm on the keys. Values start from zero, so that a new adapter leaves the transformer as it was; keys, which
+the released code has at zero too, are drawn: from zero they learn nothing before the values have.
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class AudioAdapter(nnx.Module):
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
     ):
-        """Builds the adapter; keys and values of all blocks start from zero."""
+        """Builds the adapter; the values of all blocks start from zero."""
         self.config = config
         self.projection = nnx.Linear(
             config.feature_width,
@@ -66,7 +67,7 @@ class AudioAdapter(nnx.Module):
                 config.num_heads,
                 use_bias=False,
                 norm_epsilon=None,
-                kernel_init=nnx.initializers.zeros,
+                value_init=nnx.initializers.zeros,
                 rngs=rngs,
                 dtype=dtype,
                 param_dtype=param_dtype,
