@@ -16,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fantasy_jax.config import ConfigError
 from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.performance import ahead
 from fantasy_jax.performance.ahead import clip_size, weighty
+from fantasy_jax.performance.chips import CHIPS, chip_of
 from fantasy_jax.performance.collectives import exchanges
 from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.sharding import make_mesh
@@ -109,6 +111,30 @@ def test_what_weighs_most_on_a_chip():
     assert weighty(tree) == {"b/c": 120, "a": 40}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Ran out of memory in memory space hbm. Used 20.50G of 16.00G hbm.",
+        "the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit_is_accounted_for(words, monkeypatch, capsys):
+    monkeypatch.setattr(ahead, "chip_of", lambda device: CHIPS["TPU v5 lite"])
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}")
+
+    arguments = {"kernel": array(2**28, dtype=jnp.bfloat16), "bias": array(16)}
+    report = ahead.compile_ahead(ahead.Program("step", Lowered, arguments, 10), "v5e:2x4", make_mesh(fsdp=8))
+    assert not report.fits
+    assert report.arguments + report.temporaries == int(20.5 * 2**30)
+    assert ahead.show([report], None) == 1
+    printed = capsys.readouterr().out
+    assert "of 16: does not fit" in printed
+    assert "0.500 GiB  kernel" in printed
+
+
 def test_sizes_of_clips():
     assert clip_size(None, 512) == (512, 512)
     assert clip_size("720x1280", 512) == (720, 1280)
@@ -182,8 +208,6 @@ def test_what_cannot_be_compiled_is_one_line(options, message):
 
 
 def test_a_table_of_peaks_names_sensible_numbers():
-    from fantasy_jax.performance.chips import CHIPS, chip_of
-
     for chip in CHIPS.values():
         assert math.log10(chip.flops) == pytest.approx(14.6, abs=0.5)
         assert 10e9 < chip.memory < 200e9

@@ -201,7 +201,7 @@ def small_course(workdir):
         "model.vae.dim": 8,
         "model.transformer.num_layers": 2,
         "model.audio_adapter.num_layers": 2,
-        "train.mesh.fsdp": 2,
+        "train.mesh.fsdp": 1,
         "train.loop.save_every": 2,
         "train.loop.show_every": 4,
         "train.loop.log_every": 1,

@@ -35,7 +35,8 @@ _NO_MACHINE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 """What libtpu would ask a TPU's machine about itself, and complain of; and that several may compile."""
-_EXCEEDED = re.compile(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm")
+_EXCEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([GMK])(?: of|\) exceeds)", re.IGNORECASE)
+"""What TPUs' compiler says, in either of two ways, of a program that needs more memory than a chip has."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class Report:
     topology: str
     chips: int
     mesh: dict[str, int]
-    memory: float
-    arguments: float
-    temporaries: float
+    memory: int
+    arguments: int
+    temporaries: int
     fits: bool
     flops: int
     exchanges: dict[str, Exchange]
@@ -132,23 +133,23 @@ def slice_mesh(topology: str | None, sizes: MeshConfig) -> Iterator[Mesh]:
 
 def compile_ahead(program: Program, topology: str, mesh: Mesh) -> Report:
     """Compiles a program for the mesh in force, which is of a slice's devices, and reports."""
-    begun = time.perf_counter()
+    begun, chip = time.perf_counter(), chip_of(mesh.devices.flat[0])
     lowered = program.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not (exceeded := _EXCEEDED.search(str(error))):
             raise
-        used = float(exceeded[1]) * {"G": 2**30, "M": 2**20, "K": 2**10}[exceeded[2]]
+        fits, found = False, {}
+        needed = int(float(exceeded[1]) * {"G": 2**30, "M": 2**20, "K": 2**10}[exceeded[2].upper()])
         arguments = sum(_on_a_chip(leaf) for leaf in jax.tree.leaves(program.arguments))
-        found, temporaries = {}, used - arguments
+        temporaries = max(needed - arguments, 0)
     else:
         memory = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries = memory.temp_size_in_bytes
+        fits = arguments + temporaries <= chip.memory
         found = exchanges(compiled.as_text())
-    chip = chip_of(mesh.devices.flat[0])
-    fits = arguments + temporaries <= chip.memory
     return Report(
         program.name,
         topology,
@@ -170,8 +171,8 @@ def _limits(
     chip: Chip,
     chips: int,
     flops: int,
-    arguments: float,
-    temporaries: float,
+    arguments: int,
+    temporaries: int,
     found: dict[str, Exchange],
 ) -> dict[str, float]:
     """Seconds by each limit.

@@ -6,7 +6,7 @@ import jax
 
 from fantasy_jax.config import ConfigError
 
-GIB = 2.0**30
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Chip:
 
     name: str
     flops: float
-    memory: float
+    memory: int
     memory_rate: float
     link_rate: float
 
@@ -36,7 +36,7 @@ CHIPS = {
     "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9),
     "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80 * GIB, 2039e9, 600e9),
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350e9, 900e9),
-    "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 900e9),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * 10**9, 4800e9, 900e9),
 }
 """By JAX's name of the device."""
 

@@ -150,7 +150,7 @@ class _Run:
         writer = SummaryWriter(str(self.folder), flush_secs=20, write_to_disk=first)
         with _stop_signals() as stop, writer, bar:
             clock, previous = _Clock(self.step), None
-            for local in task.batches(start=self.step, rows=self.rows):
+            for local in task.batches(start=self.step, rows=self.rows.tolist()):
                 records = local.pop("record", None)
                 batch = assemble_batch(local, self.rows, task.batch_size, self.mesh)
                 number = jax.device_put(np.int32(self.step), NamedSharding(self.mesh, PartitionSpec()))
