@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
+from fantasy_jax.sharding import in_host_memory
 from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
 from fantasy_jax.training.state import cast_parameters, trainable
 from fantasy_jax.typing import DType
@@ -80,7 +81,9 @@ def _save(
 
 def _gather(network: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(network)
-    return nnx.merge(graphdef, multihost_utils.process_allgather(state, tiled=True))
+    with in_host_memory():
+        gathered = jax.tree.map(jnp.asarray, multihost_utils.process_allgather(state, tiled=True))
+    return nnx.merge(graphdef, gathered)
 
 
 def _hashes(weights: Path) -> dict[str, str]:
