@@ -1,6 +1,7 @@
 """Makes a portrait talk: picture, speech and prompt in, mp4 out."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from fantasy_jax import cli, media
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     model = build(ModelConfig, config.model, "model")
     settings = build(SampleConfig, config.sample, "sample")
     if arguments.compile_only:
-        return _compile(arguments, model, settings)
+        step = partial(guided_step, model, settings)
+        return ahead.compile_only(arguments, settings.longest_edge, settings.mesh, step)
     for name in ("image", "audio", "output"):
         if not getattr(arguments, name):
             raise ConfigError(f"--{name} is needed; sample.py --help explains")
@@ -97,15 +99,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Wrote {output}: {frames} frames of {width} x {height} at {settings.fps} a second")
     print(f"Some of them are shown by {sheet}")
     return 0
-
-
-def _compile(arguments: argparse.Namespace, model: ModelConfig, settings: SampleConfig) -> int:
-    """Compiles a guided step for a slice; exit code 1 if it does not fit."""
-    with ahead.slice_mesh(arguments.topology, settings.mesh) as mesh:
-        size = ahead.clip_size(arguments.size, settings.longest_edge)
-        program = guided_step(model, settings, size, mesh)
-        report = ahead.compile_ahead(program, arguments.topology, mesh)
-    return ahead.show([report], arguments.json)
 
 
 def _parser() -> cli.ArgumentParser:

@@ -1,6 +1,6 @@
 """Trains: the miniature from nothing, or the stages of a larger system on top of its converted weights."""
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 from fantasy_jax import cli
@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     sampling = build(SampleConfig, config.sample, "sample")
     training = build(TrainConfig if from_nothing else StagesConfig, config.train, "train")
     if arguments.compile_only:
-        return _compile(arguments, model, sampling, training)
+        steps = partial(training_steps, model, sampling, training)
+        return ahead.compile_only(arguments, sampling.longest_edge, training.mesh, steps)
     if not arguments.workdir:
         raise ConfigError("--workdir is needed: where checkpoints, logs and weights go")
     workdir = Path(arguments.workdir)
@@ -59,17 +60,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"Wrote {weights}; sample from it with sample.py --config={arguments.config} --weights={weights}")
     return 0
-
-
-def _compile(
-    arguments: argparse.Namespace, model: ModelConfig, sampling: SampleConfig, training: StagesConfig
-) -> int:
-    """Compiles the steps for a slice; exit code 1 if one of them does not fit."""
-    with ahead.slice_mesh(arguments.topology, training.mesh) as mesh:
-        size = ahead.clip_size(arguments.size, sampling.longest_edge)
-        programs = training_steps(model, sampling, training, size, mesh)
-        reports = [ahead.compile_ahead(program, arguments.topology, mesh) for program in programs]
-    return ahead.show(reports, arguments.json)
 
 
 def _parser() -> cli.ArgumentParser:

@@ -11,8 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from fantasy_jax.config import ConfigError
-from fantasy_jax.media import whole_or_nothing
+from fantasy_jax.media import check_writable, whole_or_nothing
 from fantasy_jax.models.attention import use_backend
 from fantasy_jax.performance.chips import GIB, Chip, chip_of
 from fantasy_jax.performance.collectives import Exchange, exchanges
@@ -117,18 +116,37 @@ def slice_devices(topology: str) -> list[jax.Device]:
         ) from None
 
 
-@contextmanager
-def slice_mesh(topology: str | None, sizes: MeshConfig) -> Iterator[Mesh]:
-    """Puts a mesh of a slice that is not here in force, and the attention that runs there.
+def compile_only(
+    arguments: argparse.Namespace,
+    longest_edge: int,
+    sizes: MeshConfig,
+    programs: Callable[[tuple[int, int], Mesh], Iterable[Program]],
+) -> int:
+    """Compiles programs for a slice that is not here, with the attention that runs there, and reports.
+
+    Args:
+        arguments: With what `add_arguments` adds.
+        longest_edge: Of the clips, in pixels, if no size is given.
+        sizes: Of the mesh.
+        programs: Makes them, of the clips' height and width and the mesh that is in force.
+
+    Returns:
+        The exit code: 1 where a program does not fit.
 
     Raises:
         ConfigError: The slice is not known, or not named at all, or the sizes do not fit it.
+        MediaError: The report cannot be written; nothing has been compiled then.
     """
+    topology = arguments.topology
     if not topology:
         raise ConfigError("--topology is needed: the slice to compile for, such as v5p:4x4x4")
+    size = clip_size(arguments.size, longest_edge)
+    if arguments.json:
+        check_writable(arguments.json)
     mesh = make_mesh(**asdict(sizes), devices=slice_devices(topology))
     with jax.set_mesh(mesh), use_backend("splash"):
-        yield mesh
+        reports = [compile_ahead(program, topology, mesh) for program in programs(size, mesh)]
+    return show(reports, arguments.json)
 
 
 def compile_ahead(program: Program, topology: str, mesh: Mesh) -> Report:

@@ -58,7 +58,9 @@ def training_steps(
         )
 
 
-def guided_step(model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh) -> Program:
+def guided_step(
+    model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh
+) -> Iterator[Program]:
     """A step of the sampler with all its branches, for the longest clip.
 
     Args:
@@ -83,7 +85,7 @@ def guided_step(model: ModelConfig, config: SampleConfig, size: tuple[int, int],
     pair = jax.ShapeDtypeStruct((2,), np.float32, sharding=whole)
     arguments = (state, latents, first_frame, conditions, pair, pair)
     static = (graphdef, config.batch_branches)
-    return Program(
+    yield Program(
         f"guided step, {len(needed)} branches",
         partial(euler_step.lower, *static, *arguments),
         arguments,

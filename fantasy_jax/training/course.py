@@ -26,7 +26,7 @@ from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, from_uint8, to_uint8
-from fantasy_jax.sharding import make_mesh
+from fantasy_jax.sharding import make_mesh, rows_of_this_process
 from fantasy_jax.training.loop import Task, train
 from fantasy_jax.training.stages import SHOWN, STAGES, StagesConfig, pairs, train_stages
 from fantasy_jax.training.state import cast_parameters
@@ -73,7 +73,8 @@ class Course:
         """Keeps the settings; nothing is done before `run`.
 
         Raises:
-            ConfigError: The VAE's crops are larger than clips, or do not divide into latents.
+            ConfigError: The VAE's crops are larger than clips, or do not divide into latents; or there are no
+                devices for the mesh, or they cannot share a batch.
         """
         crop, factor = config.vae.crop, model.vae.spatial_factor
         if crop > data.size or crop % factor or config.vae.frames > data.num_frames:
@@ -88,6 +89,10 @@ class Course:
             sampling,
             config,
         )
+        # Before any work: whether there are such devices, and whether they can share the batches.
+        self.mesh = make_mesh(**asdict(config.mesh))
+        for stage in (config.vae, config.clip_stage, config.frame_stage):
+            rows_of_this_process(stage.batch_size, self.mesh)
         self.networks = _Encoders(model, byte_tokenizer(), seed=config.loop.seed)
 
     def run(self) -> Path:
@@ -105,6 +110,7 @@ class Course:
             self.networks,
             encoded,
             self.workdir,
+            mesh=self.mesh,
             sampling=self.sampling,
             config=self.config,
             settings=settings,
@@ -145,7 +151,7 @@ class Course:
             show=show,
             settings=_as_json(settings),
         )
-        model = train(task, loop, self.workdir / "vae", make_mesh(**asdict(self.config.mesh)))
+        model = train(task, loop, self.workdir / "vae", self.mesh)
         some = range(0, min(_NORMALISED_OVER, len(records)), SHOWN)
         normalise_latents(model, [_videos(records, range(i, i + SHOWN)) for i in some])
         return model

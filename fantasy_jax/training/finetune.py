@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
-from fantasy_jax.sharding import in_host_memory
+from fantasy_jax.sharding import in_host_memory, make_mesh
 from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
 from fantasy_jax.training.state import cast_parameters, trainable
 from fantasy_jax.typing import DType
@@ -44,10 +44,12 @@ def finetune(
     Returns:
         The trained store.
     """
-    networks = StoredNetworks(weights, model)
+    networks, mesh = StoredNetworks(weights, model), make_mesh(**asdict(config.mesh))
     settings = json.loads(json.dumps({"model": asdict(model)})) | {"weights": _hashes(weights)}
     store = workdir / "weights"
-    stages = train_stages(networks, records, workdir, sampling=sampling, config=config, settings=settings)
+    stages = train_stages(
+        networks, records, workdir, mesh=mesh, sampling=sampling, config=config, settings=settings
+    )
     for name, transformer in stages:
         if name == STAGES[-1]:
             _save(store, weights, transformer, config, jnp.dtype(model.dtype))

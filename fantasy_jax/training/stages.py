@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from fantasy_jax import cli
 from fantasy_jax.data.loader import batches
@@ -20,7 +21,7 @@ from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.models.vae import CHUNK
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import PIXELS_PER_LATENT, ModelConfig, Networks, SampleConfig, encode_text, to_uint8
-from fantasy_jax.sharding import MeshConfig, batch_sharding, in_host_memory, make_mesh
+from fantasy_jax.sharding import MeshConfig, batch_sharding, in_host_memory
 from fantasy_jax.training.loop import LoopConfig, Task, train
 from fantasy_jax.training.state import Batch
 from fantasy_jax.training.talking import PadText, TalkingStageConfig, sampling_inputs, talking_loss
@@ -52,6 +53,7 @@ def train_stages(
     records: Path,
     workdir: Path,
     *,
+    mesh: Mesh,
     sampling: SampleConfig,
     config: StagesConfig,
     settings: dict[str, Any],
@@ -62,6 +64,7 @@ def train_stages(
         networks: The transformer to start from, and what is needed to show samples.
         records: Folder of the encoded clips (`data.encoded`).
         workdir: For a folder of each stage.
+        mesh: Of all devices.
         sampling: How samples are shown.
         config: All settings.
         settings: What else decides the result, JSON's types.
@@ -69,7 +72,6 @@ def train_stages(
     Yields:
         Each stage's name and the transformer that it made.
     """
-    mesh = make_mesh(**asdict(config.mesh))
     empty_text = encode_text(networks, [""])[0]
     with in_host_memory():  # one device of many need not hold what all of them will share
         transformer = networks.transformer()
@@ -151,7 +153,7 @@ def abstract_batch(
     sampling: SampleConfig,
     size: tuple[int, int],
     batch_size: int,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
 ) -> Batch:
     """A batch without values, of the longest clips of a size.
 
