@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,11 @@ def to_config_dict(sections: Mapping[str, Any]) -> ConfigDict:
         },
         convert_dict=True,
     )
+
+
+def as_json(settings: Any) -> Any:
+    """Settings as they come back from a JSON file: dataclasses as mappings, tuples as lists."""
+    return json.loads(json.dumps(settings, default=dataclasses.asdict))
 
 
 def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:

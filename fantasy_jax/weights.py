@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from fantasy_jax.config import as_json
 from fantasy_jax.convert import components
 from fantasy_jax.convert.components import Component
 from fantasy_jax.convert.files import WeightsError
@@ -88,7 +89,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it: lists for tuples."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return as_json(self)
 
 
 def save_network(
@@ -318,7 +319,7 @@ def _matching(folder: Path, config: Any) -> Component:
     component, stored = read_record(folder)
     if type(config) is not component.config_type:
         raise WeightsError(f"{folder}: holds {component.name}, where another network is meant")
-    sizes, given = stored["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    sizes, given = stored["config"], as_json(config)
     if sizes != given:
         differing = [name for name in {**given, **sizes} if given.get(name) != sizes.get(name)]
         names = ", ".join(f"{n} {sizes.get(n)} (asked for: {given.get(n)})" for n in differing[:3])

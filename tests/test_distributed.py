@@ -15,6 +15,7 @@ STEPS = 120
 
 PROGRAM = """
 import os, sys
+from functools import partial
 from pathlib import Path
 
 import jax, jax.numpy as jnp, numpy as np
@@ -51,14 +52,11 @@ def loss(model, batch, key):
     return jnp.square(model.mlp_out(nnx.relu(model.mlp_in(noisy))) - batch["x"]).mean(), {}
 
 
-def read(start, rows):
-    return batches(Numbers(), jitter, batch_size=8, start=start, workers=0, seed=0, rows=rows)
-
-
 if "JAX_COORDINATOR_ADDRESS" in os.environ:
     join_processes()
+read = partial(batches, Numbers(), jitter)
 task = Task("layers", Layers(), loss, read, 8, steps, OptimizerConfig(learning_rate=0.01, warmup=2))
-config = LoopConfig(log_every=1, save_every=save_every, show_every=0, keep_last=3)
+config = LoopConfig(log_every=1, save_every=save_every, show_every=0, keep_last=3, workers=0)
 model = train(task, config, workdir, make_mesh(**mesh))
 from jax.experimental import multihost_utils
 state = multihost_utils.process_allgather(nnx.state(model, nnx.Param), tiled=True)

@@ -47,7 +47,7 @@ def line_loss(model, batch, key):
 
 
 def line_task(*, steps=12, stop_at=None, broken_at=None, **settings):
-    def batches(start, rows):
+    def batches(*, start, rows, **_):
         for step in range(start, steps):
             if step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)

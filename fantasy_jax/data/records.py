@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.config import ConfigError, as_json
 
 Record = dict[str, Any]
 
@@ -54,7 +54,7 @@ def write_dataset(
         directory: Where datasets lie.
         features: Makes the schema of a record; not asked where nothing is to be written.
         splits: The records of each; iterators that do nothing until they are asked.
-        settings: What the records follow from, JSON's types.
+        settings: What the records follow from.
 
     Returns:
         The folder of its records, to be read with `tfds.builder_from_directory`.
@@ -62,6 +62,7 @@ def write_dataset(
     Raises:
         ConfigError: Such a dataset lies there, made with other settings.
     """
+    settings = as_json(settings)
     tfds.disable_progress_bar()  # it knows no total
     folder = Path(directory) / name / str(_Builder.VERSION)
     if not folder.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.config import ConfigError, as_json
 from fantasy_jax.training.state import TrainState
 
 
@@ -18,12 +18,12 @@ class Checkpoints:
 
         Args:
             folder: Of this run alone.
-            settings: That a run must have to go on from here, JSON's types.
+            settings: That a run must have to go on from here.
             keep_last: How many of the newest are kept.
             keep_every: Those whose step is a multiple of this are kept, too; 0 for none.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
-        self.folder, self.settings = Path(folder).absolute(), settings
+        self.folder, self.settings = Path(folder).absolute(), as_json(settings)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
         )

@@ -7,7 +7,6 @@ Each part is done once: what is complete is taken as it is, what was interrupted
     weights/       the store that is sampled from   frame_stage/   checkpoints and logs
 """
 
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -101,9 +100,7 @@ class Course:
             clips = prepare(self.data, self.workdir / "data")
         with cli.phase("VAE"):
             self.networks.trained_vae = self._train_vae(clips)
-        settings = _as_json(
-            {"data": asdict(self.data), "vae": asdict(self.config.vae), "model": asdict(self.model)}
-        )
+        settings = {"data": self.data, "vae": self.config.vae, "model": self.model}
         with cli.phase("Encoded clips"):
             encoded = encode_dataset(self.networks, clips, self.workdir / "encoded", settings)
         stages = train_stages(
@@ -132,24 +129,16 @@ class Course:
         some = [records[i] for i in range(min(_STARTED_FROM, len(records)))]
         video, lips = (np.stack([record[name] for record in some]) for name in ("video", "lips"))
         start_from_principal_components(model, video, lips, lips_weight=config.lips_weight)
-        settings = {"data": asdict(self.data), "vae": asdict(config), "seed": loop.seed}
         task = Task(
             "vae",
             model,
             partial(vae_loss, config=config),
-            partial(
-                batches,
-                records,
-                Crop(config.crop, config.frames, config.mouth_share),
-                batch_size=config.batch_size,
-                workers=loop.workers,
-                seed=loop.seed,
-            ),
+            partial(batches, records, Crop(config.crop, config.frames, config.mouth_share)),
             config.batch_size,
             config.steps,
             config.optimizer,
             show=show,
-            settings=_as_json(settings),
+            settings={"data": self.data, "vae": config, "seed": loop.seed},
         )
         model = train(task, loop, self.workdir / "vae", self.mesh)
         some = range(0, min(_NORMALISED_OVER, len(records)), SHOWN)
@@ -187,7 +176,3 @@ class _Encoders(RandomNetworks):
 
 def _videos(records, numbers: range) -> UInt8[np.ndarray, "B T H W 3"]:
     return np.stack([records[i]["video"] for i in numbers if i < len(records)])
-
-
-def _as_json(settings: dict) -> dict:
-    return json.loads(json.dumps(settings))

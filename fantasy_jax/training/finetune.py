@@ -1,7 +1,6 @@
 """Training on top of converted weights: the two stages, on encoded clips that lie ready."""
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def finetune(
         The trained store.
     """
     networks, mesh = StoredNetworks(weights, model), make_mesh(**asdict(config.mesh))
-    settings = json.loads(json.dumps({"model": asdict(model)})) | {"weights": _hashes(weights)}
+    settings = {"model": model, "weights": _hashes(weights)}
     store = workdir / "weights"
     stages = train_stages(
         networks, records, workdir, mesh=mesh, sampling=sampling, config=config, settings=settings

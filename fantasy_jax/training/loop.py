@@ -64,14 +64,13 @@ class Task:
         name: Of the stage.
         model: Where it starts.
         loss: What is lowered.
-        batches: Gives the batches from step `start` on, of each the examples `rows`; which they are depends
-            on the step alone.
+        batches: Gives the batches from a step on: `data.loader.batches` with its source and preparation.
         batch_size: Examples in each.
         steps: How long.
         optimizer: How.
         trainable: Patterns of the paths of the parameters that are trained.
         show: Makes pictures of what the model can do by now; None: there are none.
-        settings: Everything that decides the result, JSON's types; a run goes on only with the same.
+        settings: Everything that decides the result; a run goes on only with the same.
     """
 
     name: str
@@ -150,7 +149,14 @@ class _Run:
         writer = SummaryWriter(str(self.folder), flush_secs=20, write_to_disk=first)
         with _stop_signals() as stop, writer, bar:
             clock, previous = _Clock(self.step), None
-            for local in task.batches(start=self.step, rows=self.rows.tolist()):
+            read = task.batches(
+                batch_size=task.batch_size,
+                start=self.step,
+                workers=config.workers,
+                seed=config.seed,
+                rows=self.rows.tolist(),
+            )
+            for local in read:
                 records = local.pop("record", None)
                 batch = assemble_batch(local, self.rows, task.batch_size, self.mesh)
                 number = jax.device_put(np.int32(self.step), NamedSharding(self.mesh, PartitionSpec()))

@@ -1,8 +1,7 @@
 """The transformer's two stages, on encoded clips: the whole clip's sound first, then each frame its own."""
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def train_stages(
         mesh: Of all devices.
         sampling: How samples are shown.
         config: All settings.
-        settings: What else decides the result, JSON's types.
+        settings: What else decides the result.
 
     Yields:
         Each stage's name and the transformer that it made.
@@ -76,7 +75,7 @@ def train_stages(
     with in_host_memory():  # one device of many need not hold what all of them will share
         transformer = networks.transformer()
     for name in STAGES:
-        settings = settings | {name: json.loads(json.dumps(asdict(getattr(config, name))))}
+        settings = settings | {name: getattr(config, name)}
         with cli.phase(name.replace("_", " ").capitalize()):
             task = _task(name, transformer, empty_text, networks, records, sampling, config, settings)
             transformer = train(task, config.loop, workdir / name, mesh)
@@ -93,27 +92,20 @@ def _task(
     config: StagesConfig,
     settings: dict[str, Any],
 ) -> Task:
-    stage, loop = getattr(config, name), config.loop
+    stage = getattr(config, name)
     transformer.saved_names = stage.saved
     text_length = networks.config.transformer.text_length
     return Task(
         name,
         transformer,
         partial(talking_loss, config=stage, empty_text=empty_text),
-        partial(
-            batches,
-            open_split(records, "train"),
-            PadText(text_length),
-            batch_size=stage.batch_size,
-            workers=loop.workers,
-            seed=loop.seed,
-        ),
+        partial(batches, open_split(records, "train"), PadText(text_length)),
         stage.batch_size,
         stage.steps,
         stage.optimizer,
         trainable=stage.trainable,
         show=_shower(networks, records, empty_text, replace(sampling, audio=stage.audio))
-        if loop.show_every
+        if config.loop.show_every
         else None,
         settings=settings,
     )
