@@ -81,7 +81,7 @@ _POSE_URL = (
     "pose_landmarker_full.task"
 )
 _BLANK = np.zeros((64, 64, 3), np.uint8)
-_LOOKED_FOR = 25
+_MEMORY = 25
 """Frames for which a face that is lost is looked for where it was."""
 
 
@@ -146,8 +146,8 @@ class BodyTrack:
     """One person's body through a clip.
 
     Attributes:
-        joints: As in `Body`, in every frame; NaN where it is not found.
-        visibility: Of each; 0 where it is not found.
+        joints: As in `Body`, in every frame; NaN where it is not found, or was not looked for.
+        visibility: Of each; 0 there.
     """
 
     joints: Float32[np.ndarray, "T 17 2"]
@@ -187,6 +187,8 @@ class LandmarkConfig:
             off by a tenth of the face otherwise.
         max_gap: Frames that are interpolated where a face is not found; a hand passes in that time.
         min_frames: Tracks that were found in fewer are mistakes of the detector, and dropped.
+        body_step: Bodies are looked for in every such frame: it takes three times as long as for faces, and a
+            variance over the clip needs no more.
     """
 
     face_model: str = "models/face_landmarker.task"
@@ -196,9 +198,10 @@ class LandmarkConfig:
     min_side: int = 512
     max_gap: int = 5
     min_frames: int = 5
+    body_step: int = 3
 
     def __post_init__(self):
-        for name in ("max_faces", "min_side", "min_frames"):
+        for name in ("max_faces", "min_side", "min_frames", "body_step"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if self.max_gap < 0:
@@ -229,8 +232,7 @@ def track_faces(
     """Every face of a clip without cuts, the largest first.
 
     A face goes on where it was: of the ways to give a frame's faces to those that are known, the nearest one
-    is taken, and none that leaps by more than its own size. Whoever is not found in the whole frame is
-    looked for once more where he was last; small and turned faces are often found only so.
+    is taken, and none that leaps by more than its own size.
 
     Args:
         detector: Finds faces in one frame.
@@ -241,12 +243,9 @@ def track_faces(
     tracks: list[dict[int, Face]] = []
     for index, frame in enumerate(tqdm(video, desc="Faces", unit="frame", disable=not progress)):
         last = [track[max(track)] for track in tracks]
-        found = detector.detect(frame)
-        for track, face in zip(tracks, last, strict=True):
-            if index - max(track) <= _LOOKED_FOR and not any(_leap(face, other) < 1 for other in found):
-                found += detect_around(detector, frame, face.box)
-        found = _distinct(found)
-        leaps = np.array([[_leap(face, other) for other in found] for face in last]).reshape(
+        lately = [face.box for face, track in zip(last, tracks, strict=True) if index - max(track) <= _MEMORY]
+        found = find_faces(detector, frame, around=lately)
+        leaps = np.array([[_leap(face.box, other.box) for other in found] for face in last]).reshape(
             len(last), len(found)
         )
         rows, columns = linear_sum_assignment(np.minimum(leaps, 1))
@@ -265,6 +264,7 @@ def track_bodies(
     detector: BodyDetector,
     video: UInt8[np.ndarray, "T H W 3"],
     faces: Sequence[FaceTrack],
+    config: LandmarkConfig,
     *,
     progress: bool = False,
 ) -> list[BodyTrack]:
@@ -274,13 +274,14 @@ def track_bodies(
         detector: Finds bodies in one frame.
         video: RGB.
         faces: Whose; a body is looked for only in the frames in which its face is.
+        config: How often.
         progress: Show a bar.
     """
     joints = np.full((len(faces), len(video), len(JOINTS), 2), np.nan, np.float32)
     visibility = np.zeros(joints.shape[:-1], np.float32)
     for index, frame in enumerate(tqdm(video, desc="Bodies", unit="frame", disable=not progress)):
         for number, face in enumerate(faces):
-            if not face.present[index]:
+            if index % config.body_step or not face.present[index]:
                 continue
             middle, side = _middle(face.boxes[index]), _side(face.boxes[index])
             crop, corner = _crop(frame, middle + np.array([0, 1.5 * side]), 3 * side)
@@ -292,16 +293,33 @@ def track_bodies(
     return [BodyTrack(*arrays) for arrays in zip(joints, visibility, strict=True)]
 
 
-def detect_around(
-    detector: FaceDetector, picture: UInt8[np.ndarray, "H W 3"], box: Float[np.ndarray, "4"]
+def find_faces(
+    detector: FaceDetector, picture: UInt8[np.ndarray, "H W 3"], *, around: Sequence[np.ndarray] = ()
 ) -> list[Face]:
-    """Faces in the surroundings of a box, in the whole picture's pixels."""
-    crop, corner = _crop(picture, _middle(box), 1.5 * _side(box))
-    shift = np.array([*corner, 0], np.float32)
-    return [
-        Face(face.points + shift, face.confidence, face.box + np.tile(shift[:2], 2))
-        for face in (detector.detect(crop) if crop.size else [])
-    ]
+    """All faces of a picture, the largest first, each looked at closely.
+
+    In the whole picture a small or turned face is often not found, or its points are off; a second look, at
+    the surroundings of each box alone, finds it and is right.
+
+    Args:
+        detector: Finds faces.
+        picture: RGB.
+        around: Boxes `[4]` in whose surroundings faces may be, too.
+    """
+    far = detector.detect(picture)
+    boxes = [*around, *(face.box for face in far if all(_leap(face.box, box) >= 1 for box in around))]
+    near = []
+    for box in boxes:
+        crop, corner = _crop(picture, _middle(box), 1.5 * _side(box))
+        shift = np.array([*corner, 0], np.float32)
+        for face in detector.detect(crop) if crop.size else []:
+            near.append(Face(face.points + shift, face.confidence, face.box + np.tile(corner, 2)))
+    near.sort(key=lambda face: -face.confidence)
+    kept: list[Face] = []
+    for face in [*near, *far]:
+        if all(_overlap(face.box, other.box) < 0.4 for other in kept):
+            kept.append(face)
+    return sorted(kept, key=lambda face: -_side(face.box))
 
 
 class MediaPipeFaces(AbstractContextManager):
@@ -455,15 +473,6 @@ def _crop(
     return picture[top:bottom, left:right], np.array([left, top], np.float32)
 
 
-def _distinct(faces: Sequence[Face]) -> list[Face]:
-    """Without those that lie on one of which the detector is surer."""
-    kept: list[Face] = []
-    for face in sorted(faces, key=lambda face: -face.confidence):
-        if all(_overlap(face.box, other.box) < 0.4 for other in kept):
-            kept.append(face)
-    return kept
-
-
 def _fill_gaps(track: dict[int, Face], count: int, max_gap: int, layout: FaceLayout) -> FaceTrack:
     """A track in all frames, short gaps interpolated linearly."""
     found = np.array(sorted(track))
@@ -495,10 +504,9 @@ def _side(box: Float[np.ndarray, "4"]) -> float:
     return float((box[2:] - box[:2]).max())
 
 
-def _leap(face: Face, other: Face) -> float:
-    """How far two faces are apart, in sides of the larger one."""
-    apart = np.abs(_middle(face.box) - _middle(other.box)).max()
-    return float(apart / max(_side(face.box), _side(other.box)))
+def _leap(one: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float:
+    """How far two boxes are apart, in sides of the larger one."""
+    return float(np.abs(_middle(one) - _middle(other)).max()) / max(_side(one), _side(other))
 
 
 def _overlap(one: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float:
