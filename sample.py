@@ -29,6 +29,9 @@ examples:
   python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4
   python sample.py --config=configs/tiny.py --image=portrait.jpg --audio=song.mp3 --prompt="A man sings." \\
       --output=out/song.mp4 --seed=7 --config.sample.steps=20 --config.sample.audio_scale=4.5
+  with a motion adapter, a face that hardly moves on a lively body (0.5 is usual):
+  python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4 \\
+      --config.sample.face_motion=0.1 --config.sample.body_motion=0.9
 
   The 14B model, its weights as `convert_weights.py import --output=weights/fantasy_talking_14b` writes them:
   python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\

@@ -27,6 +27,7 @@ from fantasy_jax.data.text import Tokenizer, tokenize
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
 from fantasy_jax.media import whole_or_nothing
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.motion import NEUTRAL, MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.tiling import PIXELS_PER_LATENT, tiled_decode
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -44,6 +45,7 @@ class ModelConfig:
     Attributes:
         transformer: The diffusion transformer.
         audio_adapter: What makes it hear.
+        motion_adapter: What tells it how much to move; None: nothing does, as in the released weights.
         vae: Pixels to latents and back.
         text_encoder: Prompt to tokens.
         image_encoder: Picture to tokens.
@@ -53,6 +55,7 @@ class ModelConfig:
 
     transformer: WanConfig = WanConfig()
     audio_adapter: AudioAdapterConfig = AudioAdapterConfig()
+    motion_adapter: MotionAdapterConfig | None = None
     vae: VAEConfig = VAEConfig()
     text_encoder: UMT5Config = UMT5Config()
     image_encoder: CLIPVisionConfig = CLIPVisionConfig()
@@ -72,6 +75,9 @@ class ModelConfig:
         ):
             if value != wanted:
                 raise ConfigError(f"{name} is {value}, but what it is joined to has {wanted}")
+        if self.motion_adapter and self.motion_adapter.width != transformer.dim:
+            width = self.motion_adapter.width
+            raise ConfigError(f"motion_adapter.width is {width}, but the transformer has {transformer.dim}")
         if self.speech_encoder and adapter.feature_width != self.speech_encoder.hidden_size:
             width = self.speech_encoder.hidden_size
             raise ConfigError(
@@ -88,6 +94,9 @@ class SampleConfig(SamplerConfig):
         fps: Frames a second.
         max_frames: Longest clip, 4k + 1; speech beyond it is cut.
         negative_prompt: What the picture should not be.
+        face_motion: How much the face moves, in [0, 1] of the training clips; needs a motion adapter. The
+            paper's subtle, natural and intense clips have 0.1, 0.5 and 1 for face and body.
+        body_motion: How much the body moves, likewise.
         mesh: How devices share the transformer; `tensor` shares its weights, too. Encoders and VAE use one.
         tile: Rows and columns of latents that are decoded at once.
         tile_stride: From one tile to the next; what overlaps is blended.
@@ -97,6 +106,8 @@ class SampleConfig(SamplerConfig):
     fps: int = 23
     max_frames: int = 81
     negative_prompt: str = ""
+    face_motion: float = NEUTRAL
+    body_motion: float = NEUTRAL
     mesh: MeshConfig = MeshConfig(fsdp=1)
     tile: tuple[int, int] = (30, 52)
     tile_stride: tuple[int, int] = (15, 26)
@@ -107,6 +118,9 @@ class SampleConfig(SamplerConfig):
             raise ConfigError(f"longest_edge is {self.longest_edge}; at least 16 pixels are needed")
         if self.fps < 1:
             raise ConfigError(f"fps is {self.fps}; at least 1 is needed")
+        for name in ("face_motion", "body_motion"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.max_frames < 5 or self.max_frames % 4 != 1:
             raise ConfigError(f"max_frames is {self.max_frames}; it must be 4k + 1 and at least 5")
         if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
@@ -211,9 +225,11 @@ class RandomNetworks:
         return self._build(WanVAE, self.config.vae)
 
     def transformer(self) -> WanTransformer:
-        """A random transformer with an adapter that starts from zero."""
-        adapter = self._build(AudioAdapter, self.config.audio_adapter)
-        return self._build(WanTransformer, self.config.transformer, adapters={"audio": adapter})
+        """A random transformer with adapters that start from zero."""
+        adapters = {"audio": self._build(AudioAdapter, self.config.audio_adapter)}
+        if self.config.motion_adapter:
+            adapters["motion"] = self._build(MotionAdapter, self.config.motion_adapter)
+        return self._build(WanTransformer, self.config.transformer, adapters=adapters)
 
 
 Phase = Callable[[str], AbstractContextManager]
@@ -231,6 +247,23 @@ def latent_shape(
     """Shape `[B, F, h, w, C]` of the latents that a picture and its speech ask for."""
     width, height = (side // PIXELS_PER_LATENT for side in fit_picture(picture, config.longest_edge).size)
     return (1, clip_frames(sound.size / SAMPLE_RATE, config) // 4 + 1, height, width, channels)
+
+
+def motion_input(model: ModelConfig, config: SampleConfig) -> Float[Array, "1 2"] | None:
+    """Intensities of face and body for the sampler; None for a model without a motion adapter.
+
+    Raises:
+        ConfigError: Such a model is asked for more or less motion than usual.
+    """
+    wanted = (config.face_motion, config.body_motion)
+    if model.motion_adapter:
+        return jnp.array([wanted], jnp.float32)
+    if wanted != (NEUTRAL, NEUTRAL):
+        raise ConfigError(
+            f"sample.face_motion and sample.body_motion are {wanted[0]} and {wanted[1]}, but the model has "
+            f"no motion_adapter; leave them at {NEUTRAL}, or take a model that has one"
+        )
+    return None
 
 
 def starting_noise(seed: int, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:
@@ -304,8 +337,12 @@ def generate_latents(
 
     Returns:
         Latents, float32, normalised as the VAE gives them.
+
+    Raises:
+        ConfigError: A motion is asked for that the model cannot make.
     """
     num_frames = clip_frames(sound.size / SAMPLE_RATE, config)
+    motion = motion_input(networks.config, config)
     with phase("Text encoder"):
         text, negative = encode_text(networks, [prompt, config.negative_prompt])
     with phase("Picture encoder"):
@@ -318,7 +355,7 @@ def generate_latents(
         first_frame = first_frame_condition(encode(networks.vae(), pixels[None], num_frames))
         first_frame.block_until_ready()
     with phase("Transformer"):
-        inputs = SamplerInputs(first_frame, text, negative, image, audio)
+        inputs = SamplerInputs(first_frame, text, negative, image, audio, motion)
         return _sample_on_mesh(networks, noise, inputs, config, progress=progress)
 
 

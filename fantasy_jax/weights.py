@@ -3,7 +3,7 @@
     DIR/transformer/    component.json    what it is: component, sizes, type, sources, items and their bytes
                         blocks_00/ ...    an Orbax item for each block of a stack
                         rest/             an Orbax item of all other parameters
-    DIR/audio_adapter/ vae/ text_encoder/ image_encoder/ speech_encoder/
+    DIR/audio_adapter/ motion_adapter/ vae/ text_encoder/ image_encoder/ speech_encoder/
 
 A network is written into `transformer.partial`, item after item, and the folder gets its name when all is
 there; so an interruption costs at most the item that was being written. The text encoder's folder also
@@ -42,12 +42,16 @@ from fantasy_jax.typing import DType
 FOLDERS = {
     "wan2.1_i2v_dit": "transformer",
     "fantasytalking": "audio_adapter",
+    "motion_adapter": "motion_adapter",
     "wan_vae": "vae",
     "umt5_encoder": "text_encoder",
     "clip_vision": "image_encoder",
     "wav2vec2": "speech_encoder",
 }
 """A component's folder in the store, called as the network is in `pipeline.ModelConfig`."""
+
+ADAPTERS = {"audio": "fantasytalking", "motion": "motion_adapter"}
+"""The component of each of a transformer's adapters."""
 
 RECORD = "component.json"
 TOKENIZER = "tokenizer"
@@ -154,12 +158,13 @@ def load_network(folder: Path, config: Any, *, dtype: DType) -> nnx.Module:
 class StoredNetworks:
     """Networks from a store, each loaded when it is asked for (a `pipeline.Networks`)."""
 
-    def __init__(self, directory: Path, config: ModelConfig):
+    def __init__(self, directory: Path, config: ModelConfig, *, new_adapters: bool = False):
         """Keeps where they lie.
 
         Args:
             directory: The store.
             config: All sizes, and the type of weights and products.
+            new_adapters: Whether adapters that the store lacks start anew, to be trained.
 
         Raises:
             WeightsError: A network is missing, or is of another model; nothing is loaded to find out.
@@ -168,14 +173,25 @@ class StoredNetworks:
         self.config = config
         if not self.directory.is_dir():
             raise WeightsError(f"{directory}: no such folder; convert_weights.py import makes it")
+        self._new = {
+            folder
+            for folder in (FOLDERS[component] for component in ADAPTERS.values())
+            if new_adapters and not (self.directory / folder).exists()
+        }
         for name in FOLDERS.values():
-            if getattr(config, name) is not None:
+            if getattr(config, name) is not None and name not in self._new:
                 _matching(self.directory / name, getattr(config, name))
 
     def _load(self, name: str) -> Any:
-        return load_network(
-            self.directory / name, getattr(self.config, name), dtype=jnp.dtype(self.config.dtype)
+        folder, config, dtype = (
+            self.directory / name,
+            getattr(self.config, name),
+            jnp.dtype(self.config.dtype),
         )
+        if name not in self._new:
+            return load_network(folder, config, dtype=dtype)
+        component = next(component for component, place in FOLDERS.items() if place == name)
+        return _component(component, folder).fresh(config, dtype)
 
     def text_encoder(self) -> tuple[UMT5Encoder, Tokenizer]:
         """The text encoder and its tokenizer: the stored one, or bytes where none is stored."""
@@ -198,9 +214,11 @@ class StoredNetworks:
         return self._load("vae")
 
     def transformer(self) -> WanTransformer:
-        """The transformer with its audio adapter."""
+        """The transformer with its adapters."""
         transformer = self._load("transformer")
-        transformer.adapters["audio"] = self._load("audio_adapter")
+        for name, component in ADAPTERS.items():
+            if getattr(self.config, FOLDERS[component]) is not None:
+                transformer.adapters[name] = self._load(FOLDERS[component])
         return transformer
 
 

@@ -20,6 +20,7 @@ from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.data.speech import LogMel, Wav2Vec2Features
 from fantasy_jax.models.adapters.audio import AudioAdapter
+from fantasy_jax.models.adapters.motion import MotionAdapterConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
 from fantasy_jax.pipeline import ModelConfig, Networks
 from fantasy_jax.weights import FOLDERS, StoredNetworks, load_network, save_network
@@ -43,7 +44,8 @@ def model_config():
     """The miniature, with a wav2vec2 of its own."""
     config = build(ModelConfig, tiny.get_config().model, "model")
     adapter = dataclasses.replace(config.audio_adapter, feature_width=48)
-    return dataclasses.replace(config, speech_encoder=SPEECH, audio_adapter=adapter)
+    motion = MotionAdapterConfig(hidden=8, positions=2, width=config.transformer.dim)
+    return dataclasses.replace(config, speech_encoder=SPEECH, audio_adapter=adapter, motion_adapter=motion)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def test_every_network_comes_back_bit_for_bit(store):
     stored = StoredNetworks(folder, config)
     assert isinstance(stored, Networks)
     transformer = stored.transformer()
-    assert_equal(transformer.adapters.pop("audio"), networks["audio_adapter"])
+    for name in ("audio", "motion"):
+        assert_equal(transformer.adapters.pop(name), networks[f"{name}_adapter"])
     assert_equal(transformer, networks["transformer"])
     vae = stored.vae()
     assert_equal(vae, networks["vae"])
@@ -124,6 +127,18 @@ def test_a_network_runs_as_it_did_and_in_another_type(store):
     for path, value in flat_parameters(half).items():
         wanted = flat_parameters(networks["audio_adapter"])[path]
         np.testing.assert_array_equal(value, wanted.astype(jnp.bfloat16), strict=True)
+
+
+def test_adapters_that_a_store_lacks_start_anew_where_that_is_meant(store, tmp_path):
+    folder, config, networks = store
+    for place in FOLDERS.values():
+        if place != "motion_adapter":
+            (tmp_path / place).symlink_to(folder / place)
+    with pytest.raises(WeightsError, match="motion_adapter: holds no complete weights"):
+        StoredNetworks(tmp_path, config)
+    transformer = StoredNetworks(tmp_path, config, new_adapters=True).transformer()
+    assert_equal(transformer.adapters["audio"], networks["audio_adapter"])
+    assert not transformer.adapters["motion"](jnp.array([[0.1, 0.9]])).any()
 
 
 def test_a_transformer_is_stored_without_its_adapters(store, tmp_path):

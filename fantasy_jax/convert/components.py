@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.convert import clip_vision, umt5, vae, wan, wav2vec2
+from fantasy_jax.convert import clip_vision, motion, umt5, vae, wan, wav2vec2
 from fantasy_jax.convert.files import WeightsError, WeightsFile
 from fantasy_jax.convert.rules import Plan, Rule, assign, flat_parameters, load, make_plan
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
@@ -76,6 +77,10 @@ class Component:
         """The very module that samples, without memory."""
         return nnx.eval_shape(lambda: self._make(config, dtype))
 
+    def fresh(self, config: Any, dtype: DType) -> nnx.Module:
+        """The module with its initial weights."""
+        return nnx.jit(lambda: self._make(config, dtype))()
+
     def realise(self, config: Any, dtype: DType, values: dict[str, np.ndarray]) -> nnx.Module:
         """The module with these parameters by path, all of them.
 
@@ -122,6 +127,13 @@ COMPONENTS = (
             Layout("official", ("proj_model.proj.weight", "proj_model.norm.weight"), wan.audio_adapter_rules),
         ),
         prefix="fantasytalking.",
+    ),
+    Component(
+        "motion_adapter",
+        MotionAdapter,
+        {"motion_adapter": MotionAdapterConfig()},
+        motion.config_from_reference,
+        (Layout("official", ("face_in.weight", "body_in.weight"), motion.official_rules),),
     ),
     Component(
         "wan_vae",

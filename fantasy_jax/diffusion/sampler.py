@@ -60,6 +60,7 @@ class SamplerInputs:
         negative_text: The negative prompt likewise; its length may differ.
         image: The picture encoder's tokens, `[B, L, D]`.
         audio: Speech features of the clip's video frames, `[B, A, D]`.
+        motion: Intensities of face and body in [0, 1], `[B, 2]`; None for a transformer without the adapter.
     """
 
     first_frame: Leaf
@@ -67,6 +68,7 @@ class SamplerInputs:
     negative_text: Leaf
     image: Leaf
     audio: Leaf
+    motion: Leaf = None
 
 
 def sample(
@@ -81,7 +83,7 @@ def sample(
     """Integrates the guided velocity from noise to latents.
 
     Args:
-        transformer: With an adapter named `audio`.
+        transformer: With an adapter named `audio`, and one named `motion` if that is among the inputs.
         noise: Where to start.
         inputs: What to listen to.
         config: Steps and guidance.
@@ -109,6 +111,7 @@ def sample(
             conditions,
             sigmas[i : i + 2],
             scales,
+            inputs.motion,
         )
         if progress:
             latents.block_until_ready()  # or the bar would count steps that are only queued
@@ -163,6 +166,7 @@ def euler_step(
     conditions: dict[str, Condition],
     sigmas: Float[Array, "2"],
     scales: Float[Array, "2"],
+    motion: Float[Array, "B 2"] | None = None,
 ) -> Float[Array, "B F h w C"]:
     """A guided step.
 
@@ -175,13 +179,16 @@ def euler_step(
         conditions: From `branch_conditions`.
         sigmas: Noise levels before and after.
         scales: Of prompt and audio.
+        motion: Intensities of face and body, the same in every branch: the paper does not guide by them.
     """
     model = nnx.merge(graphdef, state)
+    offset = None if motion is None else model.adapters["motion"](motion)
 
     def velocity(conditions: dict[str, Condition], copies: int = 1) -> Array:
         copied = [jnp.concatenate([x] * copies) for x in (latents, first_frame)]
         timestep = jnp.full(copied[0].shape[0], TRAIN_TIMESTEPS * sigmas[0], jnp.float32)
-        return model(*copied, timestep, conditions)
+        offsets = None if offset is None else jnp.concatenate([offset] * copies)
+        return model(*copied, timestep, conditions, offsets)
 
     count = jax.tree.leaves(conditions)[0].shape[0]
     if batch_branches:

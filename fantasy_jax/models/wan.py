@@ -219,7 +219,7 @@ class WanTransformer(nnx.Module):
         Args:
             config: Its sizes.
             adapters: By the name of the condition that each brings; of each, `layers` holds the stacked
-                `KeyValue` of all blocks.
+                `KeyValue` of all blocks. One may add to the timestep instead (`motion`), and has no layers.
             rngs: For the initial weights.
             dtype: Type of matrix products.
             param_dtype: Type in which parameters are kept.
@@ -275,6 +275,7 @@ class WanTransformer(nnx.Module):
         first_frame: Float[Array, "B F h w E"],
         timestep: Float[Array, " B"],
         conditions: Mapping[str, Condition],
+        time_offset: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B F h w C"]:
         """Predicts velocity, noise minus data.
 
@@ -283,6 +284,7 @@ class WanTransformer(nnx.Module):
             first_frame: The first frame's condition: mask, then latents of the picture followed by grey.
             timestep: In [0, 1000], fractional.
             conditions: From `conditions` and from adapters.
+            time_offset: What an adapter adds to the timestep's embedding.
 
         Returns:
             The velocity, float32.
@@ -305,6 +307,8 @@ class WanTransformer(nnx.Module):
         rotary = rotary_table(frames, *grid, config.dim // config.num_heads)
         rotary = tuple(_pad_space(table, 0, padding) for table in rotary)
         time = self.time_out(nnx.silu(self.time_in(timestep_sinusoid(timestep, config.frequency_dim))))
+        if time_offset is not None:
+            time = time + time_offset
         modulation = self.time_modulation(nnx.silu(time)).reshape(-1, 6, config.dim)
 
         def step(layer: tuple[Block, Mapping[str, KeyValue]], x: Array) -> Array:

@@ -83,7 +83,8 @@ def guided_step(
     needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
     conditions = jax.eval_shape(partial(branch_conditions, graphdef, needed, config.audio), state, inputs)
     pair = jax.ShapeDtypeStruct((2,), np.float32, sharding=whole)
-    arguments = (state, latents, first_frame, conditions, pair, pair)
+    motion = jax.ShapeDtypeStruct((1, 2), np.float32, sharding=whole) if model.motion_adapter else None
+    arguments = (state, latents, first_frame, conditions, pair, pair, motion)
     static = (graphdef, config.batch_branches)
     yield Program(
         f"guided step, {len(needed)} branches",

@@ -37,7 +37,7 @@ from fantasy_jax.training.vae import (
     vae_loss,
 )
 from fantasy_jax.typing import UInt8
-from fantasy_jax.weights import FOLDERS, save_network
+from fantasy_jax.weights import ADAPTERS, FOLDERS, save_network
 
 _STARTED_FROM, _NORMALISED_OVER = 128, 512
 
@@ -149,7 +149,7 @@ class Course:
         """Writes a store that `sample.py` takes, in bfloat16: half the size, and samples look the same."""
         networks = {
             "wan2.1_i2v_dit": transformer,
-            "fantasytalking": transformer.adapters["audio"],
+            **{ADAPTERS[name]: adapter for name, adapter in transformer.adapters.items()},
             "wan_vae": self.networks.vae(),
             "umt5_encoder": self.networks.text_encoder()[0],
             "clip_vision": self.networks.image_encoder(),

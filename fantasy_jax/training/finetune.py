@@ -15,7 +15,7 @@ from fantasy_jax.sharding import in_host_memory, make_mesh
 from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
 from fantasy_jax.training.state import cast_parameters, trainable
 from fantasy_jax.typing import DType
-from fantasy_jax.weights import FOLDERS, RECORD, StoredNetworks, save_network
+from fantasy_jax.weights import ADAPTERS, FOLDERS, RECORD, StoredNetworks, save_network
 
 
 def finetune(
@@ -27,7 +27,7 @@ def finetune(
     sampling: SampleConfig,
     config: StagesConfig,
 ) -> Path:
-    """Trains both stages, or from where an earlier call stopped.
+    """Trains both stages, or from where an earlier call stopped; adapters that the store lacks start anew.
 
     Checkpoints hold what is trained and refer to the rest by the hash of its record. So does the store that
     is written in the end: what was not trained is a link to where it lies.
@@ -43,7 +43,7 @@ def finetune(
     Returns:
         The trained store.
     """
-    networks, mesh = StoredNetworks(weights, model), make_mesh(**asdict(config.mesh))
+    networks, mesh = StoredNetworks(weights, model, new_adapters=True), make_mesh(**asdict(config.mesh))
     settings = {"model": model, "weights": _hashes(weights)}
     store = workdir / "weights"
     stages = train_stages(
@@ -63,9 +63,12 @@ def _save(
         for name in STAGES
         for path, _ in nnx.to_flat_state(nnx.state(transformer, trainable(getattr(config, name).trainable)))
     ]
-    networks = {}
-    if any(path[0] == "adapters" for path in trained):
-        networks["fantasytalking"] = transformer.adapters["audio"]
+    networks = {
+        ADAPTERS[name]: adapter
+        for name, adapter in transformer.adapters.items()
+        if any(path[:2] == ("adapters", name) for path in trained)
+        or not (weights / FOLDERS[ADAPTERS[name]]).exists()
+    }
     if any(path[0] != "adapters" for path in trained):
         networks["wan2.1_i2v_dit"] = transformer
     # Parameters lie in parts on all processes' devices; each gathers them, one writes.

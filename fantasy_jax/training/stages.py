@@ -170,6 +170,8 @@ def abstract_batch(
         # One feature for each 20 ms that fit (wav2vec2's convolutions: 400 samples, then every 320).
         "audio": ((samples - 400) // 320 + 1, model.audio_adapter.feature_width),
     }
+    if model.motion_adapter:
+        shapes["motion"] = (2,)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32, sharding=batch_sharding(mesh))
         for name, shape in shapes.items()

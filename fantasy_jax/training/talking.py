@@ -84,7 +84,8 @@ def talking_loss(
     """Error of the velocity at a drawn noise level, with conditions dropped by chance.
 
     Args:
-        transformer: With an adapter named `audio`.
+        transformer: With an adapter named `audio`. One named `motion` hears the clips' `motion`, `[B, 2]`, if
+            they have that; it is never dropped, for the paper drops it not and no guidance leaves it out.
         batch: Encoded clips.
         key: Of noise, its level and dropout.
         config: The stage's settings.
@@ -107,8 +108,10 @@ def talking_loss(
     conditions["audio"] = hear(jnp.asarray(batch["audio"]), 4 * frames - 3, scale=has_sound)
     first_frame = first_frame_condition(batch["first_frame"]) * has_picture[:, None, None, None, None]
 
+    moves = "motion" in batch and "motion" in transformer.adapters
+    offset = transformer.adapters["motion"](jnp.asarray(batch["motion"])) if moves else None
     noisy = add_noise(latents, noise, sigma)
-    velocity = transformer(noisy, first_frame, TRAIN_TIMESTEPS * sigma, conditions)
+    velocity = transformer(noisy, first_frame, TRAIN_TIMESTEPS * sigma, conditions, offset)
     masked = jax.random.bernoulli(lip_key, config.lip_probability, (count,))
     target, lips = velocity_target(latents, noise), jnp.asarray(batch["lips"])
     outside = config.outside_lips
@@ -121,9 +124,8 @@ def talking_loss(
 
 def sampling_inputs(records: list[Record], empty_text: Float[Array, "1 L C"]) -> SamplerInputs:
     """What a sampler needs to make these encoded clips anew."""
-    stacked = {
-        name: jnp.asarray(np.stack([r[name] for r in records])) for name in ("first_frame", "image", "audio")
-    }
+    names = [name for name in ("first_frame", "image", "audio", "motion") if name in records[0]]
+    stacked = {name: jnp.asarray(np.stack([r[name] for r in records])) for name in names}
     length = max(len(record["text"]) for record in records)
     text = jnp.asarray(np.stack([np.pad(r["text"], ((0, length - len(r["text"])), (0, 0))) for r in records]))
     return SamplerInputs(
@@ -132,4 +134,5 @@ def sampling_inputs(records: list[Record], empty_text: Float[Array, "1 L C"]) ->
         negative_text=jnp.repeat(empty_text, len(records), axis=0),
         image=stacked["image"],
         audio=stacked["audio"],
+        motion=stacked.get("motion"),
     )

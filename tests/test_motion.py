@@ -1,0 +1,157 @@
+"""How much people move: measured in clips, normalised, and told to the transformer."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import randomise, relative
+
+from fantasy_jax.config import ConfigError, build
+from fantasy_jax.convert.components import COMPONENTS
+from fantasy_jax.convert.rules import TensorSpec, assign, export, flat_parameters, load, make_plan
+from fantasy_jax.diffusion.sampler import SamplerConfig, sample
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
+from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.pipeline import ModelConfig, SampleConfig, motion_input
+from fantasy_jax.training.talking import TalkingStageConfig, sampling_inputs, talking_loss
+
+WAN = WanConfig(
+    latent_channels=4,
+    condition_channels=8,
+    dim=24,
+    ffn_dim=48,
+    frequency_dim=16,
+    text_dim=12,
+    text_length=8,
+    image_dim=16,
+    num_heads=2,
+    num_layers=1,
+)
+AUDIO = AudioAdapterConfig(feature_width=6, token_width=8, width=24, num_heads=2, num_layers=1)
+MOTION = MotionAdapterConfig(hidden=8, positions=4, width=24)
+FRAMES, CALM, LIVELY = 3, jnp.array([[0.1, 0.1], [0.5, 0.5]]), jnp.array([[0.9, 0.1], [0.5, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A transformer that is trained, as it were."""
+    adapters = {"audio": AudioAdapter(AUDIO, rngs=nnx.Rngs(0))}
+    return randomise(nnx.eval_shape(lambda: WanTransformer(WAN, adapters=adapters, rngs=nnx.Rngs(1))))
+
+
+@pytest.fixture
+def transformer(trained):
+    """With a motion adapter that is new."""
+    model = nnx.clone(trained)
+    model.adapters["motion"] = nnx.jit(lambda: MotionAdapter(MOTION, rngs=nnx.Rngs(2)))()
+    return model
+
+
+def clips():
+    """Two encoded clips."""
+    shapes = {
+        "latents": (FRAMES, 4, 4, 4),
+        "first_frame": (FRAMES, 4, 4, 4),
+        "image": (5, 16),
+        "text": (8, 12),
+        "audio": (12, 6),
+    }
+    keys = jax.random.split(jax.random.key(3), len(shapes))
+    batch = {n: jax.random.normal(k, (2, *s)) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return batch | {"lips": jnp.zeros((2, FRAMES, 4, 4))}
+
+
+@nnx.jit
+def loss(model, batch):
+    config = TalkingStageConfig(dropout=0.0)
+    return talking_loss(model, batch, jax.random.key(0), config=config, empty_text=jnp.zeros((1, 1, 12)))[0]
+
+
+def test_a_new_adapter_changes_nothing_to_the_bit(trained, transformer):
+    keys = jax.random.split(jax.random.key(4), 3)
+    latents, first_frame = (
+        jax.random.normal(key, (2, FRAMES, 4, 4, channels))
+        for key, channels in zip(keys, (4, 8), strict=False)
+    )
+    inputs = (latents, first_frame, jnp.array([3.5, 900.0]))
+    batch = clips()
+
+    @nnx.jit
+    def velocity(model, offset):
+        return model(*inputs, model.conditions(batch["text"], batch["image"]), offset)
+
+    offset = transformer.adapters["motion"](LIVELY)
+    assert offset.shape == (2, WAN.dim)
+    without = velocity(trained, None)
+    np.testing.assert_array_equal(velocity(transformer, offset), without)
+    randomise(transformer.adapters["motion"], 7)
+    assert relative(velocity(transformer, transformer.adapters["motion"](LIVELY)), without) > 1e-3
+
+
+@pytest.mark.parametrize("batch_branches", [True, False])
+def test_each_clip_has_its_own_motion_and_every_branch_has_it(transformer, batch_branches):
+    randomise(transformer.adapters["motion"], 7)
+    batch = {name: np.asarray(value) for name, value in (clips() | {"motion": CALM}).items()}
+    records = [{name: value[i] for name, value in batch.items()} for i in range(2)]
+    inputs = sampling_inputs(records, jnp.zeros((1, 1, 12)))
+    noise = jnp.zeros((2, FRAMES, 4, 4, 4))
+
+    def drawn(motion):
+        config = SamplerConfig(steps=1, batch_branches=batch_branches)
+        return sample(transformer, noise, replace(inputs, motion=motion), config)
+
+    calm, lively, half = drawn(inputs.motion), drawn(LIVELY), drawn(CALM.at[1].set(LIVELY[1]))
+    assert all(relative(lively[i], calm[i]) > 1e-3 for i in range(2))
+    assert relative(half[0], calm[0]) < 1e-5
+    assert relative(half[1], lively[1]) < 1e-5
+
+
+def test_training_hears_the_motion_of_clips_that_have_it(transformer):
+    randomise(transformer.adapters["motion"], 7)
+    values = [float(loss(transformer, clips() | more)) for more in ({}, {"motion": CALM}, {"motion": LIVELY})]
+    assert len(set(values)) == 3
+
+
+def test_face_and_body_are_told_apart_and_all_parts_learn(transformer):
+    adapter = randomise(transformer.adapters["motion"], 7)
+    swapped = relative(adapter(jnp.array([[0.2, 0.8]])), adapter(jnp.array([[0.8, 0.2]])))
+    assert swapped > 1e-2
+    gradients = nnx.grad(lambda adapter: jnp.sum(adapter(LIVELY) ** 2))(adapter)
+    assert all(jnp.any(gradient) for gradient in jax.tree.leaves(gradients))
+
+
+def test_weights_leave_and_come_back_under_pytorch_names():
+    component = next(x for x in COMPONENTS if x.name == "motion_adapter")
+    adapter, other = (randomise(MotionAdapter(MOTION, rngs=nnx.Rngs(0)), seed) for seed in (0, 1))
+    rules = component.layouts[0].rules(MOTION)
+    file = dict(export(rules, {path: np.asarray(x) for path, x in flat_parameters(adapter).items()}))
+    assert file["conv1.weight"].shape == (16, 16, 3)
+    specs = {key: TensorSpec(value.shape, value.dtype) for key, value in file.items()}
+    assign(other, load(make_plan(rules, specs, flat_parameters(other)), file.__getitem__))
+    np.testing.assert_array_equal(other(LIVELY), adapter(LIVELY))
+
+
+@pytest.mark.parametrize("setting", ["face_motion", "body_motion"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_motion_outside_of_its_range_is_refused(setting, value):
+    with pytest.raises(ConfigError, match=rf"^sample\.{setting} is {value}; it must lie between 0 and 1"):
+        build(SampleConfig, {setting: value}, "sample")
+
+
+def test_motion_is_refused_where_nothing_can_make_it():
+    config = SampleConfig(face_motion=0.1, body_motion=0.9)
+    with pytest.raises(ConfigError, match=r"no motion_adapter; leave them at 0\.5"):
+        motion_input(ModelConfig(), config)
+    assert motion_input(ModelConfig(), SampleConfig()) is None
+    model = ModelConfig(motion_adapter=MotionAdapterConfig())
+    np.testing.assert_allclose(motion_input(model, config), [[0.1, 0.9]])
+    np.testing.assert_array_equal(motion_input(model, SampleConfig()), [[0.5, 0.5]])
+
+
+def test_the_adapter_must_fit_the_transformer():
+    with pytest.raises(ConfigError, match=r"motion_adapter\.width is 8, but the transformer has 5120"):
+        ModelConfig(motion_adapter=MotionAdapterConfig(width=8))
