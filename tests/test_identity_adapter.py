@@ -1,0 +1,189 @@
+"""A face becomes tokens that every block sees, and a new adapter changes nothing, to the last bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import layer, randomise, relative
+
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.identity import IDENTITY_SCALE, IdentityAdapter, IdentityAdapterConfig
+from fantasy_jax.models.wan import WanConfig, WanTransformer
+
+pytestmark = pytest.mark.networks
+
+WAN = WanConfig(
+    dim=48,
+    ffn_dim=80,
+    frequency_dim=32,
+    text_dim=24,
+    text_length=8,
+    image_dim=20,
+    num_heads=2,
+    num_layers=3,
+)
+AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=3)
+IDENTITY = IdentityAdapterConfig(
+    feature_width=10,
+    feature_size=2,
+    num_queries=5,
+    depth=2,
+    token_width=16,
+    token_heads=2,
+    width=48,
+    num_heads=2,
+    num_layers=3,
+)
+
+forward = nnx.jit(lambda model, *inputs: model(*inputs))
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    """All parameters random but the identity adapter's, which is as it is built."""
+    audio = nnx.eval_shape(lambda: AudioAdapter(AUDIO, rngs=nnx.Rngs(0)))
+    model = randomise(
+        nnx.eval_shape(lambda: WanTransformer(WAN, adapters={"audio": audio}, rngs=nnx.Rngs(1)))
+    )
+    model.adapters["identity"] = new_adapter()
+    return model
+
+
+def new_adapter():
+    return nnx.jit(lambda: IdentityAdapter(IDENTITY, rngs=nnx.Rngs(jax.random.key(2, impl="rbg"))))()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return randomise(nnx.eval_shape(lambda: IdentityAdapter(IDENTITY, rngs=nnx.Rngs(0))))
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+FACES = normal(6, 2, 4, IDENTITY.feature_width)
+LATENTS = (normal(0, 2, 3, 4, 6, 16), normal(1, 2, 3, 4, 6, 20), jnp.array([3.5, 876.25]))
+
+
+def heard(model):
+    """Text, picture and sound."""
+    conditions = model.conditions(normal(3, 2, 5, WAN.text_dim), normal(4, 2, 9, WAN.image_dim))
+    return conditions | {"audio": model.adapters["audio"].frame_level(normal(5, 2, 20, 12), 9)}
+
+
+def test_a_new_adapter_changes_nothing(model):
+    conditions = heard(model)
+    before = forward(model, *LATENTS, conditions)
+    after = forward(model, *LATENTS, conditions | {"identity": model.adapters["identity"](FACES)})
+    assert np.asarray(before).tobytes() == np.asarray(after).tobytes()
+
+
+def test_what_it_learns_first_are_values(model):
+    """From zero they have gradients, so that the adapter can be trained at all."""
+    q, wanted = (normal(seed, 2, 6, 3, IDENTITY.num_heads, 24) for seed in (7, 8))
+
+    def error(adapter):
+        return jnp.vdot(layer(adapter.layers, 0)(q, adapter(FACES)), wanted)
+
+    gradients = nnx.jit(nnx.grad(error))(model.adapters["identity"])
+    assert gradients["layers"]["value"]["kernel"][0].any()
+    assert not gradients["queries"][...].any()  # as long as values are zero
+
+
+def test_a_trained_adapter_is_heard_by_its_weight(model, trained):
+    whole = nnx.merge(*nnx.split(model))
+    whole.adapters["identity"] = trained
+    conditions = heard(whole)
+    without = forward(whole, *LATENTS, conditions)
+    scales = jnp.array([0.0, 1.0])
+    result = forward(whole, *LATENTS, conditions | {"identity": trained(FACES, scale=scales)})
+    assert np.array_equal(result[0], without[0])
+    assert relative(result[1], without[1]) > 1e-3
+    swapped = forward(whole, *LATENTS, conditions | {"identity": trained(FACES[::-1], scale=scales)})
+    assert relative(swapped[1], result[1]) > 1e-4
+
+
+def test_the_weight_is_the_papers(trained):
+    see, q = layer(trained.layers, 0), normal(7, 2, 6, 3, IDENTITY.num_heads, 24)
+    condition = trained(FACES)
+    assert condition.scale == IDENTITY_SCALE == 0.5
+    assert condition.tokens.shape == (2, IDENTITY.num_queries, IDENTITY.token_width)
+    assert relative(see(q, condition), 0.5 * see(q, trained(FACES, scale=1.0))) < 1e-7
+
+
+def test_tokens_know_where_in_the_face_a_feature_lies(trained):
+    tokens = trained.tokens(FACES)
+    assert relative(trained.tokens(FACES[:, ::-1]), tokens) > 1e-3
+    # Every token depends on every place, and on no other sample.
+    for place in range(4):
+        changed = trained.tokens(FACES.at[0, place].add(1.0))
+        assert np.all(np.any(changed[0] != tokens[0], axis=-1))
+        assert np.array_equal(changed[1], tokens[1])
+
+
+def test_tokens_differ_from_each_other(trained):
+    tokens = np.asarray(trained.tokens(FACES)[0])
+    distance = np.linalg.norm(tokens[:, None] - tokens[None], axis=-1)
+    assert distance[~np.eye(len(tokens), dtype=bool)].min() > 1e-2
+
+
+def test_the_q_former_is_the_textbooks(trained):
+    """One block, written out in NumPy."""
+    block = layer(trained.blocks, 0)
+    values = {
+        "/".join(map(str, p)): np.asarray(v[...], np.float64) for p, v in nnx.to_flat_state(nnx.state(block))
+    }
+    x, face = (np.asarray(normal(seed, 2, rows, 16), np.float64) for seed, rows in ((8, 5), (9, 4)))
+
+    def linear(x, name):
+        return x @ values[f"{name}/kernel"] + values[f"{name}/bias"]
+
+    def norm(x, name):
+        centered = x - x.mean(axis=-1, keepdims=True)
+        scaled = centered / np.sqrt(centered.var(axis=-1, keepdims=True) + 1e-5)
+        return scaled * values[f"{name}/scale"] + values[f"{name}/bias"]
+
+    def attend(q, k, v):
+        q, k, v = (np.stack(np.split(y, 2, axis=-1), axis=1) for y in (q, k, v))
+        scores = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(8))
+        result = scores / scores.sum(axis=-1, keepdims=True) @ v
+        return np.concatenate([result[:, 0], result[:, 1]], axis=-1)
+
+    expected = x + linear(attend(*np.split(linear(norm(x, "norm1"), "qkv"), 3, axis=-1)), "out")
+    q = linear(norm(expected, "norm2"), "query")
+    expected = expected + linear(attend(q, *np.split(linear(face, "key_value"), 2, axis=-1)), "face_out")
+    hidden = np.asarray(
+        jax.nn.gelu(jnp.asarray(linear(norm(expected, "norm3"), "mlp_in")), approximate=False)
+    )
+    expected = expected + linear(hidden, "mlp_out")
+    assert relative(block(jnp.asarray(x, jnp.float32), jnp.asarray(face, jnp.float32)), expected) < 2e-6
+
+
+def test_in_bfloat16_tokens_stay_float32():
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    adapter = nnx.eval_shape(lambda: IdentityAdapter(IDENTITY, rngs=nnx.Rngs(0), **types))
+    assert nnx.eval_shape(lambda adapter: adapter.tokens(FACES), adapter).dtype == jnp.float32
+
+
+def test_full_size():
+    adapter = nnx.eval_shape(lambda: IdentityAdapter(IdentityAdapterConfig(), rngs=nnx.Rngs(0)))
+    tokens = nnx.eval_shape(
+        lambda a, x: a.tokens(x), adapter, jax.ShapeDtypeStruct((1, 49, 512), jnp.float32)
+    )
+    assert tokens.shape == (1, 32, 1024)
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(adapter, nnx.Param)))
+    # 40 blocks' keys and values, and a Q-Former of 4 blocks.
+    assert count - 40 * 2 * 1024 * 5120 == pytest.approx(4 * 16 * 1024**2, rel=0.02)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="token_heads is 3; it must divide token_width 16"):
+        IdentityAdapterConfig(token_width=16, token_heads=3)
