@@ -44,6 +44,7 @@ examples:
       --fantasytalking downloads/fantasytalking_model.ckpt \\
       --wav2vec2 downloads/wav2vec2-base-960h --output weights
   python convert_weights.py import --fantasytalking mine.safetensors --output weights --dtype float32
+  python convert_weights.py import --arcface antelopev2/glintr100.onnx --output weights
 
 What is complete is skipped, and an interrupted import goes on: run the same command again. About 10 GiB of
 memory are enough.
@@ -77,9 +78,9 @@ def _download(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    sources = {name: getattr(arguments, name) for name in ("wan", "fantasytalking", "wav2vec2")}
+    sources = {name: getattr(arguments, name) for name in ("wan", "fantasytalking", "wav2vec2", "arcface")}
     if not any(sources.values()):
-        raise WeightsError("nothing to import; give --wan, --fantasytalking or --wav2vec2")
+        raise WeightsError("nothing to import; give --wan, --fantasytalking, --wav2vec2 or --arcface")
     print("\n".join(import_weights(arguments.output, **sources, dtype=jnp.dtype(arguments.dtype))))
     return 0
 
@@ -157,6 +158,11 @@ def _add_import(commands: Any) -> None:
     )
     command.add_argument("--fantasytalking", metavar="FILE", help="the adapter, .ckpt or .safetensors")
     command.add_argument("--wav2vec2", metavar="DIR", help="a wav2vec2, as transformers has it")
+    command.add_argument(
+        "--arcface",
+        metavar="FILE",
+        help="insightface's IResNet-50 or -100: backbone.pth, or the package's .onnx",
+    )
     command.add_argument("--output", required=True, metavar="DIR", help="the store; made if missing")
     command.add_argument(
         "--dtype",

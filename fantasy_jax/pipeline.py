@@ -21,21 +21,25 @@ from safetensors.numpy import save
 
 from fantasy_jax.config import ConfigError
 from fantasy_jax.convert.files import WeightsError, open_weights
+from fantasy_jax.data.face_crop import crop_face, find_face
+from fantasy_jax.data.landmarks import LandmarkConfig
 from fantasy_jax.data.preprocessing import clip_pixels, fit_picture, to_pixels
 from fantasy_jax.data.speech import SAMPLE_RATE, LogMel, SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, tokenize
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
 from fantasy_jax.media import whole_or_nothing
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import NEUTRAL, MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from fantasy_jax.models.face_encoder import FaceEncoder, FaceEncoderConfig
 from fantasy_jax.models.tiling import PIXELS_PER_LATENT, tiled_decode
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.sharding import MeshConfig, in_host_memory, make_mesh, share
-from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.typing import Array, DType, Float, UInt8
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class ModelConfig:
         transformer: The diffusion transformer.
         audio_adapter: What makes it hear.
         motion_adapter: What tells it how much to move; None: nothing does, as in the released weights.
+        identity_adapter: What tells it who is in the picture; None: nothing does, as in the released weights.
+        face_encoder: Face to features for the identity adapter, which needs it. Always float32.
         vae: Pixels to latents and back.
         text_encoder: Prompt to tokens.
         image_encoder: Picture to tokens.
@@ -56,6 +62,8 @@ class ModelConfig:
     transformer: WanConfig = WanConfig()
     audio_adapter: AudioAdapterConfig = AudioAdapterConfig()
     motion_adapter: MotionAdapterConfig | None = None
+    identity_adapter: IdentityAdapterConfig | None = None
+    face_encoder: FaceEncoderConfig | None = None
     vae: VAEConfig = VAEConfig()
     text_encoder: UMT5Config = UMT5Config()
     image_encoder: CLIPVisionConfig = CLIPVisionConfig()
@@ -78,11 +86,30 @@ class ModelConfig:
         if self.motion_adapter and self.motion_adapter.width != transformer.dim:
             width = self.motion_adapter.width
             raise ConfigError(f"motion_adapter.width is {width}, but the transformer has {transformer.dim}")
+        if self.identity_adapter:
+            self._check_identity(self.identity_adapter)
         if self.speech_encoder and adapter.feature_width != self.speech_encoder.hidden_size:
             width = self.speech_encoder.hidden_size
             raise ConfigError(
                 f"audio_adapter.feature_width is {adapter.feature_width}, but speech has {width}"
             )
+
+    def _check_identity(self, adapter: IdentityAdapterConfig) -> None:
+        if self.face_encoder is None:
+            raise ConfigError(
+                "identity_adapter is set, but no face_encoder, whose features it takes; set both"
+            )
+        for name, wanted in (
+            ("width", self.transformer.dim),
+            ("num_heads", self.transformer.num_heads),
+            ("num_layers", self.transformer.num_layers),
+            ("feature_width", self.face_encoder.widths[-1]),
+            ("feature_size", self.face_encoder.feature_size),
+        ):
+            if (value := getattr(adapter, name)) != wanted:
+                raise ConfigError(
+                    f"identity_adapter.{name} is {value}, but what it is joined to has {wanted}"
+                )
 
 
 @dataclass(frozen=True)
@@ -97,6 +124,8 @@ class SampleConfig(SamplerConfig):
         face_motion: How much the face moves, in [0, 1] of the training clips; needs a motion adapter. The
             paper's subtle, natural and intense clips have 0.1, 0.5 and 1 for face and body.
         body_motion: How much the body moves, likewise.
+        landmarks: How the picture's face is found, for a model with an identity adapter.
+        face: Which of several faces is meant, from 1, counted from the left; None takes the largest.
         mesh: How devices share the transformer; `tensor` shares its weights, too. Encoders and VAE use one.
         tile: Rows and columns of latents that are decoded at once.
         tile_stride: From one tile to the next; what overlaps is blended.
@@ -108,6 +137,8 @@ class SampleConfig(SamplerConfig):
     negative_prompt: str = ""
     face_motion: float = NEUTRAL
     body_motion: float = NEUTRAL
+    landmarks: LandmarkConfig = LandmarkConfig()
+    face: int | None = None
     mesh: MeshConfig = MeshConfig(fsdp=1)
     tile: tuple[int, int] = (30, 52)
     tile_stride: tuple[int, int] = (15, 26)
@@ -118,6 +149,8 @@ class SampleConfig(SamplerConfig):
             raise ConfigError(f"longest_edge is {self.longest_edge}; at least 16 pixels are needed")
         if self.fps < 1:
             raise ConfigError(f"fps is {self.fps}; at least 1 is needed")
+        if self.face is not None and self.face < 1:
+            raise ConfigError(f"face is {self.face}; faces are counted from 1")
         for name in ("face_motion", "body_motion"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
@@ -143,6 +176,10 @@ class Networks(Protocol):
 
     def speech_encoder(self) -> SpeechEncoder:
         """The maker of speech features."""
+        ...
+
+    def face_encoder(self) -> FaceEncoder:
+        """The face encoder."""
         ...
 
     def vae(self) -> WanVAE:
@@ -193,8 +230,14 @@ class RandomNetworks:
                 f"width {speech_encoder.width}; set it with --config.model.audio_adapter.feature_width"
             )
 
-    def _build(self, network: Callable[..., nnx.Module], config: object, **more: object) -> nnx.Module:
-        dtype = jnp.dtype(self.config.dtype)
+    def _build(
+        self,
+        network: Callable[..., nnx.Module],
+        config: object,
+        dtype: DType | None = None,
+        **more: object,
+    ) -> nnx.Module:
+        dtype = jnp.dtype(dtype or self.config.dtype)
 
         @nnx.jit  # one compiled program draws all weights; one by one they take ten times as long
         def build(more: dict[str, object]) -> nnx.Module:
@@ -220,6 +263,10 @@ class RandomNetworks:
             return LogMel(self.config.audio_adapter.feature_width)
         return Wav2Vec2Features(self._build(Wav2Vec2Model, self.config.speech_encoder))
 
+    def face_encoder(self) -> FaceEncoder:
+        """A random face encoder."""
+        return self._build(FaceEncoder, self.config.face_encoder, jnp.float32)
+
     def vae(self) -> WanVAE:
         """A random VAE."""
         return self._build(WanVAE, self.config.vae)
@@ -229,6 +276,8 @@ class RandomNetworks:
         adapters = {"audio": self._build(AudioAdapter, self.config.audio_adapter)}
         if self.config.motion_adapter:
             adapters["motion"] = self._build(MotionAdapter, self.config.motion_adapter)
+        if self.config.identity_adapter:
+            adapters["identity"] = self._build(IdentityAdapter, self.config.identity_adapter)
         return self._build(WanTransformer, self.config.transformer, adapters=adapters)
 
 
@@ -320,6 +369,7 @@ def generate_latents(
     sound: Float[np.ndarray, " samples"],
     prompt: str,
     noise: Float[Array, "1 F h w C"],
+    face_points: Float[np.ndarray, "5 2"] | None = None,
     phase: Phase = lambda name: nullcontext(),
     progress: bool = False,
 ) -> Float[Array, "1 F h w C"]:
@@ -332,6 +382,7 @@ def generate_latents(
         sound: The speech, 16 kHz, mono; what lies beyond the clip is not heard.
         prompt: What happens.
         noise: Where sampling starts, of the shape that `latent_shape` gives.
+        face_points: Of the picture's face, for a model with an identity adapter; None finds them.
         phase: Called with the name of each phase; the work runs inside what it returns.
         progress: Show a bar.
 
@@ -339,10 +390,14 @@ def generate_latents(
         Latents, float32, normalised as the VAE gives them.
 
     Raises:
-        ConfigError: A motion is asked for that the model cannot make.
+        ConfigError: A motion is asked for that the model cannot make, or what finds its face is missing.
+        MediaError: The picture shows no whole face to a model that needs one.
     """
     num_frames = clip_frames(sound.size / SAMPLE_RATE, config)
-    motion = motion_input(networks.config, config)
+    motion, face = motion_input(networks.config, config), None
+    if networks.config.identity_adapter:
+        with phase("Face encoder"):  # first, for it is quick to tell that there is no face
+            face = encode_face(networks, config, picture, face_points)
     with phase("Text encoder"):
         text, negative = encode_text(networks, [prompt, config.negative_prompt])
     with phase("Picture encoder"):
@@ -355,7 +410,7 @@ def generate_latents(
         first_frame = first_frame_condition(encode(networks.vae(), pixels[None], num_frames))
         first_frame.block_until_ready()
     with phase("Transformer"):
-        inputs = SamplerInputs(first_frame, text, negative, image, audio, motion)
+        inputs = SamplerInputs(first_frame, text, negative, image, audio, motion, face)
         return _sample_on_mesh(networks, noise, inputs, config, progress=progress)
 
 
@@ -412,6 +467,35 @@ def encode_picture(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[A
     encoder = networks.image_encoder()
     small = clip_pixels(pixels[None], encoder.config.image_size)
     return nnx.jit(lambda encoder, x: encoder(x))(encoder, small).astype(jnp.float32)
+
+
+def encode_face(
+    networks: Networks,
+    config: SampleConfig,
+    picture: Image.Image,
+    points: Float[np.ndarray, "5 2"] | None = None,
+) -> Float[Array, "1 P C"]:
+    """The portrait's face through the face encoder; arguments and errors as of `generate_latents`."""
+    if points is None:
+        points = find_face(picture, config.landmarks, number=config.face)
+    crop = crop_face(picture, points, networks.config.face_encoder.image_size)
+    return encode_faces(networks.face_encoder(), crop[None])[1]
+
+
+def encode_faces(
+    encoder: FaceEncoder, crops: UInt8[np.ndarray, "B H W 3"]
+) -> tuple[Float[Array, "B E"], Float[Array, "B P C"]]:
+    """Crops from `data.face_crop` through the face encoder.
+
+    Returns:
+        Embeddings of length one, so that the product of two is the cosine that tells whether they are one
+        person's; and the features of places, which the identity adapter takes.
+    """
+    embedding, features = _encode_faces(encoder, from_uint8(crops))
+    return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True), features
+
+
+_encode_faces = nnx.jit(lambda encoder, pixels: encoder(pixels))
 
 
 def first_frame_latents(

@@ -3,7 +3,8 @@
     DIR/transformer/    component.json    what it is: component, sizes, type, sources, items and their bytes
                         blocks_00/ ...    an Orbax item for each block of a stack
                         rest/             an Orbax item of all other parameters
-    DIR/audio_adapter/ motion_adapter/ vae/ text_encoder/ image_encoder/ speech_encoder/
+    DIR/audio_adapter/ motion_adapter/ identity_adapter/ vae/ text_encoder/ image_encoder/ speech_encoder/
+    DIR/face_encoder/
 
 A network is written into `transformer.partial`, item after item, and the folder gets its name when all is
 there; so an interruption costs at most the item that was being written. The text encoder's folder also
@@ -33,6 +34,7 @@ from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.data.speech import LogMel, SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.models.clip_vision import CLIPVisionModel
+from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.models.umt5 import UMT5Encoder
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
@@ -47,10 +49,12 @@ FOLDERS = {
     "umt5_encoder": "text_encoder",
     "clip_vision": "image_encoder",
     "wav2vec2": "speech_encoder",
+    "arcface": "face_encoder",
+    "identity_adapter": "identity_adapter",
 }
 """A component's folder in the store, called as the network is in `pipeline.ModelConfig`."""
 
-ADAPTERS = {"audio": "fantasytalking", "motion": "motion_adapter"}
+ADAPTERS = {"audio": "fantasytalking", "motion": "motion_adapter", "identity": "identity_adapter"}
 """The component of each of a transformer's adapters."""
 
 RECORD = "component.json"
@@ -208,6 +212,12 @@ class StoredNetworks:
         if self.config.speech_encoder is None:
             return LogMel(self.config.audio_adapter.feature_width)
         return Wav2Vec2Features(self._load("speech_encoder"))
+
+    def face_encoder(self) -> FaceEncoder:
+        """The face encoder, in float32."""
+        return load_network(
+            self.directory / "face_encoder", self.config.face_encoder, dtype=jnp.dtype(jnp.float32)
+        )
 
     def vae(self) -> WanVAE:
         """The VAE."""

@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_model(tmp_path, references, command):
     assert (code, err) == (2, f"convert_weights.py: error: {tmp_path}/nowhere: no such folder\n")
     code, _, err = command("import", "--output", tmp_path / "store")
     assert (code, err.count("\n")) == (2, 1)
-    assert "nothing to import; give --wan, --fantasytalking or --wav2vec2" in err
+    assert "nothing to import; give --wan, --fantasytalking, --wav2vec2 or --arcface" in err
     assert not (tmp_path / "store").exists()
 
 

@@ -14,13 +14,15 @@ from helpers import randomise
 
 from configs import tiny
 from fantasy_jax import weights
-from fantasy_jax.config import build
+from fantasy_jax.config import ConfigError, build
 from fantasy_jax.convert.components import COMPONENTS
 from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.data.speech import LogMel, Wav2Vec2Features
 from fantasy_jax.models.adapters.audio import AudioAdapter
+from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
+from fantasy_jax.models.face_encoder import FaceEncoderConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
 from fantasy_jax.pipeline import ModelConfig, Networks
 from fantasy_jax.weights import FOLDERS, StoredNetworks, load_network, save_network
@@ -41,11 +43,31 @@ SPEECH = Wav2Vec2Config(
 
 
 def model_config():
-    """The miniature, with a wav2vec2 of its own."""
+    """The miniature, with a wav2vec2 and adapters of its own."""
     config = build(ModelConfig, tiny.get_config().model, "model")
     adapter = dataclasses.replace(config.audio_adapter, feature_width=48)
     motion = MotionAdapterConfig(hidden=8, positions=2, width=config.transformer.dim)
-    return dataclasses.replace(config, speech_encoder=SPEECH, audio_adapter=adapter, motion_adapter=motion)
+    transformer = config.transformer
+    identity = IdentityAdapterConfig(
+        feature_width=6,
+        feature_size=4,
+        num_queries=3,
+        depth=1,
+        token_width=8,
+        token_heads=2,
+        width=transformer.dim,
+        num_heads=transformer.num_heads,
+        num_layers=transformer.num_layers,
+    )
+    face = FaceEncoderConfig(depths=(1, 2), widths=(4, 6), embedding=8, image_size=16)
+    return dataclasses.replace(
+        config,
+        speech_encoder=SPEECH,
+        audio_adapter=adapter,
+        motion_adapter=motion,
+        identity_adapter=identity,
+        face_encoder=face,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +109,7 @@ def test_every_network_comes_back_bit_for_bit(store):
     stored = StoredNetworks(folder, config)
     assert isinstance(stored, Networks)
     transformer = stored.transformer()
-    for name in ("audio", "motion"):
+    for name in ("audio", "motion", "identity"):
         assert_equal(transformer.adapters.pop(name), networks[f"{name}_adapter"])
     assert_equal(transformer, networks["transformer"])
     vae = stored.vae()
@@ -100,6 +122,7 @@ def test_every_network_comes_back_bit_for_bit(store):
     speech = stored.speech_encoder()
     assert isinstance(speech, Wav2Vec2Features)
     assert_equal(speech.model, networks["speech_encoder"])
+    assert_equal(stored.face_encoder(), networks["face_encoder"])
 
 
 def test_a_store_does_not_tell_where_it_was_written(store):
@@ -281,3 +304,28 @@ def test_a_place_that_cannot_be_written(tmp_path):
     adapter = AudioAdapter(model_config().audio_adapter, rngs=nnx.Rngs(0))
     with pytest.raises(WeightsError, match="cannot be written"):
         save_network(tmp_path / "file" / "x", adapter, component="fantasytalking")
+
+
+def test_faces_are_encoded_in_float32_whatever_the_others_are(store):
+    folder, config, networks = store
+    half = dataclasses.replace(config, dtype="bfloat16")
+    assert_equal(StoredNetworks(folder, half).face_encoder(), networks["face_encoder"])
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "told"),
+    [
+        (
+            "identity_adapter",
+            {"num_layers": 9},
+            "identity_adapter.num_layers is 9, but what it is joined to has 5",
+        ),
+        ("identity_adapter", {"feature_size": 7}, "identity_adapter.feature_size is 7, but .* has 4"),
+        ("face_encoder", None, "identity_adapter is set, but no face_encoder"),
+    ],
+)
+def test_an_identity_adapter_fits_what_it_is_joined_to(part, settings, told):
+    config = model_config()
+    changed = settings and dataclasses.replace(getattr(config, part), **settings)
+    with pytest.raises(ConfigError, match=told):
+        dataclasses.replace(config, **{part: changed})

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.convert import clip_vision, motion, umt5, vae, wan, wav2vec2
+from fantasy_jax.convert import arcface, clip_vision, identity, motion, umt5, vae, wan, wav2vec2
 from fantasy_jax.convert.files import WeightsError, WeightsFile
-from fantasy_jax.convert.rules import Plan, Rule, assign, flat_parameters, load, make_plan
+from fantasy_jax.convert.rules import STORED, Plan, Rule, assign, flat_parameters, load, make_plan
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from fantasy_jax.models.face_encoder import IRESNET50, FaceEncoder, FaceEncoderConfig
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
@@ -93,7 +95,7 @@ class Component:
         assign(module, values, consume=True)
         # What is no parameter (the VAE's statistics of latents) is in no file, and comes from the config;
         # the compiler leaves out the initial weights, which nobody asks for.
-        nnx.update(module, jax.jit(lambda: nnx.state(self._make(config, dtype), nnx.Not(nnx.Param)))())
+        nnx.update(module, jax.jit(lambda: nnx.state(self._make(config, dtype), nnx.Not(STORED)))())
         return module
 
     def _make(self, config: Any, dtype: DType) -> nnx.Module:
@@ -189,6 +191,25 @@ COMPONENTS = (
             for length in ("weight_g", "parametrizations.weight.original0")
         ),
         wav2vec2.ignored_keys,
+    ),
+    Component(
+        "arcface",
+        FaceEncoder,
+        {"iresnet50": IRESNET50, "iresnet100": FaceEncoderConfig()},
+        arcface.config_from_reference,
+        # Sizes differ in depth alone: the deeper one is known by a block that the other lacks.
+        tuple(
+            Layout(name, (f"layer3.{block}.conv1.weight", "features.running_mean"), arcface.official_rules)
+            for name, block in (("official 100", 29), ("official", 0))
+        ),
+        arcface.ignored_keys,
+    ),
+    Component(
+        "identity_adapter",
+        IdentityAdapter,
+        {"identity_adapter": IdentityAdapterConfig()},
+        identity.config_from_reference,
+        (Layout("official", ("queries", "layers.0.key.weight"), identity.official_rules),),
     ),
 )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fantasy_jax.convert.arcface import onnx_tensors
 from fantasy_jax.convert.rules import TensorSpec
 
 _SAFETENSORS_DTYPES = {
@@ -70,7 +71,8 @@ def open_weights(path: str | Path) -> WeightsFile:
 
     Args:
         path: A .safetensors file, or the index of several; a .pth, .pt, .ckpt or .bin file, of which nothing
-            but tensors is ever unpickled; a folder of one of these; or a JSON manifest of names and shapes.
+            but tensors is ever unpickled; an .onnx file of ArcFace; a folder of one of these; or a JSON
+            manifest of names and shapes.
 
     Raises:
         WeightsError: It is missing, damaged, of no known kind, or not complete.
@@ -84,11 +86,13 @@ def open_weights(path: str | Path) -> WeightsFile:
         return _open_safetensors(path)
     if path.suffix in _PICKLES:
         return _open_pickle(path)
+    if path.suffix == ".onnx":
+        return _open_onnx(path)
     if path.name.endswith(_INDEX):
         return _open_index(path)
     if path.suffix == ".json":
         return _open_manifest(path)
-    raise WeightsError(f"{path}: no known kind of weights; give .safetensors, .pth, .ckpt or .json")
+    raise WeightsError(f"{path}: no known kind of weights; give .safetensors, .pth, .ckpt, .onnx or .json")
 
 
 def source_files(path: Path) -> list[Path]:
@@ -212,9 +216,12 @@ def _open_pickle(path: Path) -> WeightsFile:
             for key, tensor in tensors.items()
         }
     except Exception as error:  # torch raises whatever the zip, the pickle or the system does
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise WeightsError(f"{path}: not a file of tensors alone, or damaged ({reason})") from error
+        raise WeightsError(f"{path}: not a file of tensors alone, or damaged ({_reason(error)})") from error
     return WeightsFile(path, specs, lambda key: _numpy(tensors[key]), _config_beside(path))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def _flatten(loaded: Any) -> dict[str, Any]:
@@ -249,6 +256,19 @@ def _numpy(tensor: Any) -> np.ndarray:
         name = str(tensor.dtype).removeprefix("torch.")
         return tensor.view(torch.uint8).numpy().view(np.dtype(name))
     return tensor.numpy()
+
+
+def _open_onnx(path: Path) -> WeightsFile:
+    try:
+        tensors = onnx_tensors(path)
+    except ModuleNotFoundError as error:
+        raise WeightsError(f"{path}: reading it needs onnx; pip install 'fantasy_jax[convert]'") from error
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except Exception as error:  # protobuf raises what it likes
+        raise WeightsError(f"{path}: damaged, or not ONNX ({_reason(error)}); fetch it again") from error
+    specs = {key: TensorSpec(value.shape, value.dtype) for key, value in tensors.items()}
+    return WeightsFile(path, specs, tensors.__getitem__, _config_beside(path))
 
 
 def _open_manifest(path: Path) -> WeightsFile:

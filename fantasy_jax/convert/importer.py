@@ -72,6 +72,7 @@ def import_weights(
     wan: str | Path | None = None,
     fantasytalking: str | Path | None = None,
     wav2vec2: str | Path | None = None,
+    arcface: str | Path | None = None,
     dtype: DType,
     progress: bool = True,
 ) -> list[str]:
@@ -82,7 +83,8 @@ def import_weights(
         wan: Folder of Wan2.1 I2V 14B, in the official layout or in diffusers'.
         fantasytalking: The adapter's file.
         wav2vec2: Folder of a wav2vec2 as transformers has it.
-        dtype: Type of the stored parameters.
+        arcface: File of an IResNet, PyTorch's or ONNX.
+        dtype: Type of the stored parameters; ArcFace's are float32 whatever it is.
         progress: Show bytes done and time left.
 
     Returns:
@@ -100,8 +102,14 @@ def import_weights(
         paths += files.items()
     paths += [("fantasytalking", Path(fantasytalking))] if fantasytalking is not None else []
     paths += [("wav2vec2", Path(wav2vec2))] if wav2vec2 is not None else []
+    paths += [("arcface", Path(arcface))] if arcface is not None else []
     jobs = [
-        _job(name, path, np.dtype(dtype), tokenizer if name == "umt5_encoder" else None)
+        _job(
+            name,
+            path,
+            np.dtype(np.float32 if name == "arcface" else dtype),
+            tokenizer if name == "umt5_encoder" else None,
+        )
         for name, path in paths
     ]
     folders = [Path(output) / FOLDERS[job.found.component.name] for job in jobs]

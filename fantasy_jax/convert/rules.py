@@ -27,6 +27,9 @@ from fantasy_jax.typing import DType
 _INDEX = re.compile(r"\{(\w+)\}")
 
 
+STORED = nnx.Any(nnx.Param, nnx.BatchStat)
+"""What of a module is in files: its parameters, and the statistics that batch norms have recorded."""
+
 Parameter = jax.Array | jax.ShapeDtypeStruct
 """A module's parameter, or its shape and type alone."""
 
@@ -164,7 +167,7 @@ class ConversionError(ValueError):
 
 def flat_parameters(module: nnx.Module) -> dict[str, Parameter]:
     """All parameters of a module, or of its `nnx.eval_shape`, by path such as `blocks/norm3/scale`."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    flat = nnx.to_flat_state(nnx.state(module, STORED))
     return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
@@ -318,7 +321,7 @@ def assign(
         values: All parameters.
         consume: Take each out of `values`, a dict, as it is written.
     """
-    state = nnx.state(module, nnx.Param)
+    state = nnx.state(module, STORED)
     flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     if flat.keys() != values.keys():
         raise ConversionError([f"missing or unexpected: {p}" for p in sorted(flat.keys() ^ values.keys())])

@@ -1,7 +1,8 @@
 """Guidance by prompt and by audio, with up to three evaluations of the transformer a step.
 
 `v = v(neg, -) + s_prompt (v(pos, -) - v(neg, -)) + s_audio (v(pos, audio) - v(pos, -))`,
-where `-` is no audio and the picture stays everywhere (fantasy-talking, `diffsynth/pipelines/wan_video.py`).
+where `-` is no audio; the picture stays everywhere (fantasy-talking, `diffsynth/pipelines/wan_video.py`), and
+so does what adapters tell of its face and its motion.
 """
 
 from collections.abc import Sequence

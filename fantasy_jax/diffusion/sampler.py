@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fantasy_jax.config import ConfigError
 from fantasy_jax.diffusion.flow import TRAIN_TIMESTEPS, sampling_sigmas
 from fantasy_jax.diffusion.guidance import Branch, ScaleSchedule, branches, combine, scale_values
+from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.typing import Array, Float, Leaf
@@ -28,6 +29,7 @@ class SamplerConfig:
         prompt_scale: Guidance by the prompt, a number or a schedule over the steps.
         audio_scale: Guidance by the audio, likewise.
         loudness: Weight of the attended audio where it is heard.
+        identity_scale: Weight of the attended face, for a model with an identity adapter.
         audio: Whether each frame hears its own window of the sound (second training stage, and the released
             weights) or the whole clip (first stage).
         batch_branches: Evaluate guidance's branches as one batch (faster where memory allows), or one after
@@ -39,6 +41,7 @@ class SamplerConfig:
     prompt_scale: float | ScaleSchedule = 5.0
     audio_scale: float | ScaleSchedule = 5.0
     loudness: float = 1.0
+    identity_scale: float = IDENTITY_SCALE
     audio: Literal["frame", "clip"] = "frame"
     batch_branches: bool = True
 
@@ -61,6 +64,7 @@ class SamplerInputs:
         image: The picture encoder's tokens, `[B, L, D]`.
         audio: Speech features of the clip's video frames, `[B, A, D]`.
         motion: Intensities of face and body in [0, 1], `[B, 2]`; None for a transformer without the adapter.
+        face: The face encoder's features of places, `[B, P, C]`; None likewise.
     """
 
     first_frame: Leaf
@@ -69,6 +73,7 @@ class SamplerInputs:
     image: Leaf
     audio: Leaf
     motion: Leaf = None
+    face: Leaf = None
 
 
 def sample(
@@ -83,7 +88,8 @@ def sample(
     """Integrates the guided velocity from noise to latents.
 
     Args:
-        transformer: With an adapter named `audio`, and one named `motion` if that is among the inputs.
+        transformer: With an adapter named `audio`; `motion` and `identity`, too, if the inputs have `motion`
+            and `face`.
         noise: Where to start.
         inputs: What to listen to.
         config: Steps and guidance.
@@ -98,7 +104,7 @@ def sample(
     audio_scales = scale_values(config.audio_scale, config.steps)
     needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
     graphdef, state = nnx.split(transformer)
-    conditions = branch_conditions(graphdef, needed, config.audio, state, inputs)
+    conditions = branch_conditions(graphdef, needed, config.audio, state, inputs, config.identity_scale)
     latents = jnp.array(noise, jnp.float32)  # a copy, for the step gives its argument's memory away
     for i in tqdm(range(config.steps), desc="Sampling", unit="step", disable=not progress):
         scales = np.array([prompt_scales[i], audio_scales[i]])
@@ -127,8 +133,9 @@ def branch_conditions(
     level: Literal["frame", "clip"],
     state: nnx.State,
     inputs: SamplerInputs,
+    identity_scale: float | Float[Array, ""] = IDENTITY_SCALE,
 ) -> dict[str, Condition]:
-    """What the transformer listens to in each branch.
+    """What the transformer listens to in each branch; the face, like the picture, in all of them.
 
     Args:
         graphdef: Of the transformer.
@@ -136,6 +143,7 @@ def branch_conditions(
         level: How the sound is heard.
         state: The transformer's.
         inputs: What to listen to.
+        identity_scale: Weight of the face.
 
     Returns:
         By name; every array has a leading axis of branches.
@@ -147,12 +155,16 @@ def branch_conditions(
     adapter = model.adapters["audio"]
     hear = adapter.frame_level if level == "frame" else adapter.clip_level
     audio = hear(inputs.audio, 4 * (frames - 1) + 1)
+    shared = {}
+    if inputs.face is not None:
+        scale = jnp.full(batch, identity_scale, jnp.float32)
+        shared["identity"] = model.adapters["identity"](inputs.face, scale=scale)
     each = []
     for branch in needed:
         text = negative if branch.negative_text else prompt
         base = {name: Condition(c.tokens, scale=jnp.ones(batch)) for name, c in text.items()}
         heard = replace(audio, scale=jnp.full(batch, branch.audio_scale, jnp.float32))
-        each.append(base | {"audio": heard})
+        each.append(base | {"audio": heard} | shared)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
