@@ -1,5 +1,7 @@
 """A face becomes tokens that every block sees, and a new adapter changes nothing, to the last bit."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,14 @@ import pytest
 from flax import nnx
 from helpers import layer, randomise, relative
 
+from fantasy_jax.config import ConfigError
+from fantasy_jax.convert.components import COMPONENTS
+from fantasy_jax.convert.rules import TensorSpec, export, flat_parameters, load, make_plan
+from fantasy_jax.diffusion.sampler import SamplerConfig, sample
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.adapters.identity import IDENTITY_SCALE, IdentityAdapter, IdentityAdapterConfig
 from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.training.talking import TalkingStageConfig, sampling_inputs, talking_loss
 
 pytestmark = pytest.mark.networks
 
@@ -187,3 +194,66 @@ def test_full_size():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="token_heads is 3; it must divide token_width 16"):
         IdentityAdapterConfig(token_width=16, token_heads=3)
+
+
+@pytest.fixture(scope="module")
+def identified(model, trained):
+    """With an identity adapter that is trained, as it were."""
+    whole = nnx.clone(model)
+    whole.adapters["identity"] = trained
+    return whole
+
+
+CLIPS = {
+    "latents": LATENTS[0],
+    "first_frame": normal(10, 2, 3, 4, 6, 16),
+    "image": normal(4, 2, 9, WAN.image_dim),
+    "text": normal(3, 2, 8, WAN.text_dim),
+    "audio": normal(5, 2, 20, AUDIO.feature_width),
+    "lips": jnp.zeros((2, 3, 4, 6)),
+}
+EMPTY = jnp.zeros((1, 1, WAN.text_dim))
+
+
+@pytest.mark.parametrize("batch_branches", [True, False])
+def test_every_clip_is_sampled_with_its_own_face_in_every_branch(identified, batch_branches):
+    arrays = {name: np.asarray(value) for name, value in (CLIPS | {"face": FACES}).items()}
+    inputs = sampling_inputs([{k: v[i] for k, v in arrays.items()} for i in range(2)], EMPTY)
+
+    def drawn(face, **settings):
+        # Where neither prompt nor audio guides away from it, the first branch alone counts.
+        settings = {"prompt_scale": 0.0, "audio_scale": 0.0} | settings
+        config = SamplerConfig(steps=1, batch_branches=batch_branches, **settings)
+        return sample(identified, LATENTS[0], replace(inputs, face=face), config)
+
+    one, other, half = drawn(inputs.face), drawn(FACES[::-1]), drawn(FACES.at[1].set(FACES[0]))
+    assert all(relative(other[i], one[i]) > 1e-5 for i in range(2))
+    assert relative(half[0], one[0]) < 1e-6
+    assert relative(half[1], other[1]) < 1e-6
+    assert relative(drawn(inputs.face, identity_scale=0.0), drawn(None)) < 1e-6
+    assert relative(drawn(inputs.face, identity_scale=1.0), one) > 1e-5
+
+
+def test_training_sees_the_face_unless_the_picture_is_dropped(identified):
+    @nnx.jit(static_argnums=2)
+    def loss(model, face, dropout):
+        config = TalkingStageConfig(dropout=dropout)
+        return talking_loss(
+            model, CLIPS | {"face": face}, jax.random.key(0), config=config, empty_text=EMPTY
+        )[0]
+
+    assert loss(identified, FACES, 0.0) != loss(identified, FACES[::-1], 0.0)
+    assert loss(identified, FACES, 1.0) == loss(identified, FACES[::-1], 1.0)
+    with pytest.raises(ConfigError, match="clips have no face; encode them with it"):
+        talking_loss(identified, CLIPS, jax.random.key(0), config=TalkingStageConfig(), empty_text=EMPTY)
+
+
+def test_weights_leave_and_come_back_under_pytorch_names(trained):
+    component = next(x for x in COMPONENTS if x.name == "identity_adapter")
+    rules, values = component.layouts[0].rules(IDENTITY), flat_parameters(trained)
+    file = dict(export(rules, values))
+    assert file["layers.2.value.weight"].shape == (48, 16)
+    assert all(key in file for key in component.layouts[0].signature)
+    plan = make_plan(rules, {key: TensorSpec(x.shape, x.dtype) for key, x in file.items()}, values)
+    for path, value in load(plan, file.__getitem__).items():
+        np.testing.assert_array_equal(value, values[path], strict=True)

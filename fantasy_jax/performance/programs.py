@@ -79,7 +79,7 @@ def guided_step(
     latents, text = batch["latents"], batch["text"]
     mask = (*latents.shape[:-1], model.transformer.condition_channels)
     first_frame = jax.ShapeDtypeStruct(mask, latents.dtype, sharding=whole)
-    inputs = SamplerInputs(first_frame, text, text, batch["image"], batch["audio"])
+    inputs = SamplerInputs(first_frame, text, text, batch["image"], batch["audio"], face=batch.get("face"))
     needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
     conditions = jax.eval_shape(partial(branch_conditions, graphdef, needed, config.audio), state, inputs)
     pair = jax.ShapeDtypeStruct((2,), np.float32, sharding=whole)

@@ -172,6 +172,8 @@ def abstract_batch(
     }
     if model.motion_adapter:
         shapes["motion"] = (2,)
+    if model.identity_adapter:
+        shapes["face"] = (model.identity_adapter.feature_size**2, model.identity_adapter.feature_width)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32, sharding=batch_sharding(mesh))
         for name, shape in shapes.items()

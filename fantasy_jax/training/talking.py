@@ -15,6 +15,7 @@ from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.flow import TRAIN_TIMESTEPS, add_noise, shift_sigma, velocity_target
 from fantasy_jax.diffusion.losses import velocity_loss
 from fantasy_jax.diffusion.sampler import SamplerInputs
+from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import first_frame_condition
@@ -86,10 +87,14 @@ def talking_loss(
     Args:
         transformer: With an adapter named `audio`. One named `motion` hears the clips' `motion`, `[B, 2]`, if
             they have that; it is never dropped, for the paper drops it not and no guidance leaves it out.
+            One named `identity` sees their `face`, `[B, P, C]`, which is dropped together with the picture.
         batch: Encoded clips.
         key: Of noise, its level and dropout.
         config: The stage's settings.
         empty_text: What takes the place of a prompt that is dropped: the empty one, encoded.
+
+    Raises:
+        ConfigError: The transformer has an adapter named `identity`, and the clips have no `face`.
     """
     latents = jnp.asarray(batch["latents"])
     count, frames = latents.shape[:2]
@@ -106,6 +111,7 @@ def talking_loss(
     adapter = transformer.adapters["audio"]
     hear = adapter.clip_level if config.audio == "clip" else adapter.frame_level
     conditions["audio"] = hear(jnp.asarray(batch["audio"]), 4 * frames - 3, scale=has_sound)
+    conditions |= _identity(transformer, batch, has_picture)
     first_frame = first_frame_condition(batch["first_frame"]) * has_picture[:, None, None, None, None]
 
     moves = "motion" in batch and "motion" in transformer.adapters
@@ -122,9 +128,21 @@ def talking_loss(
     return value, {"loss_everywhere": everywhere, "loss_at_lips": at_lips}
 
 
+def _identity(
+    transformer: WanTransformer, batch: Batch, has_picture: Float[Array, " B"]
+) -> dict[str, Condition]:
+    """The face, where the transformer sees faces. It is the picture's, and goes where that goes."""
+    if "identity" not in transformer.adapters:
+        return {}
+    if "face" not in batch:
+        raise ConfigError("the model has an identity_adapter, but clips have no face; encode them with it")
+    scale = IDENTITY_SCALE * has_picture
+    return {"identity": transformer.adapters["identity"](jnp.asarray(batch["face"]), scale=scale)}
+
+
 def sampling_inputs(records: list[Record], empty_text: Float[Array, "1 L C"]) -> SamplerInputs:
     """What a sampler needs to make these encoded clips anew."""
-    names = [name for name in ("first_frame", "image", "audio", "motion") if name in records[0]]
+    names = [name for name in ("first_frame", "image", "audio", "motion", "face") if name in records[0]]
     stacked = {name: jnp.asarray(np.stack([r[name] for r in records])) for name in names}
     length = max(len(record["text"]) for record in records)
     text = jnp.asarray(np.stack([np.pad(r["text"], ((0, length - len(r["text"])), (0, 0))) for r in records]))
@@ -135,4 +153,5 @@ def sampling_inputs(records: list[Record], empty_text: Float[Array, "1 L C"]) ->
         image=stacked["image"],
         audio=stacked["audio"],
         motion=stacked.get("motion"),
+        face=stacked.get("face"),
     )
