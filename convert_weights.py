@@ -13,7 +13,7 @@ from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.importer import import_weights
 from fantasy_jax.convert.inspect import inspect
 from fantasy_jax.convert.verify import table, to_json, to_markdown, verify
-from fantasy_jax.weights import FOLDERS
+from fantasy_jax.weights import FOLDERS, LORA
 
 EXAMPLES = """\
 examples:
@@ -57,6 +57,10 @@ examples:
       --output ComfyUI/models/diffusion_models/fantasytalking.safetensors
   python convert_weights.py export --weights weights --component transformer --layout diffusers \\
       --output diffusion_pytorch_model.safetensors
+  a LoRA as ComfyUI and diffusers read it, and the transformer with the LoRA in it:
+  python convert_weights.py export --weights out/lora/weights --component lora --output lora.safetensors
+  python convert_weights.py export --weights out/lora/weights --component transformer --merge_lora \\
+      --output merged.safetensors
 """
 
 VERIFY_EXAMPLES = """\
@@ -87,7 +91,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     where = (arguments.weights, arguments.component, arguments.output)
-    print(export_weights(*where, layout=arguments.layout))
+    print(export_weights(*where, layout=arguments.layout, merge_lora=arguments.merge_lora))
     return 0
 
 
@@ -176,11 +180,16 @@ def _add_export(commands: Any) -> None:
     describe = "Writes one network of a store as safetensors, under the names that PyTorch's programs read."
     command = _add(commands, "export", _export, "the store back to safetensors", describe, EXPORT_EXAMPLES)
     command.add_argument("--weights", required=True, metavar="DIR", help="the store")
-    command.add_argument("--component", required=True, choices=FOLDERS.values(), help="which network")
+    command.add_argument(
+        "--component", required=True, choices=(*FOLDERS.values(), LORA), help="which network"
+    )
     command.add_argument(
         "--layout",
         default="official",
         help="official, diffusers, comfyui or another that the network has (default: %(default)s)",
+    )
+    command.add_argument(
+        "--merge_lora", action="store_true", help="add the store's LoRA to the transformer's weights"
     )
     command.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
 

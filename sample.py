@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if path:
             media.check_writable(path)
     weights = config.get("weights", "") if arguments.weights is None else arguments.weights
-    networks = _networks(arguments, model, weights)
+    networks = _networks(arguments, model, weights, merge_lora=settings.merge_lora)
     with cli.phase("Picture and sound"):
         picture = media.read_picture(arguments.image)
         sound = media.read_sound(arguments.audio)
@@ -137,7 +137,9 @@ def _parser() -> cli.ArgumentParser:
     return parser
 
 
-def _networks(arguments: argparse.Namespace, model: ModelConfig, weights: str) -> Networks:
+def _networks(
+    arguments: argparse.Namespace, model: ModelConfig, weights: str, *, merge_lora: bool
+) -> Networks:
     """Networks with the weights of a folder, or random ones."""
     if weights:
         for name in ("wav2vec2", "tokenizer"):
@@ -145,7 +147,7 @@ def _networks(arguments: argparse.Namespace, model: ModelConfig, weights: str) -
                 raise ConfigError(
                     f"--{name} goes with random weights (--weights=''); {weights} has its own; leave it out"
                 )
-        return StoredNetworks(Path(weights), model)
+        return StoredNetworks(Path(weights), model, merge_lora=merge_lora)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else byte_tokenizer()
     speech_encoder = load_wav2vec2(arguments.wav2vec2) if arguments.wav2vec2 else None
     return RandomNetworks(model, tokenizer, speech_encoder=speech_encoder)

@@ -49,6 +49,12 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(query|key|value|gate|mlp_in)/bias$", ("heads",)),
     (r"\b(query|key)_norm/scale$", ("heads",)),
     (r"\b(out|mlp_out)/kernel$", ("heads", "embed")),
+    # A LoRA's A and B like the kernel that they lie beside, but for the rank, which is cut for memory.
+    (r"\b(out|mlp_out)/dot_general/lora_a$", ("heads", "embed")),
+    (r"\b(out|mlp_out)/dot_general/lora_b$", (None, "embed")),
+    (r"lora_a$", ("embed", None)),
+    (r"\b(query|key|value|gate|mlp_in)/dot_general/lora_b$", ("embed", "heads")),
+    (r"lora_b$", ("embed", None)),
     (r"\bposition/embedding$", ()),
     (r"(kernel|embedding)$", ("embed", None)),
     # Biases, norms, modulation, tokens, counters: next to nothing.

@@ -5,6 +5,7 @@
                         rest/             an Orbax item of all other parameters
     DIR/audio_adapter/ motion_adapter/ identity_adapter/ vae/ text_encoder/ image_encoder/ speech_encoder/
     DIR/face_encoder/
+    DIR/lora/           where there is one: what is to be added to the transformer
 
 A network is written into `transformer.partial`, item after item, and the folder gets its name when all is
 there; so an interruption costs at most the item that was being written. The text encoder's folder also
@@ -35,6 +36,7 @@ from fantasy_jax.data.speech import LogMel, SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.models.clip_vision import CLIPVisionModel
 from fantasy_jax.models.face_encoder import FaceEncoder
+from fantasy_jax.models.lora import attach_lora, merged_kernel
 from fantasy_jax.models.umt5 import UMT5Encoder
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
@@ -56,6 +58,9 @@ FOLDERS = {
 
 ADAPTERS = {"audio": "fantasytalking", "motion": "motion_adapter", "identity": "identity_adapter"}
 """The component of each of a transformer's adapters."""
+
+LORA = "lora"
+"""Folder, and component, of what is to be added to the transformer."""
 
 RECORD = "component.json"
 TOKENIZER = "tokenizer"
@@ -135,13 +140,42 @@ def save_network(
     write(folder, record, places, make, resume=False)
 
 
-def load_network(folder: Path, config: Any, *, dtype: DType) -> nnx.Module:
+Merge = Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]]
+"""Of an item's name and its parameters by path: the same with something added."""
+
+
+def lora_merge(folder: Path) -> Merge:
+    """What adds a stored LoRA to the network it is for, item by item.
+
+    Raises:
+        WeightsError: It is missing or damaged; so does what is returned, where it is for another network.
+    """
+    component, config = _stored(folder)
+    places = items(component, config)
+
+    def merge(item: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        thin = read_item(folder, item, places[item]) if item in places else {}
+        merged = {}
+        for layer in {path.rpartition("/")[0] for path in thin}:
+            kernel, (a, b) = f"{layer}/kernel", (thin[f"{layer}/{name}"] for name in ("lora_a", "lora_b"))
+            if kernel not in values or values[kernel].shape != (len(a), b.shape[1]):
+                raise WeightsError(f"{folder}: is for {layer} of {len(a)} x {b.shape[1]}, of another model")
+            merged[kernel] = merged_kernel(values[kernel], a, b, config.scale)
+        return values | merged
+
+    return merge
+
+
+def load_network(
+    folder: Path, config: Any, *, dtype: DType, merge: Merge = lambda item, values: values
+) -> nnx.Module:
     """A stored network; raises rather than giving anything but the sizes that are asked for.
 
     Args:
         folder: The network's own, such as `DIR/transformer`.
         config: Its sizes; the type tells which network is meant.
         dtype: Of its weights and products, whatever they are stored as.
+        merge: Adds to what is read.
 
     Raises:
         WeightsError: The folder is missing, not complete, damaged, or of another model.
@@ -150,7 +184,7 @@ def load_network(folder: Path, config: Any, *, dtype: DType) -> nnx.Module:
     target = flat_parameters(component.abstract(config, dtype))
     values = {path: np.empty(spec.shape, dtype) for path, spec in target.items()}
     for item, places in items(component, config).items():
-        read = read_item(folder, item, places)
+        read = merge(item, read_item(folder, item, places))
         for path, layer in places.items():
             place = values[path][... if layer is None else layer]
             if read[path].shape != place.shape:
@@ -162,19 +196,27 @@ def load_network(folder: Path, config: Any, *, dtype: DType) -> nnx.Module:
 class StoredNetworks:
     """Networks from a store, each loaded when it is asked for (a `pipeline.Networks`)."""
 
-    def __init__(self, directory: Path, config: ModelConfig, *, new_adapters: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        *,
+        new_adapters: bool = False,
+        merge_lora: bool = True,
+    ):
         """Keeps where they lie.
 
         Args:
             directory: The store.
             config: All sizes, and the type of weights and products.
             new_adapters: Whether adapters that the store lacks start anew, to be trained.
+            merge_lora: Whether the store's LoRA is added to the transformer's weights, or lies beside them.
 
         Raises:
             WeightsError: A network is missing, or is of another model; nothing is loaded to find out.
         """
         self.directory = Path(directory)
-        self.config = config
+        self.config, self.merge_lora = config, merge_lora
         if not self.directory.is_dir():
             raise WeightsError(f"{directory}: no such folder; convert_weights.py import makes it")
         self._new = {
@@ -186,14 +228,14 @@ class StoredNetworks:
             if getattr(config, name) is not None and name not in self._new:
                 _matching(self.directory / name, getattr(config, name))
 
-    def _load(self, name: str) -> Any:
+    def _load(self, name: str, **options: Any) -> Any:
         folder, config, dtype = (
             self.directory / name,
             getattr(self.config, name),
             jnp.dtype(self.config.dtype),
         )
         if name not in self._new:
-            return load_network(folder, config, dtype=dtype)
+            return load_network(folder, config, dtype=dtype, **options)
         component = next(component for component, place in FOLDERS.items() if place == name)
         return _component(component, folder).fresh(config, dtype)
 
@@ -224,8 +266,15 @@ class StoredNetworks:
         return self._load("vae")
 
     def transformer(self) -> WanTransformer:
-        """The transformer with its adapters."""
-        transformer = self._load("transformer")
+        """The transformer with its adapters, and a LoRA where the store has one."""
+        lora = self.directory / LORA
+        if lora.exists() and self.merge_lora:
+            transformer = self._load("transformer", merge=lora_merge(lora))
+        else:
+            transformer = self._load("transformer")
+            if lora.exists():
+                _, sizes = _stored(lora)
+                attach_lora(transformer, load_network(lora, sizes, dtype=jnp.dtype(self.config.dtype)))
         for name, component in ADAPTERS.items():
             if getattr(self.config, FOLDERS[component]) is not None:
                 transformer.adapters[name] = self._load(FOLDERS[component])
@@ -328,6 +377,12 @@ def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
     return component, content
 
 
+def _stored(folder: Path) -> tuple[Component, Any]:
+    """A stored network's component, and its sizes."""
+    component, record = read_record(folder)
+    return component, component.read_config(record["config"], folder)
+
+
 def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters of one item by path; raises WeightsError if they are not those that are wanted."""
     path = Path(folder).absolute() / item
@@ -356,7 +411,7 @@ def _matching(folder: Path, config: Any) -> Component:
 
 
 def _component(name: str, folder: Path) -> Component:
-    for component in components.COMPONENTS:
+    for component in (*components.COMPONENTS, components.LORA):
         if component.name == name:
             return component
     raise WeightsError(f"{folder}: holds {name!r}, which is no network that is known")

@@ -19,6 +19,7 @@ from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapte
 from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.face_encoder import IRESNET50, FaceEncoder, FaceEncoderConfig
+from fantasy_jax.models.lora import LoRA, LoRASizes
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
@@ -71,7 +72,7 @@ class Component:
     def read_config(self, values: Mapping[str, Any], path: Path) -> Any:
         """Its sizes from what JSON keeps of them; `path` is for the message of the WeightsError."""
         try:
-            return self.config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return self.config_type(**{name: _as_tuples(value) for name, value in values.items()})
         except (TypeError, ValueError) as error:
             raise WeightsError(f"{path}: gives no sizes of {self.name} ({error})") from error
 
@@ -100,6 +101,10 @@ class Component:
 
     def _make(self, config: Any, dtype: DType) -> nnx.Module:
         return self.network(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 COMPONENTS = (
@@ -212,6 +217,16 @@ COMPONENTS = (
         (Layout("official", ("queries", "layers.0.key.weight"), identity.official_rules),),
     ),
 )
+
+
+LORA = Component(
+    "lora",
+    LoRA,
+    {"none": LoRASizes()},
+    lambda sizes: LoRASizes(**sizes),
+    (Layout("comfyui", (), wan.lora_rules),),
+)
+"""Stored and exported as a network is; of files none is recognised as one, for they do not tell its sizes."""
 
 
 @dataclass(frozen=True)

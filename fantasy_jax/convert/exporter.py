@@ -19,6 +19,7 @@ def export_weights(
     output: str | Path,
     *,
     layout: str = "official",
+    merge_lora: bool = False,
     progress: bool = True,
 ) -> str:
     """Writes one network of the store as safetensors, block by block.
@@ -28,6 +29,7 @@ def export_weights(
         network: Its folder there, such as `transformer`.
         output: The file to write.
         layout: The spelling of the keys: `official`, `diffusers`, or another that the network has.
+        merge_lora: Whether the store's LoRA is added to the transformer's weights.
         progress: Show bytes done and time left.
 
     Returns:
@@ -49,6 +51,9 @@ def export_weights(
     specs = {entry.key: TensorSpec(_shape(entry, target[entry.path].shape), dtype) for entry in entries}
     total = sum(int(np.prod(spec.shape)) * dtype.itemsize for spec in specs.values())
     places = weights.items(component, config)
+    if merge_lora and network != "transformer":
+        raise WeightsError(f"{folder}: no LoRA is for it, but for the transformer")
+    merge = weights.lora_merge(Path(directory) / weights.LORA) if merge_lora else lambda item, values: values
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         item, values = "", {}
@@ -56,7 +61,7 @@ def export_weights(
             for entry in entries:
                 if _item(entry) != item:
                     item, values = _item(entry), {}  # the last item goes before the next comes
-                    values = weights.read_item(folder, item, places[item])
+                    values = merge(item, weights.read_item(folder, item, places[item]))
                 value = entry.transform.inverse(entry.place(values[entry.path], of_layer=True))
                 bar.update(value.size * dtype.itemsize)
                 yield entry.key, value.astype(dtype)

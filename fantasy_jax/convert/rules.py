@@ -39,7 +39,7 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout and its inverse, on NumPy arrays; values are never touched.
+    """A change of layout and its inverse, on NumPy arrays; values are not touched, but for a LoRA's factor.
 
     Both must keep to views where they can: shapes are found by running them on arrays of stride zero.
     """

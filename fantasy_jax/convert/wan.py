@@ -1,9 +1,20 @@
-"""Key names of Wan2.1's transformer and of the FantasyTalking adapter."""
+"""Key names of Wan2.1's transformer, of a LoRA of it, and of the FantasyTalking adapter."""
 
 from typing import Any
 
-from fantasy_jax.convert.rules import LINEAR, Rule, Transform, affine, chain, norm, permute, reshape
+from fantasy_jax.convert.rules import (
+    LINEAR,
+    ConversionError,
+    Rule,
+    Transform,
+    affine,
+    chain,
+    norm,
+    permute,
+    reshape,
+)
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
+from fantasy_jax.models.lora import LoRASizes
 from fantasy_jax.models.wan import WanConfig
 
 
@@ -81,6 +92,28 @@ def audio_adapter_rules(
         Rule(f"{processor}.k_proj.weight", "layers/key/kernel", LINEAR),
         Rule(f"{processor}.v_proj.weight", "layers/value/kernel", LINEAR),
     ]
+
+
+def lora_rules(config: LoRASizes) -> list[Rule]:
+    """Keys of a LoRA as ComfyUI and diffusers read it: official names behind `diffusion_model.`.
+
+    Source: diffusers, `loaders/lora_conversion_utils.py`, `_convert_non_diffusers_wan_lora_to_diffusers`;
+    ComfyUI, `comfy/lora.py`. B holds the factor alpha / rank in the file: with no `alpha` beside it, all
+    programs take it as it is.
+
+    Raises:
+        ConversionError: A layer is none that these programs know.
+    """
+    known = {rule.target: rule.source for rule in official_rules(WanConfig()) if rule.transform is LINEAR}
+    scaled = Transform("scale", lambda b: b / config.scale, lambda b: b * config.scale)
+    if unknown := [path for path, _ in config.layers if f"{path}/kernel" not in known]:
+        raise ConversionError([f"{path}: other programs know no LoRA of it" for path in unknown])
+    rules = []
+    for path, _ in config.layers:
+        stem = f"diffusion_model.{known[f'{path}/kernel'].removesuffix('.weight')}"
+        rules.append(Rule(f"{stem}.lora_A.weight", f"{path}/lora_a", LINEAR))
+        rules.append(Rule(f"{stem}.lora_B.weight", f"{path}/lora_b", chain(LINEAR, scaled)))
+    return rules
 
 
 def config_from_reference(reference: dict[str, Any]) -> WanConfig:
