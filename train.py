@@ -23,6 +23,9 @@ examples:
   adapters of the 14B model, from the weights that `convert_weights.py import` made and encoded clips:
   python train.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
       --records=records/encoded_clips/1.0.0 --workdir=out/adapters
+  all adapters and a LoRA of the base:
+  python train.py --config=configs/fantasy_talking_14b.py:lora --weights=weights/fantasy_talking_14b \\
+      --records=records/encoded_clips/1.0.0 --workdir=out/lora
   what a step of it would need on 64 chips, compiled for them on this machine; nothing is trained:
   python train.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v5p:4x4x4
 

@@ -47,8 +47,8 @@ class Layers(nnx.Module):
         self.mlp_out = nnx.Linear(32, 16, rngs=nnx.Rngs(1))
 
 
-def loss(model, batch, key):
-    noisy = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+def loss(model, batch, keys):
+    noisy = batch["x"] + 0.1 * jax.vmap(lambda key: jax.random.normal(key, batch["x"].shape[1:]))(keys)
     return jnp.square(model.mlp_out(nnx.relu(model.mlp_in(noisy))) - batch["x"]).mean(), {}
 
 

@@ -1,6 +1,7 @@
 """Training on top of stored weights: what is frozen stays, what is trained is stored beside it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import fantasy_jax
 from fantasy_jax.config import ConfigError, build, load_config
 from fantasy_jax.data.encoded import encode_dataset
 from fantasy_jax.data.synthetic import SyntheticConfig, prepare
+from fantasy_jax.models.lora import LoRAConfig
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
 from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.training.finetune import finetune
@@ -31,7 +33,7 @@ def settings():
     stage = TalkingStageConfig(
         steps=2,
         batch_size=2,
-        trainable=("adapters/",),
+        parameters=(("^adapters/", "trained"), ("", "frozen")),
         saved=("self_attention",),
         optimizer=OptimizerConfig(learning_rate=0.01, warmup=1, average=0.5),
     )
@@ -39,7 +41,7 @@ def settings():
         "model": build(ModelConfig, config.model, "model"),
         "sampling": build(SampleConfig, config.sample, "sample"),
         "config": StagesConfig(
-            loop=LoopConfig(show_every=0, workers=0),
+            loop=LoopConfig(show_every=0, validate_every=0, workers=0),
             mesh=MeshConfig(fsdp=2, context=2),
             clip_stage=stage,
             frame_stage=replace(stage, audio="frame", lip_probability=0.8),
@@ -93,11 +95,39 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
         finetune(other, encoded, tmp_path, **settings)
 
 
+@pytest.mark.slow
+def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_looked_at(tmp_path, settings, encoded):
+    rules = (("^adapters/", "frozen"), ("^blocks/.*kernel$", "lora"), ("", "frozen"))
+    config = settings["config"]
+    stages = {
+        name: replace(getattr(config, name), parameters=rules) for name in ("clip_stage", "frame_stage")
+    }
+    loop = replace(config.loop, show_every=2, show_videos=True, validate_every=1)
+    lora = LoRAConfig(rank=3, alpha=6.0)
+    sampling = replace(settings["sampling"], steps=2)
+    trained = {"config": replace(config, loop=loop, lora=lora, **stages), "sampling": sampling}
+    store = finetune(WEIGHTS, encoded, tmp_path, **settings | trained)
+    assert (store / "transformer").is_symlink()
+    assert (store / "audio_adapter").is_symlink()
+    assert not (store / "lora").is_symlink()
+    before, after = (StoredNetworks(folder, settings["model"]).transformer() for folder in (WEIGHTS, store))
+    before, after = values(before), values(after)
+    changed = {path for path, value in after.items() if not np.array_equal(value, before[path])}
+    assert changed == {path for path in after if re.match("blocks/.*kernel$", path)}
+    # Both stages went on with one LoRA, and a further run goes on with it.
+    kept = (tmp_path / "frame_stage/checkpoints/2/state/_METADATA").read_text()
+    assert "lora_a" in kept
+    assert "audio" not in kept
+    assert {path.suffix for path in (tmp_path / "frame_stage/samples/000002").iterdir()} == {".mp4", ".wav"}
+    (events,) = (tmp_path / "clip_stage").glob("events*")
+    assert b"clip_stage/validation/at_0.9/loss_at_lips" in events.read_bytes()
+
+
 def test_a_state_for_adapters_alone(settings):
-    from fantasy_jax.training.state import trainable
+    from fantasy_jax.training.parameters import EVERYTHING, trained
 
     model = nnx.eval_shape(lambda: StoredNetworks(WEIGHTS, settings["model"]).transformer())
-    found = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model, trainable(("adapters/",))))}
-    assert found == {"adapters"}
-    everything = len(nnx.to_flat_state(nnx.state(model, trainable(("",)))))
+    adapters = trained((("^adapters/", "trained"), ("", "frozen")))
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(model, adapters))} == {"adapters"}
+    everything = len(nnx.to_flat_state(nnx.state(model, trained(EVERYTHING))))
     assert everything == len(nnx.to_flat_state(nnx.state(model, nnx.Param)))

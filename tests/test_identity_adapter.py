@@ -213,6 +213,7 @@ CLIPS = {
     "lips": jnp.zeros((2, 3, 4, 6)),
 }
 EMPTY = jnp.zeros((1, 1, WAN.text_dim))
+KEYS = jax.random.split(jax.random.key(0), 2)
 
 
 @pytest.mark.parametrize("batch_branches", [True, False])
@@ -238,14 +239,12 @@ def test_training_sees_the_face_unless_the_picture_is_dropped(identified):
     @nnx.jit(static_argnums=2)
     def loss(model, face, dropout):
         config = TalkingStageConfig(dropout=dropout)
-        return talking_loss(
-            model, CLIPS | {"face": face}, jax.random.key(0), config=config, empty_text=EMPTY
-        )[0]
+        return talking_loss(model, CLIPS | {"face": face}, KEYS, config=config, empty_text=EMPTY)[0]
 
     assert loss(identified, FACES, 0.0) != loss(identified, FACES[::-1], 0.0)
     assert loss(identified, FACES, 1.0) == loss(identified, FACES[::-1], 1.0)
     with pytest.raises(ConfigError, match="clips have no face; encode them with it"):
-        talking_loss(identified, CLIPS, jax.random.key(0), config=TalkingStageConfig(), empty_text=EMPTY)
+        talking_loss(identified, CLIPS, KEYS, config=TalkingStageConfig(), empty_text=EMPTY)
 
 
 def test_weights_leave_and_come_back_under_pytorch_names(trained):

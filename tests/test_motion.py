@@ -68,7 +68,13 @@ def clips():
 @nnx.jit
 def loss(model, batch):
     config = TalkingStageConfig(dropout=0.0)
-    return talking_loss(model, batch, jax.random.key(0), config=config, empty_text=jnp.zeros((1, 1, 12)))[0]
+    return talking_loss(
+        model,
+        batch,
+        jax.random.split(jax.random.key(0), len(batch["latents"])),
+        config=config,
+        empty_text=jnp.zeros((1, 1, 12)),
+    )[0]
 
 
 def test_a_new_adapter_changes_nothing_to_the_bit(trained, transformer):

@@ -136,7 +136,10 @@ def test_both_makers_of_features_hear_the_sound():
         ("--image=none.png", "none.png: no such picture"),
         ("--audio=none.wav", "none.wav: no such sound file"),
         ("--config=none.py", "none.py: no such config file"),
-        (f"--config={FULL}:small", "fantasy_talking_14b.py:small: no such variant; use everything or debug"),
+        (
+            f"--config={FULL}:small",
+            "fantasy_talking_14b.py:small: no such variant; use full, lora, everything or debug",
+        ),
         (
             f"--config={FULL}",
             "fantasy_talking_14b: no such folder; convert_weights.py import makes it",

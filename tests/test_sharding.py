@@ -250,9 +250,11 @@ def gradients(model, batch, mesh):
     config = TalkingStageConfig(audio="frame", lip_probability=0.5, outside_lips=0.1)
     empty = np.zeros((1, 2, CONFIG.text_dim), np.float32)
 
+    keys = jax.random.split(jax.random.key(0), len(batch["latents"]))
+
     def loss(params, batch):
         merged = nnx.merge(graphdef, params, rest)
-        return talking_loss(merged, batch, jax.random.key(0), config=config, empty_text=empty)[0]
+        return talking_loss(merged, batch, keys, config=config, empty_text=empty)[0]
 
     with jax.set_mesh(mesh):
         shardings = parameter_shardings(params, mesh)

@@ -41,8 +41,8 @@ class Line(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((3, 3)))
 
 
-def line_loss(model, batch, key):
-    noisy = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+def line_loss(model, batch, keys):
+    noisy = batch["x"] + 0.1 * jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
     return jnp.square(noisy @ model.weight[...] - 2 * batch["x"]).mean(), {"noise": noisy.std()}
 
 

@@ -1,7 +1,8 @@
 """Encoded clips: what the transformer is trained on, each network but it having done its part once.
 
 A record holds latents of the video, latents of its first frame followed by grey, tokens of picture and
-prompt, features of the sound, and the lips' mask on the grid of the latents.
+prompt, features of the sound, and the lips' mask on the grid of the latents. The sound itself is kept for who
+looks at samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,7 @@ def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Re
             yield {name: x[i] for name, x in arrays.items()} | {
                 "text": texts[prompt],
                 "audio": np.asarray(speech(sound)[0], np.float32),
+                "sound": record["sound"],
             }
 
 

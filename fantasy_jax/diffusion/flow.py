@@ -5,6 +5,9 @@ A noise level sigma runs from 1 (noise) to 0 (data); the timestep that the trans
 (shift 5, smallest sigma 0, one step more than is used).
 """
 
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +29,31 @@ def sampling_sigmas(steps: int, shift: float) -> Float32[np.ndarray, " {steps}+1
         shift: Of the schedule; 1 is even spacing.
     """
     return shift_sigma(np.linspace(1, 0, steps + 1), shift).astype(np.float32)
+
+
+def draw_sigmas(
+    keys: Array,
+    *,
+    timesteps: Literal["uniform", "logit_normal"],
+    shift: float,
+    mean: float = 0.0,
+    deviation: float = 1.0,
+) -> Float32[Array, " B"]:
+    """Noise levels to train at, one for each key.
+
+    Args:
+        keys: Random keys, `[B]`.
+        timesteps: Even, or the sigmoid of a normal distribution (arXiv 2403.03206, section 3.1), which is
+            denser in the middle, where the velocity is hardest to tell.
+        shift: As in sampling; applied to what was drawn.
+        mean: Of the normal distribution.
+        deviation: Of the normal distribution.
+    """
+    if timesteps == "uniform":
+        sigma = jax.vmap(jax.random.uniform)(keys)
+    else:
+        sigma = jax.nn.sigmoid(mean + deviation * jax.vmap(jax.random.normal)(keys))
+    return shift_sigma(sigma, shift)
 
 
 def add_noise(

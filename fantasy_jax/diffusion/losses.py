@@ -28,11 +28,9 @@ def velocity_loss(
     masked: Bool[Array, " B"],
     *,
     outside: float = 0.0,
+    by_area: bool = True,
 ) -> Float[Array, " B"]:
     """Mean square error of each sample, over the lips where `masked` says so (eq. 6 of arXiv 2504.04842).
-
-    Divided by the mask's area, which the paper does not tell: without that, small mouths would teach
-    little, and the learning rate would mean another thing than in the plain loss.
 
     Args:
         velocity: Predicted.
@@ -40,8 +38,12 @@ def velocity_loss(
         lips: From `project_mask`; a sample whose mask is empty takes the plain loss.
         masked: Which samples are masked.
         outside: Weight of what lies outside of the mask, where lips have 1; the paper's is 0.
+        by_area: Whether the masked error is divided by the mask's area, and not by that of the picture. The
+            paper does not tell. Undivided, small mouths would teach little, and the learning rate would mean
+            another thing than in the plain loss, which is a hundred times as large.
     """
     masked = masked & (lips.sum(axis=(1, 2, 3)) > 0)
     weight = jnp.where(masked[:, None, None, None], outside + (1 - outside) * lips, 1.0)
     error = jnp.square(velocity - target).mean(axis=-1)
-    return (weight * error).sum(axis=(1, 2, 3)) / weight.sum(axis=(1, 2, 3))
+    area = weight if by_area else jnp.ones_like(weight)
+    return (weight * error).sum(axis=(1, 2, 3)) / area.sum(axis=(1, 2, 3))

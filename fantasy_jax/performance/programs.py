@@ -15,7 +15,7 @@ from fantasy_jax.performance.ahead import Program
 from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig
 from fantasy_jax.sharding import share
-from fantasy_jax.training.stages import STAGES, StagesConfig, abstract_batch
+from fantasy_jax.training.stages import STAGES, StagesConfig, abstract_batch, ready_for_stage
 from fantasy_jax.training.state import Trainer
 from fantasy_jax.training.talking import talking_loss
 
@@ -35,8 +35,7 @@ def training_steps(
     networks = RandomNetworks(model, byte_tokenizer())
     for name in STAGES:
         stage = getattr(config, name)
-        transformer = nnx.eval_shape(networks.transformer)
-        transformer.saved_names = stage.saved
+        transformer = nnx.eval_shape(lambda name=name: ready_for_stage(networks.transformer(), name, config))
         empty_text = np.zeros((1, 1, model.text_encoder.dim), np.float32)
         trainer = Trainer(
             transformer,
@@ -45,7 +44,7 @@ def training_steps(
             stage.steps,
             seed=config.loop.seed,
             mesh=mesh,
-            patterns=stage.trainable,
+            rules=stage.parameters,
         )
         number = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
         batch = abstract_batch(model, sampling, size, stage.batch_size, mesh)

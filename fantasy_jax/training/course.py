@@ -91,7 +91,7 @@ class Course:
         # Before any work: whether there are such devices, and whether they can share the batches.
         self.mesh = make_mesh(**asdict(config.mesh))
         for stage in (config.vae, config.clip_stage, config.frame_stage):
-            rows_of_this_process(stage.batch_size, self.mesh)
+            rows_of_this_process(stage.batch_size // stage.optimizer.accumulate, self.mesh)
         self.networks = _Encoders(model, byte_tokenizer(), seed=config.loop.seed)
 
     def run(self) -> Path:
@@ -121,7 +121,7 @@ class Course:
         config, loop, records = self.config.vae, self.config.loop, open_split(clips, "train")
         shown = _videos(open_split(clips, "test"), range(SHOWN))
 
-        def show(model: WanVAE) -> dict[str, np.ndarray]:
+        def show(model: WanVAE, videos: Path | None) -> dict[str, np.ndarray]:
             decoded = nnx.jit(lambda vae, video: vae.decode(vae.encode(video)))(model, from_uint8(shown))
             return {"reconstructed": pairs(shown, to_uint8(np.asarray(decoded)))}
 

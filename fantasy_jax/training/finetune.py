@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from fantasy_jax.models.lora import lora_of
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
 from fantasy_jax.sharding import in_host_memory, make_mesh
+from fantasy_jax.training.parameters import treatments
 from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
-from fantasy_jax.training.state import cast_parameters, trainable
+from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.typing import DType
-from fantasy_jax.weights import ADAPTERS, FOLDERS, RECORD, StoredNetworks, save_network
+from fantasy_jax.weights import ADAPTERS, FOLDERS, LORA, RECORD, StoredNetworks, save_network
 
 
 def finetune(
@@ -43,7 +45,8 @@ def finetune(
     Returns:
         The trained store.
     """
-    networks, mesh = StoredNetworks(weights, model, new_adapters=True), make_mesh(**asdict(config.mesh))
+    networks = StoredNetworks(weights, model, new_adapters=True, merge_lora=False)
+    mesh = make_mesh(**asdict(config.mesh))
     settings = {"model": model, "weights": _hashes(weights)}
     store = workdir / "weights"
     stages = train_stages(
@@ -58,25 +61,26 @@ def finetune(
 def _save(
     store: Path, weights: Path, transformer: WanTransformer, config: StagesConfig, dtype: DType
 ) -> None:
-    trained = [
-        path
-        for name in STAGES
-        for path, _ in nnx.to_flat_state(nnx.state(transformer, trainable(getattr(config, name).trainable)))
-    ]
+    rules = [getattr(config, name).parameters for name in STAGES]
+    changed = {
+        path for each in rules for path, how in treatments(transformer, each).items() if how == "trained"
+    }
     networks = {
         ADAPTERS[name]: adapter
         for name, adapter in transformer.adapters.items()
-        if any(path[:2] == ("adapters", name) for path in trained)
+        if any(path.startswith(f"adapters/{name}/") for path in changed)
         or not (weights / FOLDERS[ADAPTERS[name]]).exists()
     }
-    if any(path[0] != "adapters" for path in trained):
+    if any(not path.startswith("adapters/") for path in changed):
         networks["wan2.1_i2v_dit"] = transformer
+    if (lora := lora_of(transformer)) is not None:
+        networks[LORA] = lora
     # Parameters lie in parts on all processes' devices; each gathers them, one writes.
     gathered = {name: _gather(cast_parameters(network, dtype)) for name, network in networks.items()}
     if jax.process_index():
         return
     store.mkdir(parents=True, exist_ok=True)
-    for component, folder in FOLDERS.items():
+    for component, folder in (FOLDERS | {LORA: LORA}).items():
         if component in gathered:
             save_network(store / folder, gathered[component], component=component)
         elif (weights / folder).exists() and not (store / folder).exists():
@@ -94,6 +98,6 @@ def _hashes(weights: Path) -> dict[str, str]:
     """Of each network's record, which itself holds the hashes of what it was made from."""
     return {
         folder: hashlib.sha256((weights / folder / RECORD).read_bytes()).hexdigest()
-        for folder in FOLDERS.values()
+        for folder in (*FOLDERS.values(), LORA)
         if (weights / folder / RECORD).exists()
     }

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from fantasy_jax.config import ConfigError
 from fantasy_jax.sharding import assemble_batch, rows_of_this_process
 from fantasy_jax.training.checkpoint import Checkpoints
 from fantasy_jax.training.optim import OptimizerConfig
+from fantasy_jax.training.parameters import EVERYTHING, Rules
 from fantasy_jax.training.state import Batch, Loss, Metrics, Trainer
 from fantasy_jax.typing import UInt8
 
@@ -35,6 +36,10 @@ class LoopConfig:
         keep_last: So many of the newest are kept.
         keep_every: And those whose step is a multiple of this; 0 for none.
         show_every: Steps between two sample pictures; 0 for none.
+        show_videos: Whether samples are also written as mp4 with their sound, into `samples`. Nobody needs
+            thousands of files of what pictures show, so only when asked for.
+        validate_every: Steps between two looks at the loss of held-out clips; 0 for none. One costs about as
+            much as two steps.
         workers: Processes that read and prepare batches; 0 reads in the run's own.
         seed: Of initial weights, data order, noise and dropout.
     """
@@ -44,6 +49,8 @@ class LoopConfig:
     keep_last: int = 2
     keep_every: int = 0
     show_every: int = 500
+    show_videos: bool = False
+    validate_every: int = 500
     workers: int = 1
     seed: int = 0
 
@@ -51,7 +58,7 @@ class LoopConfig:
         for name in ("log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("keep_every", "show_every", "workers"):
+        for name in ("keep_every", "show_every", "validate_every", "workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
 
@@ -68,8 +75,10 @@ class Task:
         batch_size: Examples in each.
         steps: How long.
         optimizer: How.
-        trainable: Patterns of the paths of the parameters that are trained.
-        show: Makes pictures of what the model can do by now; None: there are none.
+        parameters: Which of the model's are trained.
+        show: Makes pictures of what the model can do by now, and writes videos into a folder, if it is given
+            one; None: there are none.
+        validate: Measures it on held-out examples; None: it is not.
         settings: Everything that decides the result; a run goes on only with the same.
     """
 
@@ -80,8 +89,9 @@ class Task:
     batch_size: int
     steps: int
     optimizer: OptimizerConfig
-    trainable: Sequence[str] = ("",)
-    show: Callable[[nnx.Module], dict[str, UInt8[np.ndarray, "H W 3"]]] | None = None
+    parameters: Rules = EVERYTHING
+    show: Callable[[nnx.Module, Path | None], dict[str, UInt8[np.ndarray, "H W 3"]]] | None = None
+    validate: Callable[[nnx.Module], dict[str, float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +105,7 @@ def train(task: Task, config: LoopConfig, folder: Path, mesh: Mesh) -> nnx.Modul
         mesh: Of all devices of all processes.
 
     Returns:
-        The model with the running mean of its parameters.
+        The model with the running mean of its parameters, if one is kept.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; everything is saved.
@@ -109,7 +119,7 @@ def train(task: Task, config: LoopConfig, folder: Path, mesh: Mesh) -> nnx.Modul
                 run.go()
         finally:
             run.checkpoints.close()
-        return run.trainer.model(run.state.average)
+        return run.trainer.model(run.state.result)
 
 
 class _Run:
@@ -117,6 +127,7 @@ class _Run:
 
     def __init__(self, task: Task, config: LoopConfig, folder: Path, mesh: Mesh):
         self.task, self.config, self.folder, self.mesh = task, config, folder, mesh
+        rows_of_this_process(task.batch_size // task.optimizer.accumulate, mesh)  # or it raises
         self.rows = rows_of_this_process(task.batch_size, mesh)
         self.trainer = Trainer(
             task.model,
@@ -125,7 +136,7 @@ class _Run:
             task.steps,
             seed=config.seed,
             mesh=mesh,
-            patterns=task.trainable,
+            rules=task.parameters,
         )
         self.checkpoints = Checkpoints(
             folder / "checkpoints", task.settings, keep_last=config.keep_last, keep_every=config.keep_every
@@ -185,8 +196,7 @@ class _Run:
                         "the same command goes on from there",
                         stop[0] if stop else signal.SIGTERM,
                     )
-                if task.show and config.show_every and (self.step % config.show_every == 0 or last):
-                    self._show(writer)
+                if self._look(writer, last):
                     clock.reset(self.step)
                 if last:
                     break
@@ -222,8 +232,26 @@ class _Run:
     def _save(self) -> None:
         self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
 
+    def _look(self, writer: SummaryWriter, last: bool) -> bool:
+        """Shows and measures what the model can do, when it is time; whether it was."""
+        task, config = self.task, self.config
+        looks = (
+            (task.validate, config.validate_every, self._validate),
+            (task.show, config.show_every, self._show),
+        )
+        due = [look for given, every, look in looks if given and every and (last or self.step % every == 0)]
+        for look in due:
+            look(writer)
+        return bool(due)
+
+    def _validate(self, writer: SummaryWriter) -> None:
+        for name, value in self.task.validate(self.trainer.model(self.state.result)).items():
+            writer.add_scalar(f"{self.task.name}/validation/{name}", value, self.step)
+
     def _show(self, writer: SummaryWriter) -> None:
-        for name, picture in self.task.show(self.trainer.model(self.state.average)).items():
+        films = self.config.show_videos and jax.process_index() == 0
+        videos = self.folder / f"samples/{self.step:06d}" if films else None
+        for name, picture in self.task.show(self.trainer.model(self.state.result), videos).items():
             writer.add_image(f"{self.task.name}/{name}", picture, self.step, dataformats="HWC")
 
 

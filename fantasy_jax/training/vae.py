@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,10 @@ class VAEStageConfig:
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1:
             raise ConfigError("steps and batch_size must be at least 1")
+        if self.batch_size % self.optimizer.accumulate:
+            raise ConfigError(
+                f"batch_size is {self.batch_size}; it has no {self.optimizer.accumulate} equal parts"
+            )
         if self.frames % CHUNK != 1:
             raise ConfigError(f"frames is {self.frames}; it must be 4k + 1")
 
@@ -80,17 +85,18 @@ class Crop:
 
 
 def vae_loss(
-    vae: WanVAE, batch: Batch, key: Array, *, config: VAEStageConfig
+    vae: WanVAE, batch: Batch, keys: Array, *, config: VAEStageConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """L1 of pixels and of their differences, lips more than the rest, and a little divergence."""
     video = from_uint8(batch["video"])
     lips = batch["lips"].astype(jnp.float32)[..., None] / 255
-    sample_key, level_key, noise_key = jax.random.split(key, 3)
+    sample_keys, level_keys, noise_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
     mean, log_variance = vae.encode_moments(video)
     log_variance = log_variance.clip(-20, 10)
-    latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(sample_key, mean.shape)
-    level = config.noise * jax.random.uniform(level_key, (len(mean), 1, 1, 1, 1))
-    decoded = vae.decode(latents + level * jax.random.normal(noise_key, mean.shape))
+    normal = jax.vmap(partial(jax.random.normal, shape=mean.shape[1:]))
+    latents = mean + jnp.exp(log_variance / 2) * normal(sample_keys)
+    level = config.noise * jax.vmap(partial(jax.random.uniform, shape=(1, 1, 1, 1)))(level_keys)
+    decoded = vae.decode(latents + level * normal(noise_keys))
     weight = 1 + config.lips_weight * lips
     error = weight * jnp.abs(decoded - video)
     edges = sum(
