@@ -21,6 +21,7 @@ from fantasy_jax.models.clip_vision import CLIPVisionConfig
 from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.models.wan import WanConfig
+from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
 from fantasy_jax.training.course import TrainConfig
 from fantasy_jax.training.optim import OptimizerConfig
@@ -28,7 +29,7 @@ from fantasy_jax.training.talking import TalkingStageConfig
 from fantasy_jax.training.vae import VAEStageConfig
 
 WEIGHTS = Path(fantasy_jax.__file__).parent / "assets/tiny"
-MEL_BANDS = 40
+SPEECH_WIDTH = 96
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -39,10 +40,10 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup=200)
     train = TrainConfig(
         vae=VAEStageConfig(steps=2000),
-        clip_stage=TalkingStageConfig(audio="clip", steps=4000, optimizer=optimizer),
+        clip_stage=TalkingStageConfig(audio="clip", steps=2500, optimizer=optimizer),
         # A hard mask hurts what lies outside of the lips.
         frame_stage=TalkingStageConfig(
-            audio="frame", steps=10000, lip_probability=0.8, outside_lips=0.15, optimizer=optimizer
+            audio="frame", steps=8000, lip_probability=0.8, outside_lips=0.15, optimizer=optimizer
         ),
     )
     if variant == "quick":
@@ -63,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def small_model() -> ModelConfig:
-    """Networks of the same kinds as the real ones; log-mel bands stand for wav2vec2."""
+    """Networks of the same kinds as the real ones."""
     width, heads, layers, text_width, image_width, channels = 160, 4, 5, 64, 64, 32
     return ModelConfig(
         transformer=WanConfig(
@@ -79,7 +80,7 @@ def small_model() -> ModelConfig:
             num_layers=layers,
         ),
         audio_adapter=AudioAdapterConfig(
-            feature_width=MEL_BANDS,
+            feature_width=SPEECH_WIDTH,
             token_width=128,
             width=width,
             num_heads=heads,
@@ -102,6 +103,14 @@ def small_model() -> ModelConfig:
             vocab_size=384, dim=text_width, dim_attn=text_width, dim_ffn=128, num_heads=4, num_layers=2
         ),
         image_encoder=CLIPVisionConfig(image_size=56, dim=image_width, num_heads=4, num_layers=3),
-        speech_encoder=None,
+        speech_encoder=Wav2Vec2Config(
+            hidden_size=SPEECH_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=2 * SPEECH_WIDTH,
+            conv_dim=(48,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+        ),
         dtype="float32",
     )

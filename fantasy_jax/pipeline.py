@@ -24,7 +24,7 @@ from fantasy_jax.convert.files import WeightsError, open_weights
 from fantasy_jax.data.face_crop import crop_face, find_face
 from fantasy_jax.data.landmarks import LandmarkConfig
 from fantasy_jax.data.preprocessing import clip_pixels, fit_picture, to_pixels
-from fantasy_jax.data.speech import SAMPLE_RATE, LogMel, SpeechEncoder, Wav2Vec2Features
+from fantasy_jax.data.speech import SAMPLE_RATE, SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, tokenize
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
 from fantasy_jax.media import whole_or_nothing
@@ -55,7 +55,7 @@ class ModelConfig:
         vae: Pixels to latents and back.
         text_encoder: Prompt to tokens.
         image_encoder: Picture to tokens.
-        speech_encoder: Sound to features; None takes log-mel bands, as many as the adapter has inputs.
+        speech_encoder: Sound to features.
         dtype: Type of matrix products, and of the weights of networks that are not trained.
     """
 
@@ -67,7 +67,7 @@ class ModelConfig:
     vae: VAEConfig = VAEConfig()
     text_encoder: UMT5Config = UMT5Config()
     image_encoder: CLIPVisionConfig = CLIPVisionConfig()
-    speech_encoder: Wav2Vec2Config | None = Wav2Vec2Config()
+    speech_encoder: Wav2Vec2Config = Wav2Vec2Config()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self):
@@ -80,6 +80,7 @@ class ModelConfig:
             ("transformer.image_dim", transformer.image_dim, self.image_encoder.dim),
             ("transformer.latent_channels", transformer.latent_channels, vae.latent_channels),
             ("transformer.condition_channels", transformer.condition_channels, vae.latent_channels + 4),
+            ("audio_adapter.feature_width", adapter.feature_width, self.speech_encoder.hidden_size),
         ):
             if value != wanted:
                 raise ConfigError(f"{name} is {value}, but what it is joined to has {wanted}")
@@ -88,11 +89,6 @@ class ModelConfig:
             raise ConfigError(f"motion_adapter.width is {width}, but the transformer has {transformer.dim}")
         if self.identity_adapter:
             self._check_identity(self.identity_adapter)
-        if self.speech_encoder and adapter.feature_width != self.speech_encoder.hidden_size:
-            width = self.speech_encoder.hidden_size
-            raise ConfigError(
-                f"audio_adapter.feature_width is {adapter.feature_width}, but speech has {width}"
-            )
 
     def _check_identity(self, adapter: IdentityAdapterConfig) -> None:
         if self.face_encoder is None:
@@ -259,11 +255,9 @@ class RandomNetworks:
         return self._build(CLIPVisionModel, self.config.image_encoder)
 
     def speech_encoder(self) -> SpeechEncoder:
-        """The one that was given; or a random wav2vec2, or log-mel, which needs no weights."""
+        """The one that was given; or a random wav2vec2."""
         if self._speech_encoder is not None:
             return self._speech_encoder
-        if self.config.speech_encoder is None:
-            return LogMel(self.config.audio_adapter.feature_width)
         return Wav2Vec2Features(self._build(Wav2Vec2Model, self.config.speech_encoder))
 
     def face_encoder(self) -> FaceEncoder:

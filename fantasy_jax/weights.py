@@ -32,7 +32,7 @@ from fantasy_jax.convert import components
 from fantasy_jax.convert.components import Component
 from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.rules import flat_parameters
-from fantasy_jax.data.speech import LogMel, SpeechEncoder, Wav2Vec2Features
+from fantasy_jax.data.speech import SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.models.clip_vision import CLIPVisionModel
 from fantasy_jax.models.face_encoder import FaceEncoder
@@ -250,9 +250,7 @@ class StoredNetworks:
         return self._load("image_encoder")
 
     def speech_encoder(self) -> SpeechEncoder:
-        """wav2vec2; or log-mel where the config has no speech encoder."""
-        if self.config.speech_encoder is None:
-            return LogMel(self.config.audio_adapter.feature_width)
+        """wav2vec2."""
         return Wav2Vec2Features(self._load("speech_encoder"))
 
     def face_encoder(self) -> FaceEncoder:

@@ -18,7 +18,7 @@ from fantasy_jax.config import ConfigError, build
 from fantasy_jax.convert.components import COMPONENTS
 from fantasy_jax.convert.files import WeightsError
 from fantasy_jax.convert.rules import flat_parameters
-from fantasy_jax.data.speech import LogMel, Wav2Vec2Features
+from fantasy_jax.data.speech import Wav2Vec2Features
 from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
@@ -170,12 +170,6 @@ def test_a_transformer_is_stored_without_its_adapters(store, tmp_path):
     save_network(tmp_path / "transformer", transformer, component="wan2.1_i2v_dit")
     loaded = load_network(tmp_path / "transformer", config.transformer, dtype=jnp.float32)
     assert_equal(loaded, networks["transformer"])
-
-
-def test_without_a_speech_encoder_it_is_log_mel(store):
-    folder, config, _ = store
-    stored = StoredNetworks(folder, dataclasses.replace(config, speech_encoder=None))
-    assert stored.speech_encoder() == LogMel(48)
 
 
 def test_saving_again_replaces(adapter):

@@ -12,8 +12,6 @@ from fantasy_jax.typing import Array, Float, Float32
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_LEVEL = 0.1
-"""Root mean square of what log-mel bands are taken of, full scale being 1."""
 _WINDOW, _HOP = 400, 320
 """Samples that one feature sees, and from one to the next: wav2vec2's grid, 25 ms every 20 ms."""
 
@@ -110,37 +108,3 @@ def resample(
 def wav2vec2_length(samples: int) -> int:
     """How many features wav2vec2 makes of a waveform of 16 kHz, for any of its released sizes."""
     return max(samples - _WINDOW, -_HOP) // _HOP + 1
-
-
-def log_mel(waveform: Float[np.ndarray, " samples"], bands: int = 40) -> Float[np.ndarray, "A {bands}"]:
-    """Loudness in bands of equal width to the ear, at wav2vec2's 50 Hz and with its count of features.
-
-    Made equally loud first, as wav2vec2's waveforms are: how near the microphone stood is nothing to hear.
-
-    Args:
-        waveform: 16 kHz, at least 400 samples; shorter is padded with silence.
-        bands: From 60 Hz to 7600 Hz.
-
-    Returns:
-        Natural logarithm of power, shifted and scaled to around zero and one for speech.
-    """
-    waveform = waveform * (_LEVEL / max(float(np.sqrt(np.square(waveform).mean())), _LEVEL / 100))
-    waveform = np.pad(waveform, (0, max(_WINDOW - waveform.size, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(waveform, _WINDOW)[::_HOP]
-    spectrum = np.abs(np.fft.rfft(windows * np.hanning(_WINDOW), n=512)) ** 2
-    power = spectrum @ _mel_filters(bands)
-    return ((np.log(power + 1e-5) + 3) / 4).astype(np.float32)
-
-
-def _mel_filters(bands: int) -> Float[np.ndarray, "257 {bands}"]:
-    """Triangles whose corners lie evenly on the mel scale."""
-
-    def mel(hertz):
-        return 2595 * np.log10(1 + hertz / 700)
-
-    corners = 700 * (10 ** (np.linspace(mel(60), mel(7600), bands + 2) / 2595) - 1)
-    frequency = np.arange(257)[:, None] * 16_000 / 512
-    left, center, right = corners[:-2], corners[1:-1], corners[2:]
-    rising, falling = (frequency - left) / (center - left), (right - frequency) / (right - center)
-    triangles = np.maximum(np.minimum(rising, falling), 0)
-    return triangles / np.maximum(triangles.sum(axis=0), 1e-9)

@@ -1,4 +1,4 @@
-"""Speech features: what the audio adapter is fed. One small interface, two makers."""
+"""Speech features: what the audio adapter is fed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from flax import nnx
 
 from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import WeightsError, open_weights
-from fantasy_jax.data.preprocessing import log_mel, normalise_waveform
+from fantasy_jax.data.preprocessing import normalise_waveform
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.typing import Array, DType, Float
 
@@ -30,22 +30,6 @@ class SpeechEncoder(Protocol):
     def __call__(self, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
         """Encodes one clip."""
         ...
-
-
-@dataclass(frozen=True)
-class LogMel:
-    """Log-mel bands: no weights needed, enough for the miniature."""
-
-    bands: int
-
-    @property
-    def width(self) -> int:
-        """As many as bands."""
-        return self.bands
-
-    def __call__(self, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
-        """Encodes one clip; C is the number of bands."""
-        return jnp.asarray(log_mel(waveform, bands=self.bands))[None]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The course of a training from nothing: clips, VAE, encoded clips, both stages of the transformer, weights.
+"""The course of a training from nothing: clips, speech encoder, VAE, both stages of the transformer, weights.
 
 Each part is done once: what is complete is taken as it is, what was interrupted goes on. In the workdir:
 
-    data/          the clips                        vae/           checkpoints and logs
+    data/          the clips                        speech/ vae/   checkpoints and logs
     encoded/       what the VAE and encoders made   clip_stage/    checkpoints, logs, weights
     weights/       the store that is sampled from   frame_stage/   checkpoints and logs
 """
@@ -20,13 +20,16 @@ from fantasy_jax.config import ConfigError
 from fantasy_jax.data.encoded import encode_dataset
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split
+from fantasy_jax.data.speech import SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.synthetic import SyntheticConfig, prepare
 from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, from_uint8, to_uint8
 from fantasy_jax.sharding import make_mesh, rows_of_this_process
 from fantasy_jax.training.loop import Task, train
+from fantasy_jax.training.speech import LipReader, SpeechStageConfig, hear, speech_loss
 from fantasy_jax.training.stages import SHOWN, STAGES, StagesConfig, pairs, train_stages
 from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.training.vae import (
@@ -47,9 +50,11 @@ class TrainConfig(StagesConfig):
     """A course: how each part is trained, and what happens beside the steps.
 
     Attributes:
+        speech: The speech encoder's training.
         vae: The VAE's training.
     """
 
+    speech: SpeechStageConfig = SpeechStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
 
 
@@ -90,7 +95,7 @@ class Course:
         )
         # Before any work: whether there are such devices, and whether they can share the batches.
         self.mesh = make_mesh(**asdict(config.mesh))
-        for stage in (config.vae, config.clip_stage, config.frame_stage):
+        for stage in (config.speech, config.vae, config.clip_stage, config.frame_stage):
             rows_of_this_process(stage.batch_size // stage.optimizer.accumulate, self.mesh)
         self.networks = _Encoders(model, byte_tokenizer(), seed=config.loop.seed)
 
@@ -98,9 +103,16 @@ class Course:
         """Runs what is not done yet; returns the store of weights."""
         with cli.phase("Clips"):
             clips = prepare(self.data, self.workdir / "data")
+        with cli.phase("Speech encoder"):
+            self.networks.trained_speech_encoder = self._train_speech_encoder(clips)
         with cli.phase("VAE"):
             self.networks.trained_vae = self._train_vae(clips)
-        settings = {"data": self.data, "vae": self.config.vae, "model": self.model}
+        settings = {
+            "data": self.data,
+            "speech": self.config.speech,
+            "vae": self.config.vae,
+            "model": self.model,
+        }
         with cli.phase("Encoded clips"):
             encoded = encode_dataset(self.networks, clips, self.workdir / "encoded", settings)
         stages = train_stages(
@@ -116,6 +128,21 @@ class Course:
             last = name == STAGES[-1]
             self._save(self.workdir / ("weights" if last else f"{name}/weights"), transformer)
         return self.workdir / "weights"
+
+    def _train_speech_encoder(self, clips: Path) -> Wav2Vec2Model:
+        config, loop = self.config.speech, self.config.loop
+        encoder = self.networks.random_speech_encoder()
+        task = Task(
+            "speech",
+            LipReader(encoder, rngs=nnx.Rngs(loop.seed)),
+            speech_loss,
+            partial(batches, open_split(clips, "train"), hear),
+            config.batch_size,
+            config.steps,
+            config.optimizer,
+            settings={"data": self.data, "speech": config, "model": encoder.config, "seed": loop.seed},
+        )
+        return train(task, loop, self.workdir / "speech", self.mesh).encoder
 
     def _train_vae(self, clips: Path) -> WanVAE:
         config, loop, records = self.config.vae, self.config.loop, open_split(clips, "train")
@@ -153,6 +180,7 @@ class Course:
             "wan_vae": self.networks.vae(),
             "umt5_encoder": self.networks.text_encoder()[0],
             "clip_vision": self.networks.image_encoder(),
+            "wav2vec2": self.networks.speech_encoder().model,
         }
         for component, network in networks.items():
             save_network(
@@ -161,9 +189,18 @@ class Course:
 
 
 class _Encoders(RandomNetworks):
-    """Random networks, but for a VAE that is trained."""
+    """Random networks, but for those that are trained."""
 
+    trained_speech_encoder: Wav2Vec2Model | None = None
     trained_vae: WanVAE | None = None
+
+    def random_speech_encoder(self) -> Wav2Vec2Model:
+        """One to start from."""
+        return super().speech_encoder().model
+
+    def speech_encoder(self) -> SpeechEncoder:
+        """The trained one."""
+        return Wav2Vec2Features(self.trained_speech_encoder)
 
     def random_vae(self) -> WanVAE:
         """One to start from."""
