@@ -8,8 +8,8 @@ from fantasy_jax.data.synthetic import SyntheticConfig, draw_clips, plan_clip
 from fantasy_jax.evaluation.motion import motion
 
 CONFIG = SyntheticConfig()
-SETTINGS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CLIPS = 12
+SETTINGS = (0.0, 0.3, 0.6, 1.0)
+CLIPS = 8
 
 
 def measured(**motions):
@@ -30,4 +30,4 @@ def test_each_follows_its_own_intensity():
 
 def test_a_still_picture_does_not_move():
     frame = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    assert motion(np.stack([frame] * 5), np.array([12.0, 8.0, 52.0, 60.0])) == (0.0, 0.0)
+    assert motion(np.stack([frame] * 5), np.array([12.0, 8.0, 52.0, 60.0])) == pytest.approx((0.0, 0.0), abs=1e-3)
