@@ -1,7 +1,7 @@
 """How much head and features move, read from the pixels of a video.
 
 Like the mouth's, these instruments know where the face is in the first frame and nothing else. The optical
-flow is Farneback's, by OpenCV, on frames enlarged to what it was made for. The mouth and what lies below it are left
+flow is Farneback's, by OpenCV, on frames enlarged to what it was made for. Mouth and chin are left
 out: they move with the speech, whatever else does.
 """
 
