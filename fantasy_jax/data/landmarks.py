@@ -431,12 +431,14 @@ def _loading(model: str, address: str) -> Iterator[tuple[Any, Any]]:
             f"mediapipe cannot be imported ({error}); pip install 'fantasy_jax[prepare]'"
         ) from error
     if not Path(model).is_file():
-        raise ConfigError(f"{model}: no such landmark model; download {address}")
+        raise ConfigError(f"{model}: no such landmark model; get it from {address}")
     try:
         with _silent():
             yield vision, BaseOptions
     except (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{model}: not the landmark model that is meant; download {address}") from error
+        raise ConfigError(
+            f"{model}: not the landmark model that is meant; get that from {address}"
+        ) from error
 
 
 @contextmanager
