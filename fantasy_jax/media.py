@@ -1,10 +1,13 @@
 """Pictures, sound and video in and out: the only file that touches a codec."""
 
+import io
+import math
 import os
 import tempfile
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from fantasy_jax.typing import Float32, Int16, UInt8
 
 _SOUND_RATE = 44_100
 """Of the sound in a written video, in Hz."""
+_EPSILON = 1e-6
+"""Seconds by which rounding may move a frame's time."""
 
 
 class MediaError(ValueError):
@@ -74,6 +79,24 @@ def read_sound(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray, " sa
     """
     waveform, source_rate = _decode_sound(path)
     return resample(waveform.mean(axis=0, dtype=np.float32), source_rate, rate)
+
+
+def read_soundtrack(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray, " samples"]:
+    """As `read_sound`, from the time of the video's first frame on.
+
+    Sound that began before is cut, and before sound that begins later there is silence.
+
+    Raises:
+        MediaError: As `read_sound`.
+    """
+    waveform = read_sound(path, rate)
+    with av.open(str(path)) as container:
+        starts = [
+            float((stream.start_time or 0) * stream.time_base)
+            for stream in (container.streams.audio[0], *container.streams.video[:1])
+        ]
+    late = round((starts[0] - starts[-1]) * rate)
+    return np.pad(waveform, (late, 0)) if late > 0 else waveform[-late:]
 
 
 def _decode_sound(
@@ -143,8 +166,124 @@ def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
     return np.stack(frames), fps
 
 
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video says of itself.
+
+    Attributes:
+        height: As it is shown, in pixels: turned upright, its pixels square.
+        width: Likewise.
+        has_sound: Whether there is a stream of sound.
+    """
+
+    height: int
+    width: int
+    has_sound: bool
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Looks at a video's first frame.
+
+    Raises:
+        MediaError: The file is missing or holds no video that can be read.
+    """
+    _check_exists(path, "video")
+    with _video_errors(path), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise MediaError(f"{path}: holds no video")
+        for frame in container.decode(video=0):
+            height, width = _shown_size(frame, container.streams.video[0])
+            return VideoInfo(height, width, bool(container.streams.audio))
+    raise MediaError(f"{path}: the video has no frames")
+
+
+def stream_video(
+    path: str | Path, fps: int | float, size: tuple[int, int]
+) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
+    """Frames of a video at an even rate, one after another, whatever the rate of the file.
+
+    Frame `k` is the one whose time is nearest to `k / fps`, so that a file of another or of a varying rate
+    keeps its pace. Frames that the decoder calls damaged are left out.
+
+    Args:
+        path: The file.
+        fps: Frames a second that are wanted.
+        size: Their height and width.
+
+    Yields:
+        When the file has this frame, in seconds since its first, and the frame: RGB, turned upright.
+
+    Raises:
+        MediaError: The file is missing or holds no video, or the stream cannot be decoded any further.
+    """
+    _check_exists(path, "video")
+    with _video_errors(path), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise MediaError(f"{path}: holds no video")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        count, last, step = 0, None, 1 / fps
+        for time, frame in _timed_frames(container, stream):
+            while last and count / fps < (last[0] + time) / 2 - _EPSILON:
+                yield last[0], _upright(last[1], size)
+                count += 1
+            step = time - last[0] if last else step
+            last = time, frame
+        while last and count / fps < last[0] + step / 2 - _EPSILON:
+            yield last[0], _upright(last[1], size)
+            count += 1
+
+
+def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Whole frames, each later than the one before, with seconds since the first."""
+    start, previous = None, -math.inf
+    step = 1 / float(stream.average_rate or 25)
+    for frame in container.decode(stream):
+        time = previous + step if frame.time is None else frame.time
+        if not math.isfinite(time):
+            time = 0.0
+        if frame.is_corrupt or time <= previous:
+            continue
+        start, previous = time if start is None else start, time
+        yield time - start, frame
+
+
+def _shown_size(frame: av.VideoFrame, stream) -> tuple[int, int]:
+    width = round(frame.width * float(stream.sample_aspect_ratio or 1))
+    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
+
+
+def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """Scaled to a height and width, then turned as the file's display matrix says."""
+    turns = round(frame.rotation / 90) % 4
+    height, width = size[::-1] if turns % 2 else size
+    array = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+    return np.ascontiguousarray(np.rot90(array, turns))
+
+
+@contextmanager
+def _video_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (av.FFmpegError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{path}: not a video that can be read ({reason})") from error
+
+
+def jpeg(picture: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:
+    """A picture as the bytes of a JPEG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="JPEG", quality=quality)
+    return file.getvalue()
+
+
 def write_video(
-    path: str | Path, frames: UInt8[np.ndarray, "T H W 3"], fps: int, *, sound: str | Path | None = None
+    path: str | Path,
+    frames: UInt8[np.ndarray, "T H W 3"],
+    fps: int,
+    *,
+    sound: str | Path | None = None,
+    lossless: bool = False,
 ) -> None:
     """Writes an mp4 (h264, aac) that any player plays; whole, or not at all.
 
@@ -153,6 +292,7 @@ def write_video(
         frames: The video. A side of odd length is doubled at its edge, for h264 has none.
         fps: Frames a second.
         sound: A file whose sound the video carries, cut to its length or followed by silence.
+        lossless: Keep every pixel; `read_video` gives back the same bytes, but few players show it.
 
     Raises:
         MediaError: The folder cannot be written to, or the sound not be read.
@@ -167,9 +307,14 @@ def write_video(
     with whole_or_nothing(path) as partial:
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
-            video = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+            codec, pixels, quality = (
+                ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
+                if lossless
+                else ("libx264", "yuv420p", {"crf": "16"})
+            )
+            video = container.add_stream(codec, rate=fps, options=quality)
             video.height, video.width = frames.shape[1:3]
-            video.pix_fmt = "yuv420p"
+            video.pix_fmt = pixels
             audio = None if waveform is None else container.add_stream("aac", rate=_SOUND_RATE)
             if audio is not None:
                 audio.layout, audio.bit_rate = "stereo", 192_000

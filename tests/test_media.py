@@ -195,3 +195,74 @@ def test_a_contact_sheet_shows_frames_in_order(tmp_path):
     assert shades == sorted(shades)
     assert shades[0] == 0
     assert shades[-1] == 8 * 29
+
+
+def write_timed(path, times, *, size=(32, 48), sound_from=None):
+    """A video whose frames, each brighter than the one before, have these times in hundredths of a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=100, options={"crf": "0", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 100)
+        audio = (
+            container.add_stream("pcm_s16le", rate=16000, layout="mono") if sound_from is not None else None
+        )
+        for number, time in enumerate(times):
+            pixels = np.full((*size, 3), 8 * (number % 32), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if audio is not None:
+            samples = np.full((1, 16000), 1000, np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.pts, frame.time_base = round(sound_from * 16000), Fraction(1, 16000)
+            frame.sample_rate = 16000
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+
+
+def shades(frames):
+    return [round(float(frame.mean()) / 8) for frame in frames]
+
+
+def test_a_video_is_streamed_at_another_rate_by_the_times_of_its_frames(tmp_path):
+    write_timed(tmp_path / "even.mkv", range(0, 80, 4))  # 25 a second
+    times, frames = zip(*media.stream_video(tmp_path / "even.mkv", 25, (32, 48)), strict=True)
+    assert shades(frames) == list(range(20))
+    assert np.allclose(times, np.arange(20) / 25)
+    _, slower = zip(*media.stream_video(tmp_path / "even.mkv", 12.5, (32, 48)), strict=True)
+    assert shades(slower) == list(range(0, 20, 2))
+    # A rate that varies: at first 50 a second, then 10; each frame is shown when its time has come.
+    write_timed(tmp_path / "varying.mkv", [*range(0, 20, 2), *range(20, 70, 10)])
+    times, frames = zip(*media.stream_video(tmp_path / "varying.mkv", 25, (32, 48)), strict=True)
+    assert shades(frames)[:6] == [0, 2, 4, 6, 8, 10]
+    assert max(abs(time - k / 25) for k, time in enumerate(times)) <= 0.05 + 1e-6
+    assert shades(frames)[-1] == 14
+    assert 15 <= len(frames) <= 17
+
+
+def test_a_streamed_video_is_scaled(tmp_path):
+    write_timed(tmp_path / "v.mkv", range(0, 20, 4))
+    assert media.probe_video(tmp_path / "v.mkv") == media.VideoInfo(32, 48, has_sound=False)
+    ((_, frame), *_) = media.stream_video(tmp_path / "v.mkv", 25, (16, 24))
+    assert frame.shape == (16, 24, 3)
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(MediaError, match="not a video that can be read"):
+        media.probe_video(tmp_path / "text.mp4")
+    with pytest.raises(MediaError, match="no such video"):
+        list(media.stream_video(tmp_path / "missing.mp4", 25, (16, 24)))
+
+
+@pytest.mark.parametrize("sound_from", [0.0, 0.25])
+def test_a_soundtrack_begins_with_the_video(tmp_path, sound_from):
+    write_timed(tmp_path / "v.mkv", range(0, 200, 4), sound_from=sound_from)
+    sound = media.read_soundtrack(tmp_path / "v.mkv")
+    assert abs(np.flatnonzero(sound)[0] / 16000 - sound_from) < 0.002
+    write_timed(tmp_path / "late.mkv", range(50, 250, 4), sound_from=sound_from)
+    assert abs(media.read_soundtrack(tmp_path / "late.mkv").size / 16000 - (0.5 + sound_from)) < 0.002
+
+
+def test_a_lossless_video_keeps_every_pixel(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
+    media.write_video(tmp_path / "v.mp4", frames, 25, lossless=True)
+    assert np.array_equal(media.read_video(tmp_path / "v.mp4")[0], frames)
