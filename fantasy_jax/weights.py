@@ -13,6 +13,7 @@ holds its tokenizer, where it is not the byte tokenizer.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -393,6 +394,15 @@ def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, n
     if wrong := sorted(values.keys() ^ wanted.keys()):
         raise WeightsError(f"{path}: {'lacks' if wrong[0] in wanted else 'holds, unasked,'} {wrong[0]}")
     return values
+
+
+def record_hashes(weights: Path) -> dict[str, str]:
+    """SHA-256 of each network's record, which itself holds the hashes of what it was made from."""
+    return {
+        folder: hashlib.sha256((weights / folder / RECORD).read_bytes()).hexdigest()
+        for folder in (*FOLDERS.values(), LORA)
+        if (weights / folder / RECORD).exists()
+    }
 
 
 def _matching(folder: Path, config: Any) -> Component:

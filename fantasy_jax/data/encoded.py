@@ -5,7 +5,8 @@ prompt, features of the sound, and the lips' mask on the grid of the latents. Th
 looks at samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from tqdm import tqdm
 from fantasy_jax.data.preprocessing import clip_pixels
 from fantasy_jax.data.records import Record, open_split, write_dataset
 from fantasy_jax.diffusion.losses import project_mask
+from fantasy_jax.models.clip_vision import CLIPVisionModel
+from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.pipeline import Networks, encode_text, first_frame_latents, from_uint8
+from fantasy_jax.typing import Array, UInt8
 
 _BATCH = 8
 
@@ -60,36 +64,68 @@ def encode_dataset(networks: Networks, source: Path, directory: Path, settings: 
 
 def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:
     """Encodes clips; see the module for what of them is kept."""
-    vae, picture, speech = networks.vae(), networks.image_encoder(), networks.speech_encoder()
-    texts: dict[str, np.ndarray] = {}
-
-    @nnx.jit
-    def encode(
-        vae: nnx.Module, picture: nnx.Module, video: jax.Array, lips: jax.Array
-    ) -> dict[str, jax.Array]:
-        pixels = from_uint8(video)
-        latents = vae.encode(pixels)
-        first = first_frame_latents(vae, pixels[:, 0], pixels.shape[1])
-        image = picture(clip_pixels(pixels[:, 0], picture.config.image_size))
-        mask = project_mask(lips.astype(jnp.float32) / 255, *latents.shape[2:4])
-        return {"latents": latents, "first_frame": first, "image": image, "lips": mask}
-
+    encoder = ClipEncoder(networks, batch_size=_BATCH)
     for start in range(0, len(records), _BATCH):
-        batch = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
-        video, lips = (np.stack([record[name] for record in batch]) for name in ("video", "lips"))
-        missing = _BATCH - len(batch)  # one shape, one compiled program
+        yield from encoder([records[i] for i in range(start, min(start + _BATCH, len(records)))])
+
+
+class ClipEncoder:
+    """The networks that clips go through, built once."""
+
+    def __init__(
+        self, networks: Networks, *, batch_size: int, texts: Callable[[str], np.ndarray] | None = None
+    ):
+        """Builds all but the text encoder.
+
+        Args:
+            networks: The encoders.
+            batch_size: Clips that go through at once; fewer are filled up: one shape, one compiled program.
+            texts: Gives prompts as tokens, encoded before; None encodes each when it is first met.
+        """
+        self.batch_size = batch_size
+        self._vae, self._picture, self._speech = (
+            networks.vae(),
+            networks.image_encoder(),
+            networks.speech_encoder(),
+        )
+        self._text = texts or cache(lambda prompt: np.asarray(encode_text(networks, [prompt])[0][0]))
+        self._encode = nnx.jit(_encode)
+
+    def __call__(self, records: Sequence[Record]) -> list[Record]:
+        """Encodes at most a batch of clips, all of one size."""
+        video, lips = (np.stack([record[name] for record in records]) for name in ("video", "lips"))
+        missing = self.batch_size - len(records)
         video, lips = (np.concatenate([x, x[:1].repeat(missing, axis=0)]) for x in (video, lips))
-        arrays = {name: np.asarray(x, np.float32) for name, x in encode(vae, picture, video, lips).items()}
-        for i, record in enumerate(batch):
-            prompt = record["prompt"].decode() if isinstance(record["prompt"], bytes) else record["prompt"]
-            if prompt not in texts:
-                texts[prompt] = np.asarray(encode_text(networks, [prompt])[0][0])
-            sound = record["sound"].astype(np.float32) / 32767
-            yield {name: x[i] for name, x in arrays.items()} | {
-                "text": texts[prompt],
-                "audio": np.asarray(speech(sound)[0], np.float32),
-                "sound": record["sound"],
-            }
+        encoded = self._encode(self._vae, self._picture, video, lips)
+        arrays = {name: np.asarray(x, np.float32) for name, x in encoded.items()}
+        return [
+            {name: x[i] for name, x in arrays.items()} | self._per_clip(record)
+            for i, record in enumerate(records)
+        ]
+
+    def _per_clip(self, record: Record) -> Record:
+        """What has another length in every clip, or needs no network."""
+        prompt = record["prompt"].decode() if isinstance(record["prompt"], bytes) else record["prompt"]
+        sound = record["sound"].astype(np.float32) / 32767
+        return {
+            "text": self._text(prompt),
+            "audio": np.asarray(self._speech(sound)[0], np.float32),
+            "sound": record["sound"],
+        }
+
+
+def _encode(
+    vae: WanVAE,
+    picture: CLIPVisionModel,
+    video: UInt8[Array, "B T H W 3"],
+    lips: UInt8[Array, "B T H W"],
+) -> dict[str, jax.Array]:
+    pixels = from_uint8(video)
+    latents = vae.encode(pixels)
+    first = first_frame_latents(vae, pixels[:, 0], pixels.shape[1])
+    image = picture(clip_pixels(pixels[:, 0], picture.config.image_size))
+    mask = project_mask(lips.astype(jnp.float32) / 255, *latents.shape[2:4])
+    return {"latents": latents, "first_frame": first, "image": image, "lips": mask}
 
 
 def _with_bar(records: Iterator[Record], name: str, total: int) -> Iterator[Record]:

@@ -11,7 +11,9 @@ from fantasy_jax.config import ConfigError, as_json
 Record = dict[str, Any]
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder):
+class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
+    """A dataset of one version whose records somebody else makes."""
+
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(
@@ -64,9 +66,9 @@ def write_dataset(
     """
     settings = as_json(settings)
     tfds.disable_progress_bar()  # it knows no total
-    folder = Path(directory) / name / str(_Builder.VERSION)
+    folder = Path(directory) / name / str(RecordsBuilder.VERSION)
     if not folder.exists():
-        _Builder(name, Path(directory), features(), splits, settings).download_and_prepare()
+        RecordsBuilder(name, Path(directory), features(), splits, settings).download_and_prepare()
         return folder
     written = dict(tfds.builder_from_directory(folder).info.metadata or {})
     if differing := [key for key, value in settings.items() if written.get(key) != value]:

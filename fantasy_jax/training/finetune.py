@@ -1,6 +1,5 @@
 """Training on top of converted weights: the two stages, on encoded clips that lie ready."""
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from fantasy_jax.training.parameters import treatments
 from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
 from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.typing import DType
-from fantasy_jax.weights import ADAPTERS, FOLDERS, LORA, RECORD, StoredNetworks, save_network
+from fantasy_jax.weights import ADAPTERS, FOLDERS, LORA, StoredNetworks, record_hashes, save_network
 
 
 def finetune(
@@ -47,7 +46,7 @@ def finetune(
     """
     networks = StoredNetworks(weights, model, new_adapters=True, merge_lora=False)
     mesh = make_mesh(**asdict(config.mesh))
-    settings = {"model": model, "weights": _hashes(weights)}
+    settings = {"model": model, "weights": record_hashes(weights)}
     store = workdir / "weights"
     stages = train_stages(
         networks, records, workdir, mesh=mesh, sampling=sampling, config=config, settings=settings
@@ -92,12 +91,3 @@ def _gather(network: nnx.Module) -> nnx.Module:
     with in_host_memory():
         gathered = jax.tree.map(jnp.asarray, multihost_utils.process_allgather(state, tiled=True))
     return nnx.merge(graphdef, gathered)
-
-
-def _hashes(weights: Path) -> dict[str, str]:
-    """Of each network's record, which itself holds the hashes of what it was made from."""
-    return {
-        folder: hashlib.sha256((weights / folder / RECORD).read_bytes()).hexdigest()
-        for folder in (*FOLDERS.values(), LORA)
-        if (weights / folder / RECORD).exists()
-    }
