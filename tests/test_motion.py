@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import randomise, relative
+from scipy.spatial.transform import Rotation
 
 from fantasy_jax.config import ConfigError, build
 from fantasy_jax.convert.components import COMPONENTS
 from fantasy_jax.convert.rules import TensorSpec, assign, export, flat_parameters, load, make_plan
+from fantasy_jax.data.landmarks import JOINTS, MEDIAPIPE_FACE, BodyTrack, FaceTrack
+from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser, body_intensity, face_intensity
 from fantasy_jax.diffusion.sampler import SamplerConfig, sample
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
@@ -161,3 +164,86 @@ def test_motion_is_refused_where_nothing_can_make_it():
 def test_the_adapter_must_fit_the_transformer():
     with pytest.raises(ConfigError, match=r"motion_adapter\.width is 8, but the transformer has 5120"):
         ModelConfig(motion_adapter=MotionAdapterConfig(width=8))
+
+
+def moving_face(expression, head=0.0, frames=24):
+    """A mesh whose lips open and close, on a head that turns, nods, comes nearer and moves."""
+    random = np.random.default_rng(0)
+    shape = random.normal(size=(468, 3)) * (60, 80, 40)
+    eyes = {33: (-45, -30, 0), 133: (-20, -30, 0), 362: (20, -30, 0), 263: (45, -30, 0)}
+    for point, place in eyes.items():
+        shape[point] = place
+    points = []
+    for time in np.linspace(0, 4 * np.pi, frames):
+        frame = shape.copy()
+        frame[list(MEDIAPIPE_FACE.outer_lips), 1] += expression * np.sin(time)
+        turn = Rotation.from_euler("yxz", head * np.array([0.4, 0.2, 0.3]) * np.sin(time + np.arange(3)))
+        scale = 1 + 0.2 * head * np.sin(time)
+        points.append(scale * turn.apply(frame) + (200, 200, 0) + head * 50 * np.cos(time))
+    present = np.ones(frames, bool)
+    return FaceTrack(np.float32(points), present, present.astype(np.float32), MEDIAPIPE_FACE)
+
+
+def swaying_body(far, frames=24):
+    joints = np.tile(np.random.default_rng(1).normal(size=(len(JOINTS), 2)) * 100, (frames, 1, 1))
+    joints += far * np.sin(np.linspace(0, 4 * np.pi, frames))[:, None, None]
+    return BodyTrack(joints.astype(np.float32), np.ones((frames, len(JOINTS)), np.float32))
+
+
+def test_a_face_that_moves_more_has_more_intensity_and_its_head_none():
+    values = [face_intensity(moving_face(expression)) for expression in (0, 2, 5, 10)]
+    assert values[0] < 1e-8
+    assert values == sorted(values)
+    assert values[3] == pytest.approx(25 * values[1], rel=1e-3)
+    assert face_intensity(moving_face(0, head=1.0)) < 1e-6
+    assert face_intensity(moving_face(5, head=1.0)) == pytest.approx(values[2], rel=0.25)
+
+
+def test_intensity_does_not_depend_on_the_size_of_the_picture():
+    face = moving_face(5)
+    larger = replace(face, points=3 * face.points)
+    assert face_intensity(larger) == pytest.approx(face_intensity(face), rel=1e-4)
+    body = swaying_body(10)
+    grown = replace(body, joints=3 * body.joints)
+    assert body_intensity(grown, larger) == pytest.approx(body_intensity(body, face), rel=1e-4)
+
+
+def test_a_body_that_sways_further_has_more_intensity_and_hidden_joints_do_not_count():
+    face = moving_face(0)
+    calm, lively = (body_intensity(swaying_body(far), face) for far in (5, 10))
+    assert lively == pytest.approx(4 * calm, rel=1e-3)
+    body = swaying_body(5)
+    joints, visibility = body.joints.copy(), body.visibility.copy()
+    joints[:, 9] += 500 * np.random.default_rng(2).normal(size=(24, 2))
+    visibility[:, 9] = 0.1
+    joints[1::3], visibility[1::3] = np.nan, 0  # not looked for
+    assert body_intensity(BodyTrack(joints, visibility), face) == pytest.approx(calm, rel=0.1)
+
+
+def test_what_is_not_seen_has_no_intensity():
+    face, body = moving_face(5), swaying_body(5)
+    absent = replace(face, present=np.zeros(24, bool))
+    assert np.isnan(face_intensity(absent))
+    assert np.isnan(body_intensity(replace(body, visibility=np.zeros_like(body.visibility)), face))
+
+
+def test_the_usual_clip_is_neutral_and_the_extremes_are_cut_off(tmp_path):
+    random = np.random.default_rng(0)
+    intensities = [(float(face), float(body)) for face, body in random.lognormal(size=(1001, 2))]
+    intensities += [(1e6, float("nan"))]
+    normaliser = MotionNormaliser.fit(intensities)
+    shares = np.array([normaliser(pair) for pair in intensities])
+    assert np.median(shares, axis=0) == pytest.approx([0.5, 0.5], abs=0.01)
+    assert shares[-1].tolist() == [1, 0.5]
+    assert 0.04 < (shares[:, 0] == 0).mean() < 0.06
+    assert np.all(np.diff(shares[np.argsort([face for face, _ in intensities]), 0]) >= 0)
+    normaliser.save(tmp_path / MOTION_FILE)
+    assert MotionNormaliser.load(tmp_path / MOTION_FILE) == normaliser
+    wider = MotionNormaliser.fit(intensities, percentiles=(0.0, 50.0, 100.0))
+    assert wider.high[0] == 1e6
+    with pytest.raises(ValueError, match="none of its body"):
+        MotionNormaliser.fit([(1.0, float("nan"))])
+
+
+def test_clips_that_are_all_alike_are_usual():
+    assert MotionNormaliser.fit([(1.0, 2.0)] * 3)((1.0, 2.0)) == (0.5, 0.5)

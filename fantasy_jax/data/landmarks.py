@@ -81,6 +81,8 @@ _POSE_URL = (
     "pose_landmarker_full.task"
 )
 _BLANK = np.zeros((64, 64, 3), np.uint8)
+_NEARER = 3.0
+"""What is looked at closely is a square of so many sides of the face."""
 _MEMORY = 25
 """Frames for which a face that is lost is looked for where it was."""
 
@@ -299,7 +301,7 @@ def find_faces(
     """All faces of a picture, the largest first, each looked at closely.
 
     In the whole picture a small or turned face is often not found, or its points are off; a second look, at
-    the surroundings of each box alone, finds it and is right.
+    the surroundings of its box alone, finds it and is right. One that fills the picture needs none.
 
     Args:
         detector: Finds faces.
@@ -310,7 +312,9 @@ def find_faces(
     boxes = [*around, *(face.box for face in far if all(_leap(face.box, box) >= 1 for box in around))]
     near = []
     for box in boxes:
-        crop, corner = _crop(picture, _middle(box), 1.5 * _side(box))
+        if _NEARER * _side(box) >= min(picture.shape[:2]) and any(_leap(face.box, box) < 1 for face in far):
+            continue
+        crop, corner = _crop(picture, _middle(box), _NEARER / 2 * _side(box))
         shift = np.array([*corner, 0], np.float32)
         for face in detector.detect(crop) if crop.size else []:
             near.append(Face(face.points + shift, face.confidence, face.box + np.tile(corner, 2)))

@@ -18,8 +18,8 @@ from fantasy_jax.config import ConfigError
 from fantasy_jax.data.landmarks import FaceTrack, LandmarkConfig, MediaPipeFaces, track_faces
 from fantasy_jax.typing import UInt8
 
-_FINER = 8
-"""Lips are drawn so many times larger than they are shown: in small pictures they are two pixels high."""
+_DRAWN = 512
+"""Lips are drawn at least so wide, then made smaller: in small pictures they are two pixels high."""
 _COLOURS = ((235, 64, 52), (52, 168, 235), (120, 200, 60), (240, 190, 40))
 
 EXAMPLES = """\
@@ -45,9 +45,10 @@ def lip_mask(face: FaceTrack, height: int, width: int) -> UInt8[np.ndarray, "T {
         right, bottom = np.minimum(np.ceil(points.max(axis=0)).astype(int), (width, height))
         if left >= right or top >= bottom:
             continue  # outside of the picture
-        finer = np.zeros(((bottom - top) * _FINER, (right - left) * _FINER), np.uint8)
+        scale = max(-(-_DRAWN // int(right - left)), 2)
+        finer = np.zeros(((bottom - top) * scale, (right - left) * scale), np.uint8)
         # Landmarks count from the corner of the first pixel, OpenCV from its middle.
-        cv2.fillPoly(finer, [np.round((points - (left, top)) * _FINER - 0.5).astype(np.int32)], 255)
+        cv2.fillPoly(finer, [np.round((points - (left, top)) * scale - 0.5).astype(np.int32)], 255)
         size = (int(right - left), int(bottom - top))
         mask[index, top:bottom, left:right] = cv2.resize(finer, size, interpolation=cv2.INTER_AREA)
     return mask
@@ -65,8 +66,9 @@ def draw_overlay(
         for index, mask in enumerate(lip_mask(face, height, width)):
             if not face.present[index]:
                 continue
-            share = mask[..., None] / 255 * 0.6
-            shown[index] = (shown[index] * (1 - share) + np.array(colour) * share).astype(np.uint8)
+            inside = mask > 0
+            share = mask[inside, None] / 255 * 0.6
+            shown[index, inside] = shown[index, inside] * (1 - share) + np.array(colour) * share
             for x, y in face.points[index, :, :2].round().astype(int):
                 cv2.circle(shown[index], (int(x), int(y)), dot, colour, -1)
             left, top = (int(side) for side in face.boxes[index, :2])

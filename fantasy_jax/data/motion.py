@@ -85,7 +85,7 @@ class MotionNormaliser:
     def fit(
         cls,
         intensities: Sequence[tuple[float, float]],
-        percentiles: tuple[float, float, float] = (5, 50, 95),
+        percentiles: tuple[float, float, float] = (5.0, 50.0, 95.0),
     ) -> "MotionNormaliser":
         """Fits to the clips of a data set.
 
