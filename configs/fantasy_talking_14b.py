@@ -23,6 +23,7 @@ from dataclasses import replace
 from ml_collections import ConfigDict
 
 from fantasy_jax.config import ConfigError, to_config_dict
+from fantasy_jax.data.prepare.config import PrepareConfig
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
@@ -62,7 +63,10 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "debug":
         sample = replace(sample, steps=3, longest_edge=64, max_frames=9)
         train = replace(train, mesh=MeshConfig())
-        return to_config_dict({"weights": "", "model": small_model(), "sample": sample, "train": train})
+        prepare = PrepareConfig(size=(64, 64))
+        return to_config_dict(
+            {"weights": "", "model": small_model(), "sample": sample, "prepare": prepare, "train": train}
+        )
     model = ModelConfig()
     if variant:
         model = replace(
@@ -72,7 +76,13 @@ def get_config(variant: str = "") -> ConfigDict:
             face_encoder=FaceEncoderConfig(),
         )
     return to_config_dict(
-        {"weights": "weights/fantasy_talking_14b", "model": model, "sample": sample, "train": train}
+        {
+            "weights": "weights/fantasy_talking_14b",
+            "model": model,
+            "sample": sample,
+            "prepare": PrepareConfig(),
+            "train": train,
+        }
     )
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 import fantasy_jax
 from fantasy_jax.config import ConfigError, to_config_dict
+from fantasy_jax.data.prepare.config import PrepareConfig
 from fantasy_jax.data.synthetic import SyntheticConfig
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
@@ -59,7 +60,14 @@ def get_config(variant: str = "") -> ConfigDict:
         steps=12, shift=3.0, prompt_scale=1.0, audio_scale=3.0, longest_edge=64, fps=25, max_frames=17
     )
     return to_config_dict(
-        {"weights": str(WEIGHTS), "model": small_model(), "sample": sample, "data": data, "train": train}
+        {
+            "weights": str(WEIGHTS),
+            "model": small_model(),
+            "sample": sample,
+            "data": data,
+            "prepare": PrepareConfig(size=(64, 64)),
+            "train": train,
+        }
     )
 
 
