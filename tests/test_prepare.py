@@ -191,6 +191,9 @@ def test_what_a_good_clip_becomes(tmp_path, task):
     rows, columns = np.nonzero(record["lips"][0])
     assert 33 < rows.mean() < 48  # where the mouth is drawn
     assert abs(columns.mean() - 32) < 3
+    points = record["face_points"]
+    assert points.shape == (5, 2)
+    assert ((points > (12, 8)) & (points < (52, 52))).all()
     assert record["sound"].shape == (int(FRAMES / FPS * SAMPLE_RATE),)
     heard = media.read_sound(tmp_path / "good.mp4")[int(FRAMES / FPS * SAMPLE_RATE) :]
     assert np.abs(record["sound"][:4000] / 32767 - heard[:4000]).max() < 1e-3

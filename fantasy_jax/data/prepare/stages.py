@@ -12,7 +12,15 @@ import cv2
 import numpy as np
 
 from fantasy_jax.config import ConfigError
-from fantasy_jax.data.landmarks import BodyDetector, FaceDetector, FaceTrack, track_bodies, track_faces
+from fantasy_jax.data.face_crop import crop_face
+from fantasy_jax.data.landmarks import (
+    BodyDetector,
+    FaceDetector,
+    FaceTrack,
+    five_points,
+    track_bodies,
+    track_faces,
+)
 from fantasy_jax.data.lip_mask import lip_mask
 from fantasy_jax.data.motion import body_intensity, face_intensity
 from fantasy_jax.data.prepare import filters
@@ -79,7 +87,8 @@ class Clip:
         message: A line about it; may be empty where it is kept.
         measures: What was measured, up to the filter that dropped it.
         picture: One frame, small; None where there is none.
-        record: What the networks are given: video, lips, sound, face crop; None where dropped.
+        record: What the networks are given: video, lips, sound, points of the first frame's face; None where
+            dropped.
     """
 
     source: str
@@ -190,6 +199,8 @@ def _record(
     face, several = filters.choose_face(faces, config.face)
     sure = face.present & (face.score >= config.min_face_confidence)
     check("face_frames", float(sure.mean()), config, measures)
+    if not sure[0]:
+        raise Dropped("face_frames", "no sure face in the first frame, which is the reference picture")
     video, face = _crop(piece.video, face, config.size)
     check("face_side", face.size / min(config.size), config, measures)
     check("face_inside", filters.share_inside(face, *config.size), config, measures)
@@ -204,6 +215,7 @@ def _record(
         "video": video,
         "lips": lip_mask(face, *config.size),
         "sound": np.round(heard.clip(-1, 1) * 32767).astype(np.int16),
+        "face_points": _face_points(video, face),
     }
     return record, several
 
@@ -217,6 +229,16 @@ def _heard(
     heard = sound[start : start + length]
     check("missing_sound", (length - heard.size) / SAMPLE_RATE, task.config, measures)
     return np.pad(heard, (0, length - heard.size))
+
+
+def _face_points(video: UInt8[np.ndarray, "T H W 3"], face: FaceTrack) -> Float32[np.ndarray, "5 2"]:
+    """What the reference picture's face is cut by, for the face encoder."""
+    points = five_points(face.points[0], face.layout).astype(np.float32)
+    try:
+        crop_face(video[0], points, name="the first frame")
+    except MediaError as error:
+        raise Dropped("face_inside", str(error)) from error
+    return points
 
 
 def _crop(

@@ -1,0 +1,37 @@
+"""The same stages under Apache Beam, by its direct runner: the same records as without it."""
+
+import json
+
+import numpy as np
+import pytest
+from prepare_fakes import open_fakes
+from test_prepare import command, config_file, make_input, records_of  # noqa: F401
+
+from fantasy_jax.data.prepare.command import main
+
+pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Beam and of what it imports
+def test_a_pipeline_writes_the_same_records(tmp_path, config_file):  # noqa: F811
+    folder = make_input(tmp_path / "videos")
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert main(command(folder, here, config_file), open_detectors=open_fakes) == 0
+    options = ["--beam=--runner=DirectRunner --direct_num_workers=1"]
+    assert main(command(folder, there, config_file, *options), open_detectors=open_fakes) == 0
+    assert (there / "motion.json").read_text() == (here / "motion.json").read_text()
+    one, other = (records_of(out / "encoded_clips/1.0.0") for out in (here, there))
+    assert {split: len(records) for split, records in one.items()} == {
+        split: len(records) for split, records in other.items()
+    }
+    for split in one:
+        pairs = zip(
+            *(sorted(r[split], key=lambda x: x["sound"].tobytes()) for r in (one, other)), strict=True
+        )
+        for a, b in pairs:
+            assert a.keys() == b.keys()
+            assert all(np.allclose(a[name], b[name], atol=1e-5) for name in a)
+    schemas = (json.loads((out / "encoded_clips/1.0.0/features.json").read_text()) for out in (here, there))
+    assert next(schemas) == next(schemas)
+    assert "mute.mp4: has no sound" in (there / "report.html").read_text()
