@@ -18,7 +18,10 @@ from fantasy_jax.data.voices import draw_voice, speak
 FPS, FRAMES, SIZE = 25, 9, 64
 
 CONFIG = """
-from fantasy_jax.config import load_config
+from fantasy_jax.config import load_config, to_config_dict
+from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
+from fantasy_jax.models.adapters.motion import MotionAdapterConfig
+from fantasy_jax.models.face_encoder import FaceEncoderConfig
 
 
 def get_config():
@@ -26,7 +29,16 @@ def get_config():
     config.model.vae.update(dim=4, num_res_blocks=1)
     config.model.image_encoder.update(image_size=28)
     config.model.text_encoder.update(num_layers=1)
-    with config.ignore_type():
+    adapters = {
+        "motion_adapter": MotionAdapterConfig(hidden=8, width=48),
+        "identity_adapter": IdentityAdapterConfig(
+            feature_width=8, feature_size=8, num_queries=2, depth=1, token_width=16, token_heads=2,
+            width=48, num_heads=4, num_layers=2,
+        ),
+        "face_encoder": FaceEncoderConfig(depths=(1, 1), widths=(4, 8), embedding=8, image_size=32),
+    }
+    with config.ignore_type(), config.model.unlocked():
+        config.model.update(to_config_dict(adapters))
         config.model.speech_encoder = None
     config.model.audio_adapter.feature_width = 24
     config.sample.update(fps=25, max_frames=9)

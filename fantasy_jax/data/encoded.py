@@ -2,7 +2,7 @@
 
 A record holds latents of the video, latents of its first frame followed by grey, tokens of picture and
 prompt, features of the sound, and the lips' mask on the grid of the latents. The sound itself is kept for who
-looks at samples.
+looks at samples. For a model with a face encoder there are the features of the first frame's face.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,13 @@ import tensorflow_datasets as tfds
 from flax import nnx
 from tqdm import tqdm
 
+from fantasy_jax.data.face_crop import crop_face
 from fantasy_jax.data.preprocessing import clip_pixels
 from fantasy_jax.data.records import Record, open_split, write_dataset
 from fantasy_jax.diffusion.losses import project_mask
 from fantasy_jax.models.clip_vision import CLIPVisionModel
 from fantasy_jax.models.vae import WanVAE
-from fantasy_jax.pipeline import Networks, encode_text, first_frame_latents, from_uint8
+from fantasy_jax.pipeline import Networks, encode_faces, encode_text, first_frame_latents, from_uint8
 from fantasy_jax.typing import Array, UInt8
 
 _BATCH = 8
@@ -88,6 +89,7 @@ class ClipEncoder:
             networks.image_encoder(),
             networks.speech_encoder(),
         )
+        self._face = networks.face_encoder() if networks.config.face_encoder else None
         self._text = texts or cache(lambda prompt: np.asarray(encode_text(networks, [prompt])[0][0]))
         self._encode = nnx.jit(_encode)
 
@@ -107,11 +109,15 @@ class ClipEncoder:
         """What has another length in every clip, or needs no network."""
         prompt = record["prompt"].decode() if isinstance(record["prompt"], bytes) else record["prompt"]
         sound = record["sound"].astype(np.float32) / 32767
-        return {
+        encoded = {
             "text": self._text(prompt),
             "audio": np.asarray(self._speech(sound)[0], np.float32),
             "sound": record["sound"],
         }
+        if self._face is not None:
+            crop = crop_face(record["video"][0], record["face_points"], self._face.config.image_size)
+            encoded["face"] = np.asarray(encode_faces(self._face, crop[None])[1][0], np.float32)
+        return encoded
 
 
 def _encode(

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from fantasy_jax.data.encoded import ClipEncoder, features
+from fantasy_jax.data.face_crop import TEMPLATE
 from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.data.prepare.encode import DATASET, fit_motion, held_out, intensities
 from fantasy_jax.data.prepare.scan import Source
@@ -114,6 +115,7 @@ class BeamRun:
             "lips": np.zeros((frames, height, width), np.uint8),
             "sound": np.zeros(samples, np.int16),
             "prompt": "",
+            "face_points": TEMPLATE * min(height, width) / 112,  # of crops of 112 pixels
         }
         (record,) = ClipEncoder(self.networks(), batch_size=1)([grey])
         return record | {"motion": np.zeros(2, np.float32)}

@@ -87,8 +87,8 @@ def prepare_videos(
             with _pool(min(processes, len(waiting)), work, task, open_detectors) as pool:
                 while waiting or running:
                     while waiting and len(running) < processes:
-                        source = waiting.popleft()
-                        running[pool.submit(_prepare, source)] = source
+                        running[pool.submit(_prepare, waiting[0])] = waiting[0]
+                        waiting.popleft()  # not before: a broken pool takes nothing
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         future.result()
                         source = running.pop(future)
