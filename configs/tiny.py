@@ -18,7 +18,10 @@ from fantasy_jax.config import ConfigError, to_config_dict
 from fantasy_jax.data.prepare.config import PrepareConfig
 from fantasy_jax.data.synthetic import SyntheticConfig
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
+from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
+from fantasy_jax.models.adapters.motion import MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
+from fantasy_jax.models.face_encoder import FaceEncoderConfig
 from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.models.wan import WanConfig
@@ -30,7 +33,8 @@ from fantasy_jax.training.talking import TalkingStageConfig
 from fantasy_jax.training.vae import VAEStageConfig
 
 WEIGHTS = Path(fantasy_jax.__file__).parent / "assets/tiny"
-SPEECH_WIDTH = 96
+SPEECH_WIDTH, FACE_WIDTH = 96, 96
+MIDDLE = (0.22, 0.12, 0.78, 0.88)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -41,10 +45,10 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup=200)
     train = TrainConfig(
         vae=VAEStageConfig(steps=2000),
-        clip_stage=TalkingStageConfig(audio="clip", steps=2500, optimizer=optimizer),
+        clip_stage=TalkingStageConfig(audio="clip", steps=2000, optimizer=optimizer),
         # A hard mask hurts what lies outside of the lips.
         frame_stage=TalkingStageConfig(
-            audio="frame", steps=8000, lip_probability=0.8, outside_lips=0.15, optimizer=optimizer
+            audio="frame", steps=7000, lip_probability=0.8, outside_lips=0.15, optimizer=optimizer
         ),
     )
     if variant == "quick":
@@ -57,7 +61,14 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     # With a prompt scale of one a step takes two evaluations, not three.
     sample = SampleConfig(
-        steps=12, shift=3.0, prompt_scale=1.0, audio_scale=3.0, longest_edge=64, fps=25, max_frames=17
+        steps=12,
+        shift=3.0,
+        prompt_scale=1.0,
+        audio_scale=3.0,
+        longest_edge=64,
+        fps=25,
+        max_frames=17,
+        face_box=MIDDLE,
     )
     return to_config_dict(
         {
@@ -94,6 +105,22 @@ def small_model() -> ModelConfig:
             num_heads=heads,
             num_layers=layers,
             rotary=True,
+        ),
+        motion_adapter=MotionAdapterConfig(hidden=32, positions=4, width=width),
+        identity_adapter=IdentityAdapterConfig(
+            feature_width=FACE_WIDTH,
+            feature_size=4,
+            num_queries=8,
+            depth=1,
+            token_width=96,
+            token_heads=4,
+            mlp_ratio=2,
+            width=width,
+            num_heads=heads,
+            num_layers=layers,
+        ),
+        face_encoder=FaceEncoderConfig(
+            depths=(1, 1, 1), widths=(24, 48, FACE_WIDTH), embedding=FACE_WIDTH, image_size=32
         ),
         # Twice the real one's channels: a small coder is nearly linear, and packs less into each.
         vae=VAEConfig(

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from fantasy_jax.config import ConfigError
 from fantasy_jax.convert.files import WeightsError, open_weights
-from fantasy_jax.data.face_crop import crop_face, find_face
+from fantasy_jax.data.face_crop import crop_face, find_face, points_in_box
 from fantasy_jax.data.landmarks import LandmarkConfig
 from fantasy_jax.data.preprocessing import clip_pixels, fit_picture, to_pixels
 from fantasy_jax.data.speech import SAMPLE_RATE, SpeechEncoder, Wav2Vec2Features
@@ -121,6 +121,8 @@ class SampleConfig(SamplerConfig):
             paper's subtle, natural and intense clips have 0.1, 0.5 and 1 for face and body.
         body_motion: How much the body moves, likewise.
         landmarks: How the picture's face is found, for a model with an identity adapter.
+        face_box: Where the face is instead: left, top, right, bottom of the head as shares of the picture,
+            for drawings in which no detector sees one. None: it is looked for.
         face: Which of several faces is meant, from 1, counted from the left; None takes the largest.
         mesh: How devices share the transformer; `tensor` shares its weights, too. Encoders and VAE use one.
         merge_lora: Whether a LoRA of the store is added to the weights that are sampled from. Beside them it
@@ -136,6 +138,7 @@ class SampleConfig(SamplerConfig):
     face_motion: float = NEUTRAL
     body_motion: float = NEUTRAL
     landmarks: LandmarkConfig = LandmarkConfig()
+    face_box: tuple[float, float, float, float] | None = None
     face: int | None = None
     mesh: MeshConfig = MeshConfig(fsdp=1)
     merge_lora: bool = True
@@ -473,7 +476,9 @@ def encode_face(
     points: Float[np.ndarray, "5 2"] | None = None,
 ) -> Float[Array, "1 P C"]:
     """The portrait's face through the face encoder; arguments and errors as of `generate_latents`."""
-    if points is None:
+    if points is None and config.face_box:
+        points = points_in_box(np.array(config.face_box) * np.tile(picture.size, 2))
+    elif points is None:
         points = find_face(picture, config.landmarks, number=config.face)
     crop = crop_face(picture, points, networks.config.face_encoder.image_size)
     return encode_faces(networks.face_encoder(), crop[None])[1]

@@ -2,7 +2,8 @@
 
 A record holds latents of the video, latents of its first frame followed by grey, tokens of picture and
 prompt, features of the sound, and the lips' mask on the grid of the latents. The sound itself is kept for who
-looks at samples. For a model with a face encoder there are the features of the first frame's face.
+looks at samples. For a model with a face encoder there are the features of the first frame's face; where
+intensities of motion are known, they are kept, too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,9 @@ class ClipEncoder:
         if self._face is not None:
             crop = crop_face(record["video"][0], record["face_points"], self._face.config.image_size)
             encoded["face"] = np.asarray(encode_faces(self._face, crop[None])[1][0], np.float32)
+        if "face_motion" in record:
+            intensities = [record[name].mean() for name in ("face_motion", "body_motion")]
+            encoded["motion"] = np.array(intensities, np.float32)
         return encoded
 
 

@@ -77,6 +77,19 @@ def crop_face(
     return cv2.warpAffine(pixels, matrix, (size, size), flags=cv2.INTER_LINEAR)
 
 
+def points_in_box(box: Float[np.ndarray, "4"]) -> Float[np.ndarray, "5 2"]:
+    """Where the five points are to be expected in a head that looks straight ahead.
+
+    For drawings, in which no detector sees a face.
+
+    Args:
+        box: Left, top, right, bottom of the head, from hair to chin, in pixels.
+    """
+    middle, half = (box[2:] + box[:2]) / 2, (box[2:] - box[:2]) / 2
+    places = [[-0.38, -0.17], [0.38, -0.17], [0.0, 0.26], [-0.3, 0.53], [0.3, 0.53]]
+    return (middle + np.array(places) * half).astype(np.float32)
+
+
 def similarity(
     source: Float[np.ndarray, "P 2"], target: Float[np.ndarray, "P 2"]
 ) -> Float[np.ndarray, "2 3"]:

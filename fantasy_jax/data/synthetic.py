@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import ConfigError, build
+from fantasy_jax.data.face_crop import points_in_box
 from fantasy_jax.data.faces import Face, Performance, draw_face, face_box, render_batch, stack_faces
 from fantasy_jax.data.records import Record, write_dataset
 from fantasy_jax.data.voices import SAMPLE_RATE, Speech, draw_voice, speak
@@ -183,6 +184,7 @@ def draw_clips(config: SyntheticConfig, clips: list[Clip]) -> Iterator[Record]:
             "opening": clip.speech.opening,
             "rounding": clip.speech.rounding,
             "face_box": boxes,
+            "face_points": points_in_box(boxes[0]),
             "face_motion": np.full(config.num_frames, clip.face_motion, np.float32),
             "body_motion": np.full(config.num_frames, clip.body_motion, np.float32),
             "prompt": clip.prompt,
@@ -199,7 +201,10 @@ def records(config: SyntheticConfig, split: Split, count: int) -> Iterator[Recor
 
 
 def features(config: SyntheticConfig) -> dict[str, tfds.features.FeatureConnector]:
-    """The schema: pixels and mask as bytes, sound at 16 kHz, boxes as left, top, right, bottom in pixels."""
+    """The schema: pixels and mask as bytes, sound at 16 kHz, boxes as left, top, right, bottom in pixels.
+
+    `face_points` are where `data.face_crop` cuts the first frame's face.
+    """
     frames, size = config.num_frames, config.size
     samples = int(frames / config.fps * SAMPLE_RATE)
     packed = tfds.features.Encoding.ZLIB
@@ -210,6 +215,7 @@ def features(config: SyntheticConfig) -> dict[str, tfds.features.FeatureConnecto
         "opening": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
         "rounding": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
         "face_box": tfds.features.Tensor(shape=(frames, 4), dtype=np.float32),
+        "face_points": tfds.features.Tensor(shape=(5, 2), dtype=np.float32),
         "face_motion": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
         "body_motion": tfds.features.Tensor(shape=(frames,), dtype=np.float32),
         "prompt": tfds.features.Text(),

@@ -1,10 +1,10 @@
-"""The course of a training from nothing: clips, speech encoder, VAE, both stages of the transformer, weights.
+"""The course of a training from nothing: clips, encoders of speech and faces, VAE, transformer, weights.
 
 Each part is done once: what is complete is taken as it is, what was interrupted goes on. In the workdir:
 
-    data/          the clips                        speech/ vae/   checkpoints and logs
-    encoded/       what the VAE and encoders made   clip_stage/    checkpoints, logs, weights
-    weights/       the store that is sampled from   frame_stage/   checkpoints and logs
+    data/          the clips                        speech/ face/ vae/   checkpoints and logs
+    encoded/       what the VAE and encoders made   clip_stage/          checkpoints, logs, weights
+    weights/       the store that is sampled from   frame_stage/         checkpoints and logs
 """
 
 from dataclasses import asdict, dataclass
@@ -23,11 +23,13 @@ from fantasy_jax.data.records import open_split
 from fantasy_jax.data.speech import SpeechEncoder, Wav2Vec2Features
 from fantasy_jax.data.synthetic import SyntheticConfig, prepare
 from fantasy_jax.data.text import byte_tokenizer
+from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, from_uint8, to_uint8
 from fantasy_jax.sharding import make_mesh, rows_of_this_process
+from fantasy_jax.training.face import FaceStageConfig, TwoFrames, face_loss, start_from_faces
 from fantasy_jax.training.loop import Task, train
 from fantasy_jax.training.speech import LipReader, SpeechStageConfig, hear, speech_loss
 from fantasy_jax.training.stages import SHOWN, STAGES, StagesConfig, pairs, train_stages
@@ -51,10 +53,12 @@ class TrainConfig(StagesConfig):
 
     Attributes:
         speech: The speech encoder's training.
+        face: The face encoder's training.
         vae: The VAE's training.
     """
 
     speech: SpeechStageConfig = SpeechStageConfig()
+    face: FaceStageConfig = FaceStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
 
 
@@ -95,7 +99,7 @@ class Course:
         )
         # Before any work: whether there are such devices, and whether they can share the batches.
         self.mesh = make_mesh(**asdict(config.mesh))
-        for stage in (config.speech, config.vae, config.clip_stage, config.frame_stage):
+        for stage in (config.speech, config.face, config.vae, config.clip_stage, config.frame_stage):
             rows_of_this_process(stage.batch_size // stage.optimizer.accumulate, self.mesh)
         self.networks = _Encoders(model, byte_tokenizer(), seed=config.loop.seed)
 
@@ -105,11 +109,15 @@ class Course:
             clips = prepare(self.data, self.workdir / "data")
         with cli.phase("Speech encoder"):
             self.networks.trained_speech_encoder = self._train_speech_encoder(clips)
+        if self.model.face_encoder:
+            with cli.phase("Face encoder"):
+                self.networks.trained_face_encoder = self._train_face_encoder(clips)
         with cli.phase("VAE"):
             self.networks.trained_vae = self._train_vae(clips)
         settings = {
             "data": self.data,
             "speech": self.config.speech,
+            "face": self.config.face,
             "vae": self.config.vae,
             "model": self.model,
         }
@@ -143,6 +151,25 @@ class Course:
             settings={"data": self.data, "speech": config, "model": encoder.config, "seed": loop.seed},
         )
         return train(task, loop, self.workdir / "speech", self.mesh).encoder
+
+    def _train_face_encoder(self, clips: Path) -> FaceEncoder:
+        config, loop, records = self.config.face, self.config.loop, open_split(clips, "train")
+        encoder = self.networks.random_face_encoder()
+        cut = TwoFrames(encoder.config.image_size, config.jitter, config.light)
+        rng = np.random.default_rng(loop.seed)
+        some = [cut(records[i], rng)["faces"] for i in range(min(_STARTED_FROM, len(records)))]
+        start_from_faces(encoder, np.concatenate(some))
+        task = Task(
+            "face",
+            encoder,
+            partial(face_loss, temperature=config.temperature),
+            partial(batches, records, cut),
+            config.batch_size,
+            config.steps,
+            config.optimizer,
+            settings={"data": self.data, "face": config, "model": encoder.config, "seed": loop.seed},
+        )
+        return train(task, loop, self.workdir / "face", self.mesh)
 
     def _train_vae(self, clips: Path) -> WanVAE:
         config, loop, records = self.config.vae, self.config.loop, open_split(clips, "train")
@@ -182,6 +209,8 @@ class Course:
             "clip_vision": self.networks.image_encoder(),
             "wav2vec2": self.networks.speech_encoder().model,
         }
+        if self.model.face_encoder:
+            networks["arcface"] = self.networks.face_encoder()
         for component, network in networks.items():
             save_network(
                 folder / FOLDERS[component], cast_parameters(network, jnp.bfloat16), component=component
@@ -192,6 +221,7 @@ class _Encoders(RandomNetworks):
     """Random networks, but for those that are trained."""
 
     trained_speech_encoder: Wav2Vec2Model | None = None
+    trained_face_encoder: FaceEncoder | None = None
     trained_vae: WanVAE | None = None
 
     def random_speech_encoder(self) -> Wav2Vec2Model:
@@ -201,6 +231,14 @@ class _Encoders(RandomNetworks):
     def speech_encoder(self) -> SpeechEncoder:
         """The trained one."""
         return Wav2Vec2Features(self.trained_speech_encoder)
+
+    def random_face_encoder(self) -> FaceEncoder:
+        """One to start from."""
+        return super().face_encoder()
+
+    def face_encoder(self) -> FaceEncoder:
+        """The trained one."""
+        return self.trained_face_encoder
 
     def random_vae(self) -> WanVAE:
         """One to start from."""

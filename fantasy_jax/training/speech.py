@@ -65,7 +65,7 @@ def hear(record: Record, rng: np.random.Generator) -> Record:
     return {"waveform": normalise_waveform(waveform), "movements": movements}
 
 
-def speech_loss(reader: LipReader, batch: Batch, key: Array) -> tuple[Float[Array, ""], Metrics]:
+def speech_loss(reader: LipReader, batch: Batch, keys: Array) -> tuple[Float[Array, ""], Metrics]:
     """Mean square error of opening and rounding."""
     true = jnp.asarray(batch["movements"])
     error = jnp.square(reader(jnp.asarray(batch["waveform"]), true.shape[1]) - true).mean(axis=(0, 1))
