@@ -285,7 +285,7 @@ def test_every_setting_of_the_miniature_can_be_built():
         ("--config.train.loop.workers=-1", "workers is -1; it must not be negative"),
         ("--config.train.vae.crop=128", "train.vae: crops of 9 frames of 128 do not fit; at most 17 of 64"),
         ("--config.train.mesh.fsdp=-2", "mesh of data 1, fsdp -2, context 1, tensor 1: sizes are at least 1"),
-        ("--config.train.mesh.fsdp=3", "a batch of 8 cannot be shared by 3"),
+        ("--config.train.mesh.fsdp=3", "a batch of 32 cannot be shared by 3"),
         ("--config.train.stage1.steps=3", "train.stage1: no such setting"),
     ],
 )
