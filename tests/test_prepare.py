@@ -413,8 +413,8 @@ def test_records_are_what_training_takes_and_work_is_done_once(tmp_path, config_
     page = (output / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") >= 6
     assert page.count("<svg") == len(filters.FILTERS)
-    for text in ("has no sound", "no caption", "Captions that match no video: 1", "no face", "<td>"):
-        assert text in page or text == "no face"  # nobody.mp4 has no caption, and is not opened
+    for text in ("has no sound", "no caption", "Captions that match no video: 1", "<td>"):
+        assert text in page
     assert "http" not in page
 
     # The same again does nothing; a new caption is encoded, and no video is looked at.
@@ -476,11 +476,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path,
     most = progress(tmp_path / "undisturbed")
     disturbed, rng = tmp_path / "disturbed", random.Random(os.environ.get("SEED", "0"))
     kills = 0
-    for goal in sorted(rng.choices(range(most), k=5)):
+    for goal in sorted(rng.sample(range(1, most - 1), k=5)):
         run = start(disturbed)
         while progress(disturbed) < goal and run.poll() is None:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.3))
         run.send_signal(signal.SIGKILL)
         kills += run.wait() == -signal.SIGKILL
     assert kills == 5
