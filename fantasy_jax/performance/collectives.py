@@ -9,7 +9,7 @@ from dataclasses import dataclass
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.* -> .*\{$", re.MULTILINE)
 _COLLECTIVE = re.compile(
     r" = (.+?) (all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
-    r"|reduce-scatter)(-start)?\("
+    r"|reduce-scatter)(-start)?\(([^)]*)"
 )
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)(?:e\w+)?\[([\d,]*)\]")
 _WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)(.*)")
@@ -24,7 +24,7 @@ class Exchange:
 
     Attributes:
         count: How many are run.
-        bytes: Of their results, on one device.
+        bytes: Of their results, on one device; of reduce-scatters, of what goes in.
     """
 
     count: int
@@ -53,10 +53,12 @@ def exchanges(program: str) -> dict[str, Exchange]:
 
 def _add_up(name: str, times: int, bodies: dict[str, str], totals: dict[str, list[int]]) -> None:
     body = bodies.get(name, "")
-    for result, kind, started in _COLLECTIVE.findall(body):
+    for result, kind, started, operands in _COLLECTIVE.findall(body):
         total = totals[kind]
         total[0] += times
-        total[1] += times * _result_bytes(result, kind, bool(started))
+        scattered = kind == "reduce-scatter"
+        size = _operand_bytes(operands, body) if scattered else _result_bytes(result, kind, bool(started))
+        total[1] += times * size
     for condition, looped, rest in _WHILE.findall(body):
         inside: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         _add_up(looped, 1, bodies, inside)
@@ -83,6 +85,12 @@ def _result_bytes(result: str, kind: str, started: bool) -> int:
     sizes = [_bytes(*found) for found in _SHAPE.findall(result)]
     # What starts a gather or a permute holds its input, too, and bookkeeping; the result is the largest.
     return max(sizes) if started and kind != "all-reduce" else sum(sizes)
+
+
+def _operand_bytes(operands: str, body: str) -> int:
+    """Operands are named, and their types stand where they are made."""
+    made = (re.search(rf"{re.escape(name)} = (\S+)", body) for name in re.findall(r"%[\w.\-]+", operands))
+    return sum(_bytes(*_SHAPE.search(found[1]).groups()) for found in made)
 
 
 def _bytes(dtype: str, shape: str) -> int:

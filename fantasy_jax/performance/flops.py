@@ -45,6 +45,8 @@ def _count_equation(equation: JaxprEqn) -> int:
         return equation.params["length"] * sum(map(_count, inner))
     if name == "cond":
         return max(map(_count, inner))
+    if name == "shard_map":  # written for one device, run by all
+        return equation.params["mesh"].size * sum(map(_count, inner))
     if name == "while" and any(map(_count, inner)):
         raise ValueError("a while loop with products in it: nobody knows how often it runs")
     return sum(map(_count, inner))
