@@ -7,7 +7,7 @@ free before the transformer needs it. Source of the steps: fantasy-talking, `inf
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -422,12 +422,13 @@ def _sample_on_mesh(
     *,
     progress: bool,
 ) -> Float[Array, "1 F h w C"]:
-    mesh = make_mesh(**asdict(config.mesh))
+    mesh = make_mesh(**config.mesh.axes)
     if mesh.size == 1:
         return sample(networks.transformer(), noise, inputs, config, progress=progress)
     with jax.set_mesh(mesh):
         with in_host_memory():  # one device need not hold what all of them share
             transformer = networks.transformer()
+        transformer.context_parallelism = config.mesh.context_parallelism
         noise, inputs = jax.device_put((noise, inputs), NamedSharding(mesh, PartitionSpec()))
         latents = sample(share(transformer, mesh), noise, inputs, config, progress=progress)
     return jnp.asarray(np.asarray(latents))  # on one device again

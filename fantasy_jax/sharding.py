@@ -2,8 +2,8 @@
 
 Activations of the transformer are `[B, S, F, D]`, and the `context` axis cuts space, never frames. Audio
 (and identity, and expression) attention happens within a latent frame, so a device that holds all frames
-of its patch of the picture needs nothing from others for it; self-attention alone talks across devices,
-by gathering keys and values. Space comes first so that flattening space and frame moves nothing, and so
+of its patch of the picture needs nothing from others for it; self-attention alone talks across devices
+(`models/context_attention.py`). Space comes first so that flattening space and frame moves nothing, and so
 that padding of space to a multiple of the axis is one suffix that key lengths can mask.
 
 Parameters are cut by one ordered table over their paths. Gradients, the optimizer's moments and running means
@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -27,6 +28,9 @@ from fantasy_jax.config import ConfigError
 from fantasy_jax.typing import Array, Int, Leaf
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+ContextParallelism = Literal["auto", "gather", "all_to_all", "ring"]
+"""How self-attention crosses the context axis: `models/context_attention.py`."""
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # fsdp cuts parameters; for activations it is more data parallelism
@@ -73,12 +77,20 @@ class MeshConfig:
         fsdp: Devices with clips of their own that share parameters and what the optimizer keeps.
         context: Devices that share a clip, each with a part of the picture.
         tensor: Devices that share attention's heads and the MLP's hidden units.
+        context_parallelism: How those of `context` exchange what self-attention needs; by default the way
+            that sends least and fits.
     """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+    context_parallelism: ContextParallelism = "auto"
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes by axis, as `make_mesh` takes them."""
+        return {name: getattr(self, name) for name in MESH_AXES}
 
 
 def join_processes() -> None:

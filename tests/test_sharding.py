@@ -115,7 +115,7 @@ def run_model(model, inputs, clip_level=False):
     return model(inputs["latents"], inputs["first_frame"], inputs["timestep"], conditions)
 
 
-def compile_block(transformer, mesh, rows, columns, options=None):
+def compile_block(transformer, mesh, rows, columns, way, options=None):
     """One block with its adapter under the mesh, its tokens cut as between blocks."""
     space = rows * columns
     padded = space + -space % axis_size("context")
@@ -132,7 +132,7 @@ def compile_block(transformer, mesh, rows, columns, options=None):
 
     def run(state, x, modulation, rotary, conditions):
         block, hearer = nnx.merge(graphdef, state)
-        return block(x, modulation, rotary, space, conditions, {"audio": hearer})
+        return block(x, modulation, rotary, space, conditions, {"audio": hearer}, way)
 
     cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
     x = jax.device_put(draw(BATCH, padded, FRAMES, CONFIG.dim), cut)
@@ -148,24 +148,32 @@ def exchanges(program, computations=None):
     for computation in COMPUTATION.finditer(program):
         if computations is None or computation[1] in computations:
             for result, kind in COLLECTIVE.findall(computation[0]):
-                dtype, shape = re.match(r"(\w+)\[([\d,]*)\]", result.strip("(")).groups()
-                found.append((kind, dtype, int(np.prod([int(n) for n in shape.split(",")]))))
+                shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)  # several, if they go to several devices
+                elements = sum(int(np.prod([int(n) for n in shape.split(",")])) for _, shape in shapes)
+                found.append((kind, shapes[0][0], elements))
     return Counter(found)
 
 
-def keys_and_values(padded, mesh, dtype="f32"):
-    """The two all-gathers: keys, and values, of all space for a device's own samples."""
+def exchanged(way, padded, mesh, dtype="f32"):
+    """Keys and values, of all space or of one device's part; or every head's queries and results, too."""
     batch = BATCH // (mesh.shape["data"] * mesh.shape["fsdp"])
-    return {("all-gather", dtype, batch * padded * FRAMES * CONFIG.dim): 2}
+    whole = batch * padded * FRAMES * CONFIG.dim
+    part = whole // mesh.shape["context"]
+    return {
+        "gather": {("all-gather", dtype, whole): 2},
+        "all_to_all": {("all-to-all", dtype, part): 4},
+        "ring": {("collective-permute", dtype, part): 2},
+    }[way]
 
 
+@pytest.mark.parametrize("way", ["gather", "all_to_all", "ring"])
 @pytest.mark.parametrize("grid", [EVEN, UNEVEN])
 @pytest.mark.parametrize("sizes", CONTEXT_MESHES, ids=str)
-def test_a_block_gathers_keys_and_values_and_exchanges_nothing_else(transformer, sizes, grid):
+def test_a_block_exchanges_what_self_attention_needs_and_nothing_else(transformer, sizes, grid, way):
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        compiled, padded = compile_block(transformer, mesh, *grid)
-    assert exchanges(compiled.as_text()) == keys_and_values(padded, mesh)
+        compiled, padded = compile_block(transformer, mesh, *grid, way)
+    assert exchanges(compiled.as_text()) == exchanged(way, padded, mesh)
 
 
 def test_keys_are_gathered_after_they_are_rounded(tmp_path):
@@ -173,9 +181,9 @@ def test_keys_are_gathered_after_they_are_rounded(tmp_path):
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partition.*"}
     mesh = make_mesh(context=4)
     with jax.set_mesh(mesh):
-        _, padded = compile_block(make_transformer(jnp.bfloat16), mesh, *EVEN, options)
+        _, padded = compile_block(make_transformer(jnp.bfloat16), mesh, *EVEN, "gather", options)
     (partitioned,) = tmp_path.glob("*after_spmd-partitioning*")
-    assert exchanges(partitioned.read_text()) == keys_and_values(padded, mesh, "bf16")
+    assert exchanges(partitioned.read_text()) == exchanged("gather", padded, mesh, "bf16")
 
 
 @pytest.mark.parametrize(("grid", "clip_level"), [(EVEN, False), (UNEVEN, False), (UNEVEN, True)])
@@ -196,7 +204,7 @@ def test_the_transformer_on_a_mesh_is_the_transformer(transformer, sizes, grid, 
     program = compiled.as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
     padded = -(-grid[0] * grid[1] // 4) * 4
-    assert exchanges(program, bodies) == keys_and_values(padded, mesh)
+    assert exchanges(program, bodies) == exchanged("all_to_all", padded, mesh)
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "context": 2, "data": 2}], ids=str)
@@ -244,8 +252,9 @@ def gradients_on_one_device(wide_transformer):
     return functools.cache(lambda grid: gradients(wide_transformer, training_batch(*grid), make_mesh()))
 
 
-def gradients(model, batch, mesh):
+def gradients(model, batch, mesh, way="auto"):
     """Loss and gradients with parameters and batch cut as in training."""
+    model.context_parallelism = way
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     config = TalkingStageConfig(audio="frame", lip_probability=0.5, outside_lips=0.1)
     empty = np.zeros((1, 2, CONFIG.text_dim), np.float32)
@@ -266,8 +275,18 @@ def gradients(model, batch, mesh):
 @pytest.mark.parametrize("grid", [(5, 5), (5, 3)], ids=str)
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes.values())))
 def test_training_on_a_mesh_is_training(wide_transformer, gradients_on_one_device, sizes, grid):
-    expected_loss, expected = gradients_on_one_device(grid)
-    loss, found = gradients(wide_transformer, training_batch(*grid), make_mesh(**sizes))
+    check_training(wide_transformer, gradients_on_one_device, sizes, grid, "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["gather", "ring"])
+def test_training_across_context_is_training_whichever_way(wide_transformer, gradients_on_one_device, way):
+    check_training(wide_transformer, gradients_on_one_device, {"context": 8}, (5, 3), way)
+
+
+def check_training(transformer, on_one_device, sizes, grid, way):
+    expected_loss, expected = on_one_device(grid)
+    loss, found = gradients(transformer, training_batch(*grid), make_mesh(**sizes), way)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     for (path, one), other in zip(
         jax.tree.flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True

@@ -1,5 +1,6 @@
 """What runs on TPUs, compiled for real slices by the real compiler, on a machine that has none."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -34,14 +35,60 @@ with jax.set_mesh(mesh), use_backend("splash"):
 print(compiled.as_text().count("tpu_custom_call"), "kernels")
 """
 
+ACROSS = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding
+from fantasy_jax.models.attention import use_backend
+from fantasy_jax.models.context_attention import context_attention
+from fantasy_jax.performance.ahead import slice_devices
+from fantasy_jax.performance.collectives import exchanges
+from fantasy_jax.sharding import make_mesh, partition
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
-def test_splash_attention_compiles_for_a_slice(topology):
+mesh = make_mesh(data=2, context=4, devices=slice_devices("v5e:2x4"))
+x = jax.ShapeDtypeStruct(
+    (2, 1024, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, partition("batch", "space", "heads", None))
+)
+
+def total(q, k, v):
+    return (context_attention(q, k, v, kv_length=1000, way="{way}").astype(jnp.float32) ** 2).sum()
+
+with jax.set_mesh(mesh), use_backend("splash"):
+    program = jax.jit(jax.grad(total, (0, 1, 2)), out_shardings=x.sharding).lower(x, x, x).compile().as_text()
+print({{kind: exchange.bytes for kind, exchange in exchanges(program).items()}})
+print(program.count("tpu_custom_call"), "kernels")
+"""
+
+
+def run(program):
+    """What a program prints in a process of its own."""
     if not HAS_COMPILER:
         assert "CI" not in os.environ, "CI installs the extra `tpu`"
         pytest.skip("libtpu is not installed; pip install '.[tpu]'")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    program = [sys.executable, "-c", PROGRAM.format(topology=topology)]
-    result = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert int(result.stdout.split()[0]) >= 3  # forward, and backward for queries and for keys
+    return result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
+def test_splash_attention_compiles_for_a_slice(topology):
+    (printed,) = run(PROGRAM.format(topology=topology))
+    assert int(printed.split()[0]) >= 3  # forward, and backward for queries and for keys
+
+
+@pytest.mark.parametrize(
+    ("way", "sent"),
+    [
+        # Gradients of keys and values are added up where they belong, not everywhere.
+        ("gather", {"all-gather": 2.0, "reduce-scatter": 2.0}),
+        ("all_to_all", {"all-to-all": 8 / 4}),
+        # Keys and values three steps forward and three backward; gradients four steps in float32.
+        ("ring", {"collective-permute": 2 * (3 + 3) / 4 + 2 * 4 / 4 * 2}),
+    ],
+)
+def test_every_way_across_devices_compiles_for_a_slice(way, sent):
+    exchanged, kernels = run(ACROSS.format(way=way))
+    whole = 1024 * 4 * 128 * 2
+    assert ast.literal_eval(exchanged) == {kind: int(times * whole) for kind, times in sent.items()}
+    assert (int(kernels.split()[0]) >= 3) == (way != "ring")

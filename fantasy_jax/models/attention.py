@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+from jax.sharding import AxisType
 
 from fantasy_jax.config import ConfigError
 from fantasy_jax.sharding import partition
 from fantasy_jax.typing import Array, Bool, Float, Int, Leaf
 
-_MASKED = -1e30
+MASKED = -1e30
 """Score of a key that may not be seen. Finite, so that a query without any key gives a mean, not NaN."""
 
 _FEW_KEYS = 128
@@ -124,9 +125,9 @@ def _plain(
         scores += bias
     if kv_lengths is not None:
         seen = jnp.arange(k.shape[1]) < kv_lengths[:, None]
-        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        scores = jnp.where(seen[:, None, None], scores, MASKED)
     if mask is not None:
-        scores = jnp.where(mask, scores, _MASKED)
+        scores = jnp.where(mask, scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bnql,blnk->bqnk", weights.astype(v.dtype), v)
 
@@ -141,7 +142,7 @@ def _splash(
     """Pallas' kernel, on every device for the samples, queries and heads that it has."""
     lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32) if kv_lengths is None else kv_lengths
     run = functools.partial(_splash_here, scale=scale, interpret=interpret)
-    if jax.sharding.get_abstract_mesh().empty:
+    if set(jax.sharding.get_abstract_mesh().axis_types) <= {AxisType.Manual}:  # no mesh, or within its parts
         return run(q, k, v, lengths)
     queries, keys = partition("batch", "space", "heads", None), partition("batch", None, "heads", None)
     specs = (queries, keys, keys, partition("batch"))

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from fantasy_jax.models.attention import attention
 from fantasy_jax.models.condition import Condition, KeyValue
+from fantasy_jax.models.context_attention import context_attention
 from fantasy_jax.models.layers import LayerNorm, RMSNorm, scan_layers, stack_layers
 from fantasy_jax.models.rope import rotary_table, rotate, timestep_sinusoid
-from fantasy_jax.sharding import axis_size, constrain
+from fantasy_jax.sharding import ContextParallelism, axis_size, constrain
 from fantasy_jax.typing import Array, DType, Float
 
 SAVED_NAMES = ("self_attention", "cross_attention")
@@ -83,6 +83,7 @@ class SelfAttention(nnx.Module):
         x: Float[Array, "B S F D"],
         rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
         space: int,
+        way: ContextParallelism = "auto",
     ) -> Float[Array, "B S F D"]:
         """Attends over all tokens of the first `space` positions; what lies behind them is padding."""
         batch, padded, frames, _ = x.shape
@@ -91,12 +92,9 @@ class SelfAttention(nnx.Module):
         k = rotate(self.key_norm(self.key(x)).reshape(heads), *rotary).astype(self.dtype)
         v = self.value(x).reshape(heads)
         q, k, v = (constrain(y, "batch", "space", None, "heads", None) for y in (q, k, v))
-        # The only exchange between devices of the context axis: each needs all keys and values. Without the
-        # line above the compiler gathers keys before they are rounded to bfloat16, twice the bytes.
-        k, v = (constrain(y, "batch", None, None, "heads", None) for y in (k, v))
         q, k, v = (y.reshape(batch, padded * frames, *y.shape[3:]) for y in (q, k, v))
-        lengths = None if space == padded else jnp.full(batch, space * frames)
-        return self.out(attention(q, k, v, kv_lengths=lengths).reshape(x.shape))
+        kv_length = None if space == padded else space * frames
+        return self.out(context_attention(q, k, v, kv_length=kv_length, way=way).reshape(x.shape))
 
 
 class CrossAttention(nnx.Module):
@@ -160,6 +158,7 @@ class Block(nnx.Module):
         space: int,
         conditions: Mapping[str, Condition],
         adapters: Mapping[str, KeyValue],
+        way: ContextParallelism = "auto",
     ) -> Float[Array, "B S F D"]:
         """Runs the block.
 
@@ -170,13 +169,14 @@ class Block(nnx.Module):
             space: Space tokens that are not padding.
             conditions: What cross-attention listens to.
             adapters: Keys and values of this block for the conditions other than text and image.
+            way: How self-attention crosses the mesh's context axis.
         """
         x = constrain(x, "batch", "space", None, None)
         parts = modulation + self.modulation.astype(jnp.float32)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             part[:, None, None] for part in jnp.moveaxis(parts, 1, 0)
         )
-        heard = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space)
+        heard = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space, way)
         x = x + checkpoint_name(heard, "self_attention") * gate
         heard = self.cross_attention(self.cross_norm(x), conditions, adapters)
         x = x + checkpoint_name(heard, "cross_attention")
@@ -213,6 +213,7 @@ class WanTransformer(nnx.Module):
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
         saved_names: Sequence[str] | None = None,
+        context_parallelism: ContextParallelism = "auto",
     ):
         """Builds the transformer.
 
@@ -224,11 +225,13 @@ class WanTransformer(nnx.Module):
             dtype: Type of matrix products.
             param_dtype: Type in which parameters are kept.
             saved_names: As `scan_layers` takes it: what to keep for the backward pass, None for everything.
+            context_parallelism: How self-attention crosses the mesh's context axis.
         """
         types = {"rngs": rngs, "param_dtype": param_dtype}
         self.config = config
         self.adapters = nnx.Dict(adapters or {})
         self.saved_names = saved_names
+        self.context_parallelism = context_parallelism
         rows, columns = config.patch
         channels = (config.latent_channels + config.condition_channels) * rows * columns
         self.patch_in = nnx.Linear(channels, config.dim, kernel_init=_XAVIER, dtype=dtype, **types)
@@ -313,7 +316,7 @@ class WanTransformer(nnx.Module):
 
         def step(layer: tuple[Block, Mapping[str, KeyValue]], x: Array) -> Array:
             block, hearers = layer
-            return block(x, modulation, rotary, space, conditions, hearers)
+            return block(x, modulation, rotary, space, conditions, hearers, self.context_parallelism)
 
         hearers = {name: adapter.layers for name, adapter in self.adapters.items() if name in conditions}
         x = scan_layers(step, (self.blocks, hearers), x, saved_names=self.saved_names)

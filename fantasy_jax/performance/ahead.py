@@ -143,7 +143,7 @@ def compile_only(
     size = clip_size(arguments.size, longest_edge)
     if arguments.json:
         check_writable(arguments.json)
-    mesh = make_mesh(**asdict(sizes), devices=slice_devices(topology))
+    mesh = make_mesh(**sizes.axes, devices=slice_devices(topology))
     with jax.set_mesh(mesh), use_backend("splash"):
         reports = [compile_ahead(program, topology, mesh) for program in programs(size, mesh)]
     return show(reports, arguments.json)

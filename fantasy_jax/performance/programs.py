@@ -69,6 +69,7 @@ def guided_step(
         mesh: That is in force.
     """
     transformer = share(nnx.eval_shape(RandomNetworks(model, byte_tokenizer()).transformer), mesh)
+    transformer.context_parallelism = config.mesh.context_parallelism
     graphdef, state = nnx.split(transformer)
     whole = NamedSharding(mesh, PartitionSpec())
     batch = {

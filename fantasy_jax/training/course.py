@@ -98,7 +98,7 @@ class Course:
             config,
         )
         # Before any work: whether there are such devices, and whether they can share the batches.
-        self.mesh = make_mesh(**asdict(config.mesh))
+        self.mesh = make_mesh(**config.mesh.axes)
         for stage in (config.speech, config.face, config.vae, config.clip_stage, config.frame_stage):
             rows_of_this_process(stage.batch_size // stage.optimizer.accumulate, self.mesh)
         self.networks = _Encoders(model, byte_tokenizer(), seed=config.loop.seed)

@@ -45,7 +45,7 @@ def finetune(
         The trained store.
     """
     networks = StoredNetworks(weights, model, new_adapters=True, merge_lora=False)
-    mesh = make_mesh(**asdict(config.mesh))
+    mesh = make_mesh(**config.mesh.axes)
     settings = {"model": model, "weights": record_hashes(weights)}
     store = workdir / "weights"
     stages = train_stages(

@@ -66,7 +66,7 @@ class StagesConfig:
 
 
 def ready_for_stage(transformer: WanTransformer, name: str, config: StagesConfig) -> WanTransformer:
-    """The transformer as a stage trains it: with the LoRA that its rules ask for, in place.
+    """The transformer as a stage trains it, in place: with the LoRA that its rules ask for.
 
     Args:
         transformer: Or its `nnx.eval_shape`'s, inside of it.
@@ -78,6 +78,7 @@ def ready_for_stage(transformer: WanTransformer, name: str, config: StagesConfig
     """
     stage = getattr(config, name)
     transformer.saved_names = stage.saved
+    transformer.context_parallelism = config.mesh.context_parallelism
     layers = lora_layers(transformer, stage.parameters)
     add_lora(transformer, layers, config.lora, rngs=nnx.Rngs(config.loop.seed))
     return transformer
