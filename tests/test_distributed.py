@@ -1,6 +1,7 @@
 """Runs that are killed, and runs of several processes: they end as one that nothing happened to."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fantasy_jax.training.loop import LoopConfig
 
 ROOT = Path(__file__).parent.parent
 STEPS = 120
@@ -87,6 +90,12 @@ def start(workdir, *, steps=STEPS, save_every=2, mesh="{}", processes=1, devices
     ]
 
 
+def wait_for(folder, pattern):
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(pattern)) and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
 def finish(processes):
     for process in processes:
         _, errors = process.communicate(timeout=240)
@@ -159,11 +168,23 @@ def test_two_processes_are_one(undisturbed, mesh, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_is_told_to_stop_and_both_save_in_time(tmp_path):
+    two = start(tmp_path, steps=10**6, save_every=20, processes=2, devices=1, mesh="{'fsdp': 2}")
+    wait_for(tmp_path, "checkpoints/20")
+    two[1].send_signal(signal.SIGINT)  # which the process sends on to itself as SIGTERM
+    begun = time.monotonic()
+    errors = [process.communicate(timeout=240)[1] for process in two]
+    assert time.monotonic() - begun < LoopConfig().grace_seconds
+    step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert step >= 20
+    for text in errors:
+        assert f"Stopped: layers: stopped and saved at step {step} of 1000000" in text, text[-2000:]
+
+
+@pytest.mark.slow
 def test_four_processes_go_on_from_two_on_another_mesh(undisturbed, tmp_path):
     two = start(tmp_path, processes=2, devices=4, mesh="{'data': 2, 'fsdp': 4}")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "checkpoints/20").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(tmp_path, "checkpoints/20")
     for process in two:
         process.kill()
     for process in two:

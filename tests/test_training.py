@@ -46,7 +46,7 @@ def line_loss(model, batch, keys):
     return jnp.square(noisy @ model.weight[...] - 2 * batch["x"]).mean(), {"noise": noisy.std()}
 
 
-def line_task(*, steps=12, stop_at=None, broken_at=None, **settings):
+def line_task(*, steps=12, stop_at=None, broken_at=None, show=None, **settings):
     def batches(*, start, rows, **_):
         for step in range(start, steps):
             if step == stop_at:
@@ -55,7 +55,7 @@ def line_task(*, steps=12, stop_at=None, broken_at=None, **settings):
             broken = step == broken_at
             yield {"x": (x * (np.nan if broken else 1))[rows], "record": np.arange(4)[rows]}
 
-    return Task("line", Line(), line_loss, batches, 4, steps, OPTIMIZER, settings=settings)
+    return Task("line", Line(), line_loss, batches, 4, steps, OPTIMIZER, show=show, settings=settings)
 
 
 def weight(model):
@@ -75,6 +75,23 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts", MESH)), whole)
     # What is complete is not trained further.
     assert np.array_equal(weight(train(line_task(), LOOP, tmp_path / "parts", MESH)), whole)
+
+
+def test_what_is_saved_before_pictures_is_all_there_is_to_save(tmp_path):
+    def show(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Stopped, match="line: stopped and saved at step 4 of 12"):
+        train(line_task(show=show), replace(LOOP, show_every=4), tmp_path, MESH)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_grace_time_that_is_too_short_is_said_once(tmp_path, caplog):
+    train(line_task(), replace(LOOP, save_every=4), tmp_path / "enough", MESH)
+    train(line_task(), replace(LOOP, save_every=4, grace_seconds=1e-3), tmp_path / "short", MESH)
+    (said,) = (record.message for record in caplog.records if record.name == "fantasy_jax.training.loop")
+    assert "may take more than grace_seconds, 0.001; have the signal sent earlier" in said
 
 
 def test_a_checkpoint_says_where_the_run_stands(tmp_path):

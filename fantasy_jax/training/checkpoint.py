@@ -58,6 +58,10 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self.manager.restore(step, args=arguments)["state"]
 
+    def wait(self) -> None:
+        """Waits until what is being written is complete."""
+        self.manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for what is being written."""
         self.manager.close()

@@ -7,7 +7,7 @@ Each part is done once: what is complete is taken as it is, what was interrupted
     weights/       the store that is sampled from   frame_stage/         checkpoints and logs
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 

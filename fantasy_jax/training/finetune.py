@@ -1,6 +1,5 @@
 """Training on top of converted weights: the two stages, on encoded clips that lie ready."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import jax

@@ -1,11 +1,14 @@
 """The loop: batches in, steps, a bar, logs, checkpoints, and a stop that loses nothing."""
 
+import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -40,6 +43,8 @@ class LoopConfig:
             thousands of files of what pictures show, so only when asked for.
         validate_every: Steps between two looks at the loss of held-out clips; 0 for none. One costs about as
             much as two steps.
+        grace_seconds: From SIGTERM to the end by force. Two steps (several processes agree on the next) and
+            two saves (one may be under way) must fit; the run warns at its first save if they do not.
         workers: Processes that read and prepare batches; 0 reads in the run's own.
         seed: Of initial weights, data order, noise and dropout.
     """
@@ -51,6 +56,7 @@ class LoopConfig:
     show_every: int = 500
     show_videos: bool = False
     validate_every: int = 500
+    grace_seconds: float = 30.0
     workers: int = 1
     seed: int = 0
 
@@ -58,7 +64,7 @@ class LoopConfig:
         for name in ("log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("keep_every", "show_every", "validate_every", "workers"):
+        for name in ("keep_every", "show_every", "validate_every", "grace_seconds", "workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
 
@@ -143,6 +149,7 @@ class _Run:
         )
         self.state = self.checkpoints.restore(self.trainer.initial())
         self.step = int(self.state.step)
+        self.save_seconds: float | None = None
 
     def go(self) -> None:
         """Steps to the end, or to a signal to stop."""
@@ -185,19 +192,25 @@ class _Run:
                 if self.step % config.log_every == 0 or last:
                     self._check(*previous)
                     self._log(metrics, clock, writer, bar)
+                looks = self._due(last)
                 stopping = self._stops(stop)
-                if self.step % config.save_every == 0 or last or stopping:
+                # Before a look, too: told to stop in the middle of one, the run has nothing left to save.
+                if self.step % config.save_every == 0 or last or looks or stopping:
                     self._check(*previous)
                     writer.flush()  # first: what is logged before a checkpoint will not be logged again
-                    self._save()
+                    self._save_and_time(clock, writer)
+                if looks and not stopping:
+                    for look in looks:
+                        look(writer)
+                    clock.reset(self.step)
+                    stopping = self._stops(stop)
                 if stopping:
+                    self.checkpoints.wait()
                     raise Stopped(
                         f"{task.name}: stopped and saved at step {self.step} of {task.steps}; "
                         "the same command goes on from there",
                         stop[0] if stop else signal.SIGTERM,
                     )
-                if self._look(writer, last):
-                    clock.reset(self.step)
                 if last:
                     break
 
@@ -215,12 +228,14 @@ class _Run:
         )
 
     def _stops(self, received: list[int]) -> bool:
-        """Whether any process was told to stop; they ask each other now and then, for all must save."""
+        """Whether it is time to stop.
+
+        Of several processes any may be told, and all must save the same step: JAX passes the signal on beside
+        the steps, and agrees on one that none of them has reached.
+        """
         if jax.process_count() == 1:
             return bool(received)
-        if self.step % self.config.log_every:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(bool(received))).any())
+        return multihost_utils.reached_preemption_sync_point(self.step)
 
     def _log(self, metrics: Metrics, clock: "_Clock", writer: SummaryWriter, bar: tqdm) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
@@ -232,21 +247,39 @@ class _Run:
     def _save(self) -> None:
         self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
 
-    def _look(self, writer: SummaryWriter, last: bool) -> bool:
-        """Shows and measures what the model can do, when it is time; whether it was."""
+    def _due(self, last: bool) -> list[Callable[[SummaryWriter], None]]:
+        """What shows and measures what the model can do, if it is time."""
         task, config = self.task, self.config
         looks = (
             (task.validate, config.validate_every, self._validate),
             (task.show, config.show_every, self._show),
         )
-        due = [look for given, every, look in looks if given and every and (last or self.step % every == 0)]
-        for look in due:
-            look(writer)
-        return bool(due)
+        return [look for given, every, look in looks if given and every and (last or self.step % every == 0)]
 
     def _validate(self, writer: SummaryWriter) -> None:
         for name, value in self.task.validate(self.trainer.model(self.state.result)).items():
             writer.add_scalar(f"{self.task.name}/validation/{name}", value, self.step)
+
+    def _save_and_time(self, clock: "_Clock", writer: SummaryWriter) -> None:
+        """Saves; waits for the run's first save, to know whether a stop would leave time for another."""
+        step_seconds, begun, grace = clock.per_step(self.step), time.perf_counter(), self.config.grace_seconds
+        self._save()
+        if self.save_seconds is not None:
+            return
+        self.checkpoints.wait()
+        self.save_seconds = time.perf_counter() - begun
+        clock.reset(self.step)
+        writer.add_scalar(f"{self.task.name}/save_seconds", self.save_seconds, self.step)
+        if 2 * (step_seconds + self.save_seconds) > grace:
+            logging.getLogger(__name__).warning(
+                "%s: a step takes %.1f s and a save %.1f s; after SIGTERM two of each may take more than "
+                "grace_seconds, %g; have the signal sent earlier and raise train.loop.grace_seconds, or save "
+                "to faster storage",
+                self.task.name,
+                step_seconds,
+                self.save_seconds,
+                grace,
+            )
 
     def _show(self, writer: SummaryWriter) -> None:
         films = self.config.show_videos and jax.process_index() == 0
@@ -259,23 +292,35 @@ class _Clock:
     """Seconds a step since the last look."""
 
     def __init__(self, step: int):
+        self.latest = 0.0
         self.reset(step)
 
     def reset(self, step: int) -> None:
         self.begun, self.seen = time.perf_counter(), step
 
     def per_step(self, step: int) -> float:
-        seconds = (time.perf_counter() - self.begun) / max(step - self.seen, 1)
-        self.reset(step)
-        return seconds
+        if step > self.seen:
+            self.latest = (time.perf_counter() - self.begun) / (step - self.seen)
+            self.reset(step)
+        return self.latest
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are put in, instead of ending the process in the middle of a step."""
+    """A list that SIGINT and SIGTERM are put in, instead of ending the process in the middle of a step.
+
+    In one of several processes JAX has a handler for SIGTERM, and SIGINT is made one.
+    """
     received: list[int] = []
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in wanted]
+    several = jax.process_count() > 1
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    wanted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, receive) for number in wanted]
     try:
         yield received
     finally:
