@@ -29,7 +29,7 @@ from fantasy_jax.evaluation.mouth import correlation, mouth_opening
 from fantasy_jax.evaluation.video import psnr, sound_energy
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipeline import ModelConfig, Networks, SampleConfig, encode_text, to_uint8
+from fantasy_jax.pipeline import ModelConfig, Networks, SampleConfig, encode_text, motion_input, to_uint8
 from fantasy_jax.training.talking import sampling_inputs
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.weights import StoredNetworks
@@ -76,7 +76,7 @@ class LipSync:
             clips: Records of `data.synthetic`, held out.
             seed: Of the starting noise.
         """
-        self.config, self.clips, self.seed = config, clips, seed
+        self.config, self.clips, self.seed, self.model = config, clips, seed, networks.config
         self.encoded = list(encode_records(networks, clips))
         self.vae, self.transformer = networks.vae(), networks.transformer()
         self.speech_encoder = networks.speech_encoder()
@@ -150,11 +150,14 @@ class LipSync:
     ) -> UInt8[np.ndarray, "N T H W 3"]:
         """Videos of encoded clips, with a bar of this name."""
         config = replace(self.config, **settings)
-        parts = [
-            _make(self.transformer, self.vae, sampling_inputs(part, self.empty_text), config, self.seed + i)
-            for i, part in enumerate(tqdm(_parts(examples), desc=name, unit="batch"))
-        ]
-        return np.concatenate(parts)
+        motion = motion_input(self.model, config)
+        videos = []
+        for i, part in enumerate(tqdm(_parts(examples), desc=name, unit="batch")):
+            inputs = sampling_inputs(part, self.empty_text)
+            if motion is not None:  # what is asked for, not what the clip had
+                inputs = replace(inputs, motion=jnp.repeat(motion, len(part), axis=0))
+            videos.append(_make(self.transformer, self.vae, inputs, config, self.seed + i))
+        return np.concatenate(videos)
 
     def follows(
         self, videos: UInt8[np.ndarray, "N T H W 3"], courses: Sequence[Float[np.ndarray, " T"]]

@@ -73,7 +73,7 @@ def guided_step(
     graphdef, state = nnx.split(transformer)
     whole = NamedSharding(mesh, PartitionSpec())
     batch = {
-        name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype, sharding=whole)
+        name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), np.float32, sharding=whole)
         for name, leaf in abstract_batch(model, config, size, 1, mesh).items()
     }
     latents, text = batch["latents"], batch["text"]

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fantasy_jax import cli
+from fantasy_jax.data.encoded import STORED
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split
 from fantasy_jax.data.speech import SAMPLE_RATE
@@ -184,7 +185,7 @@ def _shower(
     tests = open_split(records, "test")
     shown = [tests[i] for i in range(min(SHOWN, len(tests)))]
     inputs = sampling_inputs(shown, empty_text)
-    truth = jnp.asarray(np.stack([record["latents"] for record in shown]))
+    truth = jnp.asarray(np.stack([record["latents"] for record in shown]), jnp.float32)
     decode = nnx.jit(lambda vae, latents: vae.decode(latents))
 
     def show(model: WanTransformer, videos: Path | None) -> dict[str, np.ndarray]:
@@ -253,6 +254,6 @@ def abstract_batch(
     if model.identity_adapter:
         shapes["face"] = (model.identity_adapter.feature_size**2, model.identity_adapter.feature_width)
     return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32, sharding=batch_sharding(mesh))
+        name: jax.ShapeDtypeStruct((batch_size, *shape), STORED, sharding=batch_sharding(mesh))
         for name, shape in shapes.items()
     }

@@ -124,6 +124,7 @@ def talking_loss(
     Raises:
         ConfigError: The transformer has an adapter named `identity`, and the clips have no `face`.
     """
+    batch = _as_float32(batch)
     level_keys, noise_keys, drop_keys, lip_keys = jax.vmap(partial(jax.random.split, num=4), out_axes=1)(keys)
     sigma = draw_sigmas(
         level_keys,
@@ -137,7 +138,7 @@ def talking_loss(
     noise = _noise(noise_keys, batch)
     velocity = _velocity(transformer, batch, noise, sigma, kept, config.audio, empty_text)
     masked = jax.vmap(partial(jax.random.bernoulli, p=config.lip_probability))(lip_keys)
-    target, lips = velocity_target(jnp.asarray(batch["latents"]), noise), jnp.asarray(batch["lips"])
+    target, lips = velocity_target(batch["latents"], noise), batch["lips"]
     value = velocity_loss(
         velocity, target, lips, masked, outside=config.outside_lips, by_area=config.lips_by_area
     ).mean()
@@ -161,15 +162,21 @@ def validation_losses(
         config: The stage's settings.
         empty_text: As for `talking_loss`.
     """
+    batch = _as_float32(batch)
     count = len(batch["latents"])
     noise = _noise(jax.random.split(jax.random.key(0), count), batch)
     kept = dict.fromkeys(_DROPPED, jnp.ones(count))
     velocity = _velocity(transformer, batch, noise, jnp.full(count, sigma), kept, config.audio, empty_text)
-    target = velocity_target(jnp.asarray(batch["latents"]), noise)
-    return _everywhere_and_at_lips(velocity, target, jnp.asarray(batch["lips"]))
+    target = velocity_target(batch["latents"], noise)
+    return _everywhere_and_at_lips(velocity, target, batch["lips"])
 
 
 _DROPPED = ("picture", "sound", "prompt")
+
+
+def _as_float32(batch: Batch) -> Batch:
+    """Records are stored in half of it."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
 
 
 def _noise(keys: Array, batch: Batch) -> Float[Array, "B F h w C"]:
@@ -187,18 +194,18 @@ def _velocity(
     empty_text: Float[Array | np.ndarray, "1 L C"],
 ) -> Float[Array, "B F h w C"]:
     """What is predicted; `kept` says with 1 and 0 which clip has which condition."""
-    latents = jnp.asarray(batch["latents"])
+    latents = batch["latents"]
     silent = jnp.pad(empty_text, ((0, 0), (0, batch["text"].shape[1] - empty_text.shape[1]), (0, 0)))
     text = jnp.where(kept["prompt"][:, None, None] > 0, batch["text"], silent)
-    conditions = transformer.conditions(text, jnp.asarray(batch["image"]))
+    conditions = transformer.conditions(text, batch["image"])
     conditions["image"] = Condition(conditions["image"].tokens, scale=kept["picture"])
     adapter = transformer.adapters["audio"]
     hear = adapter.clip_level if audio == "clip" else adapter.frame_level
-    conditions["audio"] = hear(jnp.asarray(batch["audio"]), 4 * latents.shape[1] - 3, scale=kept["sound"])
+    conditions["audio"] = hear(batch["audio"], 4 * latents.shape[1] - 3, scale=kept["sound"])
     conditions |= _identity(transformer, batch, kept["picture"])
     first_frame = first_frame_condition(batch["first_frame"]) * kept["picture"][:, None, None, None, None]
     moves = "motion" in batch and "motion" in transformer.adapters
-    offset = transformer.adapters["motion"](jnp.asarray(batch["motion"])) if moves else None
+    offset = transformer.adapters["motion"](batch["motion"]) if moves else None
     noisy = add_noise(latents, noise, sigma)
     return transformer(noisy, first_frame, TRAIN_TIMESTEPS * sigma, conditions, offset)
 
@@ -221,18 +228,18 @@ def _identity(
     if "face" not in batch:
         raise ConfigError("the model has an identity_adapter, but clips have no face; encode them with it")
     scale = IDENTITY_SCALE * has_picture
-    return {"identity": transformer.adapters["identity"](jnp.asarray(batch["face"]), scale=scale)}
+    return {"identity": transformer.adapters["identity"](batch["face"], scale=scale)}
 
 
 def sampling_inputs(records: list[Record], empty_text: Float[Array, "1 L C"]) -> SamplerInputs:
     """What a sampler needs to make these encoded clips anew."""
     names = [name for name in ("first_frame", "image", "audio", "motion", "face") if name in records[0]]
-    stacked = {name: jnp.asarray(np.stack([r[name] for r in records])) for name in names}
+    stacked = {name: jnp.asarray(np.stack([r[name] for r in records]), jnp.float32) for name in names}
     length = max(len(record["text"]) for record in records)
-    text = jnp.asarray(np.stack([np.pad(r["text"], ((0, length - len(r["text"])), (0, 0))) for r in records]))
+    padded = [np.pad(record["text"], ((0, length - len(record["text"])), (0, 0))) for record in records]
     return SamplerInputs(
         first_frame=first_frame_condition(stacked["first_frame"]),
-        text=text,
+        text=jnp.asarray(np.stack(padded), jnp.float32),
         negative_text=jnp.repeat(empty_text, len(records), axis=0),
         image=stacked["image"],
         audio=stacked["audio"],
