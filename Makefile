@@ -6,10 +6,9 @@ EXTRAS ?= test
 RUN := $(VENV)/bin/python
 EXAMPLE := fantasy_jax/assets/example
 
-
 help:
 	@echo "make install    a virtual environment in $(VENV) with everything that is needed"
-	@echo "make demo       a talking video from what comes with the project: out/demo.mp4 and out/demo.png"
+	@echo "make demo       talking videos from what comes with the project: out/demo.mp4, and what its controls do"
 	@echo "make test       all tests that are quick"
 	@echo "make test-all   all tests, slow ones too"
 	@echo "make lint       style and format"
@@ -25,10 +24,17 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
+SAMPLE := sample.py --config=configs/tiny.py --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav
+MEASURE := -m fantasy_jax.evaluation.video --image=$(EXAMPLE)/portrait.png --face=0.19,0.05,0.76,0.80
+
 demo: install
-	$(RUN) sample.py --config=configs/tiny.py --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav \
-		--prompt="A person is talking in a lively way." --output=out/demo.mp4
-	$(RUN) -m fantasy_jax.evaluation.video out/demo.mp4 --image=$(EXAMPLE)/portrait.png --face=0.19,0.05,0.76,0.80
+	$(RUN) $(SAMPLE) --output=out/demo.mp4
+	$(RUN) $(MEASURE) out/demo.mp4
+	$(RUN) $(SAMPLE) --output=out/demo_still.mp4 --config.sample.face_motion=0 --config.sample.body_motion=0
+	$(RUN) $(MEASURE) out/demo_still.mp4
+	$(RUN) $(SAMPLE) --output=out/demo_lively.mp4 --config.sample.face_motion=1 --config.sample.body_motion=1
+	$(RUN) $(MEASURE) out/demo_lively.mp4
+	$(RUN) $(SAMPLE) --output=out/demo_no_identity.mp4 --config.sample.identity_scale=0
 
 test: install
 	$(RUN) -m pytest -n 2 -m "not slow"

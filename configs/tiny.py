@@ -55,9 +55,11 @@ def get_config(variant: str = "") -> ConfigDict:
         data = replace(data, train_clips=2048)
         train = replace(
             train,
+            speech=replace(train.speech, steps=600),
+            face=replace(train.face, steps=200),
             vae=replace(train.vae, steps=600),
-            clip_stage=replace(train.clip_stage, steps=1800),
-            frame_stage=replace(train.frame_stage, steps=4500),
+            clip_stage=replace(train.clip_stage, steps=1200),
+            frame_stage=replace(train.frame_stage, steps=3000),
         )
     # With a prompt scale of one a step takes two evaluations, not three.
     sample = SampleConfig(

@@ -1,4 +1,4 @@
-"""How well the mouth in a finished video goes along with its sound, and its first frame with the portrait.
+"""How well a finished video goes along with its sound and its portrait, and how much moves in it.
 
     python -m fantasy_jax.evaluation.video out/demo.mp4 --image=portrait.png
 
@@ -14,6 +14,7 @@ from fantasy_jax import cli, media
 from fantasy_jax.config import ConfigError
 from fantasy_jax.data.preprocessing import fit_picture
 from fantasy_jax.data.speech import SAMPLE_RATE
+from fantasy_jax.evaluation.motion import motion
 from fantasy_jax.evaluation.mouth import correlation, mouth_opening
 from fantasy_jax.typing import Float, UInt8
 
@@ -68,8 +69,13 @@ def main(argv: list[str] | None = None) -> None:
         media.check_writable(arguments.json)
     video, fps = media.read_video(arguments.video)
     energy = sound_energy(media.read_sound(arguments.video), len(video), fps)
-    opening = mouth_opening(video, _box(arguments.face, video.shape))
-    figures = {"correlation_with_energy": correlation(opening, energy)}
+    box = _box(arguments.face, video.shape)
+    face, head = motion(video, box)
+    figures = {
+        "correlation_with_energy": correlation(mouth_opening(video, box), energy),
+        "motion_of_face_in_percent_of_head": face,
+        "motion_of_head_in_percent_of_head": head,
+    }
     if arguments.image:
         picture = fit_picture(media.read_picture(arguments.image), max(video.shape[1:3]))
         figures["first_frame_psnr"] = psnr(video[0], np.asarray(picture))
