@@ -33,6 +33,8 @@ def model_config():
         config,
         transformer=replace(config.transformer, dim=32, ffn_dim=48, **sizes),
         audio_adapter=replace(config.audio_adapter, width=32, **sizes),
+        identity_adapter=None,
+        motion_adapter=None,
     )
 
 
