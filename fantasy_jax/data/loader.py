@@ -1,6 +1,8 @@
 """The loader: records to batches by Grain, in an order that is a function of the step."""
 
+import ctypes
 import logging
+import platform
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +57,7 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own (google/grain, issue 1355)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_run)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_begin_worker)
     return iter(iterable)
 
 
@@ -110,6 +112,16 @@ class _Rows(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._rows[place]]
 
 
-def _leave_interrupts_to_the_run(worker: int, workers: int) -> None:
-    """Ctrl-C reaches every process; the run decides when its workers end."""
+_MALLOC = {-1: 2**30, -3: 2**25, -8: 1}
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (the largest that is allowed) and M_ARENA_MAX of glibc's malloc.h."""
+
+
+def _begin_worker(worker: int, workers: int) -> None:
+    """What is set in a process that reads."""
+    # Ctrl-C reaches every process; the run decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Memory of one record is kept for the next: given back and asked for anew, page by page, it would take
+    # longer than reading takes.
+    if platform.libc_ver()[0] == "glibc":
+        for parameter, value in _MALLOC.items():
+            ctypes.CDLL(None).mallopt(parameter, value)

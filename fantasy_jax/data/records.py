@@ -5,10 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from fantasy_jax.config import ConfigError, as_json
 
 Record = dict[str, Any]
+
+
+class _Uncompressed:
+    """Writes TFDS' array records as they are: arrays of floats hardly shrink, and take long to unpack.
+
+    What does shrink, such as bytes of pictures, is packed by its own encoding.
+    """
+
+    def write(self, path: Path, examples: Iterable[tuple[Any, bytes]]) -> None:
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for _, example in examples:
+            writer.write(example)
+        writer.close()
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
@@ -34,6 +48,9 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(dict(self._features)),
             metadata=tfds.core.MetadataDict(self._settings),
         )
+
+    def _example_writer(self) -> _Uncompressed:
+        return _Uncompressed()
 
     def _split_generators(self, download_manager: Any) -> dict[str, Iterable[tuple[int, Record]]]:
         return {split: enumerate(records) for split, records in self._records.items()}
