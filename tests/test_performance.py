@@ -126,7 +126,9 @@ def test_what_does_not_fit_is_accounted_for(words, monkeypatch, capsys):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}")
 
     arguments = {"kernel": array(2**28, dtype=jnp.bfloat16), "bias": array(16)}
-    report = ahead.compile_ahead(ahead.Program("step", Lowered, arguments, 10), "v5e:2x4", make_mesh(fsdp=8))
+    report = ahead.compile_ahead(
+        ahead.Program("step", Lowered, arguments, 10, print), "v5e:2x4", make_mesh(fsdp=8)
+    )
     assert not report.fits
     assert report.arguments + report.temporaries == int(20.5 * 2**30)
     assert ahead.show([report], None) == 1

@@ -47,12 +47,14 @@ class Program:
         lower: Lowers the very function that runs.
         arguments: What it is handed, abstract, with shardings.
         flops: Operations of a call, on all chips together.
+        call: That function, of arrays like the arguments.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     arguments: Leaf
     flops: int
+    call: Callable[..., Leaf]
 
 
 @dataclass(frozen=True)

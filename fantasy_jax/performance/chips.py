@@ -28,13 +28,16 @@ class Chip:
     link_rate: float
 
 
-# cloud.google.com/tpu/docs: system architecture of each; nvidia.com: data sheets of the SXM forms.
+# cloud.google.com/tpu/docs: system architecture of each; nvidia.com: data sheets, without sparsity.
 CHIPS = {
     "TPU v4": Chip("v4", 275e12, 32 * GIB, 1228e9, 300e9),
     "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
     "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
     "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40 * GIB, 1555e9, 600e9),
+    "NVIDIA A100 80GB PCIe": Chip("A100 PCIe", 312e12, 80 * GIB, 1935e9, 600e9),
     "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80 * GIB, 2039e9, 600e9),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GIB, 2000e9, 600e9),
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350e9, 900e9),
     "NVIDIA H200": Chip("H200", 989e12, 141 * 10**9, 4800e9, 900e9),
 }

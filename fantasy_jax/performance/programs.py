@@ -54,6 +54,7 @@ def training_steps(
             partial(trainer.step.lower, *arguments),
             arguments,
             count_flops(trainer.step, *arguments),
+            trainer.step,
         )
 
 
@@ -91,4 +92,5 @@ def guided_step(
         partial(euler_step.lower, *static, *arguments),
         arguments,
         count_flops(partial(euler_step.__wrapped__, *static), *arguments),
+        partial(euler_step, *static),
     )
