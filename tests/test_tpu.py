@@ -83,8 +83,8 @@ def test_splash_attention_compiles_for_a_slice(topology):
         # Gradients of keys and values are added up where they belong, not everywhere.
         ("gather", {"all-gather": 2.0, "reduce-scatter": 2.0}),
         ("all_to_all", {"all-to-all": 8 / 4}),
-        # Keys and values three steps forward and three backward; gradients four steps in float32.
-        ("ring", {"collective-permute": 2 * (3 + 3) / 4 + 2 * 4 / 4 * 2}),
+        # Keys and values three steps forward and three backward; gradients three in float32, and one home.
+        ("ring", {"collective-permute": 2 * (3 + 3) / 4 + 2 * (3 * 2 + 1) / 4}),
     ],
 )
 def test_every_way_across_devices_compiles_for_a_slice(way, sent):

@@ -9,8 +9,8 @@ With c devices, and M the bytes of all their queries (of keys, and of values, as
                   forward         of gradients              and holds, beside its own part
     gather        2M (c-1)/c      2M (c-1)/c                2M
     all_to_all    4M (c-1)/c^2    4M (c-1)/c^2              4M/c
-    ring          2M (c-1)/c      4M, for it adds up in     4M/c
-                                  float32, and the keys
+    ring          2M (c-1)/c      up to 4M, as it adds up   4M/c
+                                  in float32, and keys
                                   and values once more
 
 and what is sent forward, twice, where a block is computed anew for the backward pass. The first two attend
@@ -180,8 +180,8 @@ def _ring_backward(kv_length: int | None, residuals: _Arrays, gradient: Array) -
 
     carry, _ = jax.lax.scan(step, ((k, v), (of_keys, of_keys), of_queries), jnp.arange(last))
     of_keys, of_queries = learn(*carry, last)
-    found = (_whole(of_queries, q.shape[1]), *_pass_on(of_keys))  # one step further they are at home
-    return tuple(gradient.astype(x.dtype) for gradient, x in zip(found, (q, k, v), strict=True))
+    of_k, of_v = _pass_on(tuple(x.astype(k.dtype) for x in of_keys))  # one step further they are at home
+    return _whole(of_queries, q.shape[1]).astype(q.dtype), of_k, of_v
 
 
 _by_ring.defvjp(_ring_forward, _ring_backward)
