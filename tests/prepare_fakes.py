@@ -1,11 +1,13 @@
 """Small videos of drawn faces, and detectors that know how they are drawn.
 
-Run as a program it is `python -m fantasy_jax.data.prepare` with these detectors.
+Run as a program it is `python -m fantasy_jax.data.prepare` with these detectors, and without networks.
 """
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 
@@ -137,8 +139,46 @@ def open_fakes(config) -> Iterator[Detectors]:
     yield Detectors(DrawnFaces(), DrawnBodies())
 
 
+class QuickEncoder:
+    """Stands for `ClipEncoder` where not the networks are tested, but what is done with their results."""
+
+    def __init__(self, networks, *, batch_size, texts=None):
+        self._texts = texts or quick_text
+
+    def __call__(self, records):
+        """Encodes a batch."""
+        return [
+            {
+                "latents": record["video"].mean(axis=(1, 2)).astype(np.float32),
+                "lips": record["lips"].mean(axis=(1, 2)).astype(np.float32),
+                "text": self._texts(record["prompt"]),
+                "sound": record["sound"],
+            }
+            for record in records
+        ]
+
+
+def quick_text(prompt):
+    """Stands for a prompt's tokens."""
+    return np.full((1 + len(prompt), 2), len(prompt), np.float32)
+
+
+@contextmanager
+def without_networks():
+    """The preparation with these two in place of networks."""
+    places = ("fantasy_jax.data.prepare.encode", "fantasy_jax.data.prepare.beam")
+    with ExitStack() as patched:
+        for place in places:
+            if place in sys.modules:
+                patched.enter_context(patch(f"{place}.ClipEncoder", QuickEncoder))
+        texts = lambda networks, prompts: [quick_text(prompt)[None] for prompt in prompts]  # noqa: E731
+        patched.enter_context(patch(f"{places[0]}.encode_text", texts))
+        yield
+
+
 if __name__ == "__main__":
     from fantasy_jax import cli
     from fantasy_jax.data.prepare.command import main
 
-    cli.run(partial(main, open_detectors=open_fakes), "prepare")
+    with without_networks():
+        cli.run(partial(main, open_detectors=open_fakes), "prepare")
