@@ -196,6 +196,7 @@ def _record(
     heard = _heard(piece, sound, task, measures)
     check("speech", filters.speech_share(heard, config.speech_strictness), config, measures)
     faces = track_faces(detectors.faces, piece.video, config.landmarks)
+    measures["faces"] = float(len(faces))
     face, several = filters.choose_face(faces, config.face)
     sure = face.present & (face.score >= config.min_face_confidence)
     check("face_frames", float(sure.mean()), config, measures)
