@@ -212,6 +212,7 @@ def test_the_defaults_are_the_official_scripts():
         "prompt_scale": 5.0,
         "audio_scale": 5.0,
         "loudness": 1.0,
+        "identity_scale": 0.5,
         "audio": "frame",
         "batch_branches": True,
     }

@@ -13,6 +13,8 @@ MODULES = [module.name for module in pkgutil.walk_packages(fantasy_jax.__path__,
 @pytest.mark.networks
 @pytest.mark.parametrize("name", [*MODULES, "sample", "convert_weights", "configs.tiny"])
 def test_imports(name):
+    if name.endswith(".beam"):  # an extra of its own, which continuous integration installs
+        pytest.importorskip("apache_beam")
     importlib.import_module(name)
 
 

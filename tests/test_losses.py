@@ -52,6 +52,6 @@ def test_the_mask_chooses_what_counts_and_its_area_does_not_matter():
     np.testing.assert_allclose(velocity_loss(velocity, target, lips, ~masked), [5, 5, 5], rtol=1e-5)
     # Divided by the picture's area, a quarter and a half of it are left.
     undivided = velocity_loss(velocity, target, lips, masked, by_area=False)
-    np.testing.assert_allclose(undivided, [1 / 8, 1 / 2, 5], rtol=1e-5)
+    np.testing.assert_allclose(undivided, [1 / 4, 1 / 2, 5], rtol=1e-5)
     softer = velocity_loss(velocity, target, lips, masked, outside=1.0)
     np.testing.assert_allclose(softer, [5, 5, 5], rtol=1e-5)

@@ -80,7 +80,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
 
 
 def test_what_is_saved_before_pictures_is_all_there_is_to_save(tmp_path):
-    def show(model):
+    def show(model, videos):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 

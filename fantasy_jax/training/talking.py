@@ -108,7 +108,7 @@ def talking_loss(
     keys: Array,
     *,
     config: TalkingStageConfig,
-    empty_text: Float[Array | np.ndarray, "1 L C"],
+    empty_text: Float[Array | np.ndarray, "1 L D"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Error of the velocity at drawn noise levels, with conditions dropped by chance.
 
@@ -151,7 +151,7 @@ def validation_losses(
     sigma: Float[Array, ""],
     *,
     config: TalkingStageConfig,
-    empty_text: Float[Array | np.ndarray, "1 L C"],
+    empty_text: Float[Array | np.ndarray, "1 L D"],
 ) -> Metrics:
     """Errors of the velocity at one noise level, from noise that is always the same, with every condition.
 
@@ -191,7 +191,7 @@ def _velocity(
     sigma: Float[Array, " B"],
     kept: Mapping[str, Float[Array, " B"]],
     audio: Literal["clip", "frame"],
-    empty_text: Float[Array | np.ndarray, "1 L C"],
+    empty_text: Float[Array | np.ndarray, "1 L D"],
 ) -> Float[Array, "B F h w C"]:
     """What is predicted; `kept` says with 1 and 0 which clip has which condition."""
     latents = batch["latents"]
