@@ -72,7 +72,7 @@ def train(sizes, grid, way="auto"):
         )
 
         def step(layer, x):
-            return x + layer(constrain(x, "batch", "space", None, None), tables, space, way)
+            return x + layer(constrain(x, "batch", "space", None, None), tuple(tables), space, way)
 
         x = scan_layers(step, nnx.merge(graphdef, params), x, saved_names=())[:, :space]
         return jnp.mean((x - target) ** 2), x

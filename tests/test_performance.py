@@ -19,7 +19,7 @@ from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.ahead import clip_size, weighty
 from fantasy_jax.performance.chips import CHIPS, chip_of
-from fantasy_jax.performance.collectives import exchanges
+from fantasy_jax.performance.collectives import Exchange, exchanges
 from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.sharding import make_mesh
 
@@ -102,6 +102,28 @@ def test_exchanges_are_read_off_a_program_loops_and_all():
     found = exchanges(jax.jit(loop).lower(x, weights).compile().as_text())
     assert found["all-gather"].count in (1, 5)  # in the loop, or all of them before it
     assert found["all-gather"].bytes == 5 * 16 * 16 * 4
+
+
+def test_a_reduce_scatter_counts_what_goes_in_however_it_is_written():
+    program = """
+%all-reduce-scatter.1 (input: bf16[8,16]) -> bf16[2,16] {
+  %input = bf16[8,16]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,16]{1,0} all-reduce(%input), to_apply=%add
+  ROOT %slice.1 = bf16[2,16]{1,0} dynamic-slice(%all-reduce.1, %index), dynamic_slice_sizes={2,16}
+}
+
+ENTRY %main (x: bf16[8,16], y: f32[4]) -> bf16[2,16] {
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = f32[4]{0} parameter(1)
+  %all-reduce.2 = f32[4]{0} all-reduce(%y), to_apply=%sum
+  %reduce-scatter.1 = bf16[2,16]{1,0:T(8,128)(2,1)} reduce-scatter(%x), dimensions={0}, to_apply=%add
+  ROOT %fusion.1 = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert exchanges(program) == {
+        "all-reduce": Exchange(1, 16),
+        "reduce-scatter": Exchange(2, 2 * 8 * 16 * 2),
+    }
 
 
 def test_what_weighs_most_on_a_chip():

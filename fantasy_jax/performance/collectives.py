@@ -54,10 +54,11 @@ def exchanges(program: str) -> dict[str, Exchange]:
 def _add_up(name: str, times: int, bodies: dict[str, str], totals: dict[str, list[int]]) -> None:
     body = bodies.get(name, "")
     for result, kind, started, operands in _COLLECTIVE.findall(body):
-        total = totals[kind]
-        total[0] += times
         scattered = kind == "reduce-scatter"
         size = _operand_bytes(operands, body) if scattered else _result_bytes(result, kind, bool(started))
+        # TPUs' compiler may write it as a kernel of this name: an all-reduce, of which a part is kept.
+        total = totals["reduce-scatter" if name.startswith("all-reduce-scatter") else kind]
+        total[0] += times
         total[1] += times * size
     for condition, looped, rest in _WHILE.findall(body):
         inside: dict[str, list[int]] = defaultdict(lambda: [0, 0])
