@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from prepare_fakes import open_fakes
+from prepare_fakes import open_fakes, without_networks
 from test_prepare import command, config_file, make_input, records_of  # noqa: F401
 
 from fantasy_jax.data.prepare.command import main

@@ -7,7 +7,7 @@ system that all of them see.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class BeamRun:
         config = tfds.download.DownloadConfig(beam_options=PipelineOptions(list(options)))
         builder.download_and_prepare(download_config=config)
         described = json.loads((self.output / _CLIPS).read_text())
-        return Path(builder.data_dir), [Clip(**clip) for clip in described]
+        return Path(builder.data_dir), [Clip.from_json(clip) for clip in described]
 
     def _example(self) -> Record:
         """A record of a grey clip: Beam wants the schema before there is a record."""
@@ -134,7 +134,7 @@ class PreparedClips(RecordsBuilder):
             | beam.Reshuffle()  # a worker that takes one video need not take the next
             | "Clips" >> beam.ParDo(PrepareVideo(run.task, run.open_detectors))
         )
-        described = clips | beam.Map(lambda clip: asdict(replace(clip, record=None, picture=None)))
+        described = clips | beam.Map(Clip.to_json)
         _ = described | "All" >> beam.combiners.ToList() | beam.Map(_write_json, run.output / _CLIPS)
         kept = clips | beam.Filter(lambda clip: not clip.dropped)
         motion = (

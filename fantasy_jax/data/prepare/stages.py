@@ -6,7 +6,8 @@ Processes here and workers of Apache Beam run the same function.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -100,6 +101,15 @@ class Clip:
     measures: dict[str, float] = field(default_factory=dict)
     picture: UInt8[np.ndarray, "H W 3"] | None = None
     record: Record | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All but picture and record, JSON's types."""
+        return asdict(replace(self, picture=None, record=None))
+
+    @classmethod
+    def from_json(cls, described: dict[str, Any]) -> "Clip":
+        """Reads it back."""
+        return cls(**described | {"seconds": tuple(described["seconds"])})
 
     @property
     def line(self) -> str:

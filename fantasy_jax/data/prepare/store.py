@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def write_clips(work: Path, source: Source, clips: Sequence[Clip] | Iterator[Cli
             rest = {name: value for name, value in clip.record.items() if name != "video"}
             np.savez_compressed(stem.with_suffix(".npz"), **rest)
             media.write_video(stem.with_suffix(".mp4"), clip.record["video"], 25, lossless=True)
-        described.append(asdict(replace(clip, record=None, picture=None)))
+        described.append(clip.to_json())
     (partial / _CLIPS).write_text(json.dumps(described, indent=1))
     try:
         partial.rename(folder)
@@ -172,7 +172,7 @@ def write_clips(work: Path, source: Source, clips: Sequence[Clip] | Iterator[Cli
 def read_clips(work: Path, source: Source) -> list[Clip]:
     """A video's clips, under its present name."""
     described = json.loads((_folder(work, source.digest) / _CLIPS).read_text())
-    return [Clip(**clip | {"source": source.name, "seconds": tuple(clip["seconds"])}) for clip in described]
+    return [Clip.from_json(clip | {"source": source.name}) for clip in described]
 
 
 def _folder(work: Path, digest: str) -> Path:
