@@ -35,6 +35,7 @@ ContextParallelism = Literal["auto", "gather", "all_to_all", "ring"]
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # fsdp cuts parameters; for activations it is more data parallelism
     "space": "context",
+    "rows": ("context", "tensor"),  # a VAE has no heads to cut: all devices of a clip share its rows
     "heads": "tensor",  # of an MLP: its hidden units
     # Of parameters alone, and for memory alone: a layer is gathered when its turn comes. Along `context` too
     # would save more, but TPUs' compiler then adds up where it should gather, twice the bytes; along `data`
@@ -46,7 +47,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Convolutions are small, and what they read is cut by rows: every device needs all of them.
-    (r"(^|/)(encoder|decoder)/", ()),
+    (r"(^|/)(encoder|decoder|moments|latents_in|shortcut)/", ()),
     (r"conv\w*/", ()),
     # Columns of one head stay together, and so do rows of what reads heads.
     (r"\b(query|key|value|gate|mlp_in)/kernel$", ("embed", "heads")),
@@ -185,6 +186,11 @@ def partition(*dimensions: str | None) -> PartitionSpec:
     if len(set(used)) < len(used):
         raise ValueError(f"dimensions {dimensions} collide: they are cut along {used}")
     return PartitionSpec(*axes)
+
+
+def whole(tree: Leaf) -> Leaf:
+    """Puts all of every array on every device of the mesh in force; nothing without a mesh."""
+    return tree if jax.sharding.get_abstract_mesh().empty else jax.device_put(tree, PartitionSpec())
 
 
 def parameter_partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -4,6 +4,9 @@ Source: Wan2.1, `wan/modules/vae.py`. A video is worked through in chunks, the f
 others of four (one latent frame each), under `jax.lax.scan`; every causal convolution carries the last
 frames that it saw into the next chunk, so memory does not grow with the length. A convolution that has seen
 nothing carries zeros, which is what causal padding is.
+
+On a mesh the devices of a clip share its rows (`models/rows.py`): a convolution is sent its neighbours'
+nearest rows, the attention in the middle gathers keys and values, and all else needs nothing from others.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from flax import nnx
 
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.layers import convolve
+from fantasy_jax.models.rows import Rows, by_rows
 from fantasy_jax.typing import Array, DType, Float
 
 CHUNK = 4
@@ -25,6 +29,8 @@ CHUNK = 4
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nnx.Conv, kernel_init=_UNIFORM, conv_general_dilated=convolve)
 Linear = partial(nnx.Linear, kernel_init=_UNIFORM)
+_COLUMNS = [(0, 0), (0, 0), (1, 1)]
+"""What a convolution pads by itself; rows around a picture may be on other devices."""
 
 Carried = tuple[Array, ...]
 """Frames that the layers carry from chunk to chunk, in the order in which they run."""
@@ -80,8 +86,14 @@ class FrameMemory:
     Layers ask in the same order in every chunk.
     """
 
-    def __init__(self, carried: Carried | None):
-        """Starts a chunk; None is the first one, of a single frame, before which all is zero."""
+    def __init__(self, carried: Carried | None, rows: Rows):
+        """Starts a chunk.
+
+        Args:
+            carried: From the chunk before; None in the first one, of a single frame: before it all is zero.
+            rows: Who holds which.
+        """
+        self.rows = rows
         self.first = carried is None
         self._before = list(carried or ())
         self._kept: list[Array] = []
@@ -128,11 +140,11 @@ class CausalConv(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, **types):
         """Builds a convolution of three frames, rows and columns."""
-        self.conv = Conv(inputs, outputs, (3, 3, 3), padding=[(0, 0), (1, 1), (1, 1)], **types)
+        self.conv = Conv(inputs, outputs, (3, 3, 3), padding=_COLUMNS, **types)
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W D"]:
         """Convolves a chunk, after the frames of the one before."""
-        return self.conv(memory.extend(x, 2))
+        return self.conv(memory.rows.extend(memory.extend(x, 2), above=1, below=1))
 
 
 class ResidualBlock(nnx.Module):
@@ -162,24 +174,24 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B T H W C"]:
         """Runs on a chunk; frames do not see each other."""
-        batch, frames, height, width, _ = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 1, -1)
-        heard = attention(*jnp.split(qkv, 3, axis=-1))
-        return x + self.out(heard.reshape(x.shape))
+        q, k, v = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
+        k, v = memory.rows.gather(k), memory.rows.gather(v)
+        q, k, v = (y.reshape(x.shape[0] * x.shape[1], -1, 1, x.shape[-1]) for y in (q, k, v))
+        return x + self.out(attention(q, k, v).reshape(x.shape))
 
 
 class Downsample(nnx.Module):
     """Halves space, and time if asked; the first frame stays one frame."""
 
     def __init__(self, dim: int, *, temporal: bool, **types):
-        padding = [(0, 0), (0, 1), (0, 1)]
+        padding = [(0, 0), (0, 0), (0, 1)]
         self.conv = Conv(dim, dim, (1, 3, 3), strides=(1, 2, 2), padding=padding, **types)
         stride = {"strides": (2, 1, 1), "padding": "VALID"}
         self.time_conv = Conv(dim, dim, (3, 1, 1), **stride, **types) if temporal else None
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U h w C"]:
         """Runs on a chunk."""
-        x = self.conv(x)
+        x = self.conv(memory.rows.extend(x, above=0, below=1))
         if self.time_conv is None:
             return x
         extended = memory.extend(x, 1)
@@ -190,7 +202,7 @@ class Upsample(nnx.Module):
     """Doubles space and halves channels, and doubles time if asked; the first frame stays one frame."""
 
     def __init__(self, dim: int, *, temporal: bool, **types):
-        self.conv = Conv(dim, dim // 2, (1, 3, 3), padding="SAME", **types)
+        self.conv = Conv(dim, dim // 2, (1, 3, 3), padding=_COLUMNS, **types)
         self.time_conv = Conv(dim, 2 * dim, (3, 1, 1), padding="VALID", **types) if temporal else None
 
     def __call__(self, x: Float[Array, "B T H W C"], memory: FrameMemory) -> Float[Array, "B U 2*H 2*W D"]:
@@ -203,7 +215,8 @@ class Upsample(nnx.Module):
                 batch, frames, height, width, channels = x.shape
                 pairs = self.time_conv(extended).reshape(batch, frames, height, width, 2, channels)
                 x = pairs.transpose(0, 1, 4, 2, 3, 5).reshape(batch, 2 * frames, height, width, channels)
-        return self.conv(x.repeat(2, axis=2).repeat(2, axis=3))
+        x = x.repeat(2, axis=2).repeat(2, axis=3)
+        return self.conv(memory.rows.extend(x, above=1, below=1))
 
 
 class Coder(nnx.Module):
@@ -216,9 +229,11 @@ class Coder(nnx.Module):
         self.norm_out = VAERMSNorm(widths[1], **types)
         self.conv_out = CausalConv(widths[1], outputs, **types)
 
-    def __call__(self, x: Float[Array, "B T H W C"], carried: Carried | None) -> tuple[Array, Carried]:
+    def __call__(
+        self, x: Float[Array, "B T H W C"], carried: Carried | None, rows: Rows
+    ) -> tuple[Array, Carried]:
         """Runs one chunk; returns what comes out and what the next chunk needs."""
-        memory = FrameMemory(carried)
+        memory = FrameMemory(carried, rows)
         x = self.conv_in(x, memory)
         for layer in self.layers:
             x = layer(x, memory)
@@ -337,25 +352,36 @@ class WanVAE(nnx.Module):
                 f"a video of {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]} does not fit: "
                 f"frames must be 4k + 1, sides multiples of {factor}"
             )
+        graphdef, state = nnx.split(self)
+        moments = by_rows(
+            lambda state, video, rows: nnx.merge(graphdef, state)._encode(video, rows),
+            state,
+            video,
+            multiple=factor,
+        )
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, log_variance
+
+    def _encode(self, video: Float[Array, "B T H W 3"], rows: Rows) -> Float[Array, "B F h w D"]:
+        """Mean and log variance, side by side, of the rows that are here."""
         blocks = to_blocks(video, 1, self.config.patch)
-        first, carried = self.encoder(blocks[:, :1], None)
+        first, carried = self.encoder(blocks[:, :1], None, rows)
         graphdef, state = nnx.split(self.encoder)
 
         @jax.checkpoint
         def encode_chunk(state: nnx.State, carried: Carried, index: Array) -> tuple[Array, Carried]:
             chunk = jax.lax.dynamic_slice_in_dim(blocks, 1 + CHUNK * index, CHUNK, axis=1)
-            return nnx.merge(graphdef, state)(chunk, carried)
+            return nnx.merge(graphdef, state)(chunk, carried, rows)
 
         def body(carried: Carried, index: Array) -> tuple[Carried, Array]:
             encoded, carried = encode_chunk(state, carried, index)
             return carried, encoded[:, 0]
 
         _, rest = jax.lax.scan(body, carried, jnp.arange(video.shape[1] // CHUNK))
-        moments = jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
-        mean, log_variance = jnp.split(self.moments(moments), 2, axis=-1)
-        if self.shortcut is not None:
-            mean += self.shortcut.encode(video)
-        return mean, log_variance
+        moments = self.moments(jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1))
+        if self.shortcut is None:
+            return moments
+        return moments.at[..., : self.config.latent_channels].add(self.shortcut.encode(video))
 
     def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
         """Normalised latents of a video: the posterior's mean.
@@ -367,15 +393,22 @@ class WanVAE(nnx.Module):
 
     def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
         """Video of normalised latents; not clamped to [-1, 1], which is the caller's to do."""
+        graphdef, state = nnx.split(self)
+        return by_rows(
+            lambda state, latents, rows: nnx.merge(graphdef, state)._decode(latents, rows), state, latents
+        )
+
+    def _decode(self, latents: Float[Array, "B F h w C"], rows: Rows) -> Float[Array, "B T H W 3"]:
+        """Video of the rows that are here."""
         latents = latents * self.latent_std.get_value() + self.latent_mean.get_value()
         linear = 0 if self.shortcut is None else self.shortcut.decode(latents)
         latents = self.latents_in(latents)
-        first, carried = self.decoder(latents[:, :1], None)
+        first, carried = self.decoder(latents[:, :1], None, rows)
         graphdef, state = nnx.split(self.decoder)
 
         @jax.checkpoint
         def decode_chunk(state: nnx.State, carried: Carried, latent: Array) -> tuple[Array, Carried]:
-            return nnx.merge(graphdef, state)(latent, carried)
+            return nnx.merge(graphdef, state)(latent, carried, rows)
 
         def body(before: tuple[Carried, Array], index: Array) -> tuple[tuple[Carried, Array], None]:
             carried, video = before
