@@ -1,13 +1,13 @@
 """Picture, speech and prompt to video: encoders, transformer, sampler and VAE put together.
 
 Each network is built when its phase begins and dropped when it ends, so that the text encoder's memory is
-free before the transformer needs it. Source of the steps: fantasy-talking, `infer.py` and
-`diffsynth/pipelines/wan_video.py`.
+free before the transformer needs it. On a mesh each runs on all of its devices. Source of the steps:
+fantasy-talking, `infer.py` and `diffsynth/pipelines/wan_video.py`.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import save
 
@@ -33,12 +33,14 @@ from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapte
 from fantasy_jax.models.adapters.motion import NEUTRAL, MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.face_encoder import FaceEncoder, FaceEncoderConfig
-from fantasy_jax.models.tiling import PIXELS_PER_LATENT, tiled_decode
+from fantasy_jax.models.layers import run
+from fantasy_jax.models.rows import sharing_rows
+from fantasy_jax.models.tiling import PIXELS_PER_LATENT, decode, tiled_decode
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
-from fantasy_jax.sharding import MeshConfig, in_host_memory, make_mesh, share
+from fantasy_jax.sharding import MeshConfig, constrain, in_host_memory, make_mesh, share, whole
 from fantasy_jax.typing import Array, DType, Float, UInt8
 
 
@@ -124,10 +126,11 @@ class SampleConfig(SamplerConfig):
         face_box: Where the face is instead: left, top, right, bottom of the head as shares of the picture,
             for drawings in which no detector sees one. None: it is looked for.
         face: Which of several faces is meant, from 1, counted from the left; None takes the largest.
-        mesh: How devices share the transformer; `tensor` shares its weights, too. Encoders and VAE use one.
+        mesh: How devices share each network; `tensor` shares weights, too. In the VAE `context` and
+            `tensor` together share a picture's rows.
         merge_lora: Whether a LoRA of the store is added to the weights that are sampled from. Beside them it
             costs a percent more operations (at rank 32), and nothing is rounded.
-        tile: Rows and columns of latents that are decoded at once.
+        tile: Rows and columns of latents that are decoded at once, where one device decodes.
         tile_stride: From one tile to the next; what overlaps is blended.
     """
 
@@ -281,6 +284,61 @@ class RandomNetworks:
         return self._build(WanTransformer, self.config.transformer, adapters=adapters)
 
 
+class SharedNetworks:
+    """Networks whose parameters are cut for a mesh: no device need hold what all of them share."""
+
+    def __init__(self, networks: Networks, config: MeshConfig, mesh: Mesh):
+        """Keeps where they come from, and what they are cut for: the mesh, made from its settings."""
+        self.config = networks.config
+        self._networks, self._mesh = networks, mesh
+        self._context_parallelism = config.context_parallelism
+
+    def text_encoder(self) -> tuple[UMT5Encoder, Tokenizer]:
+        """The text encoder and its tokenizer."""
+        with in_host_memory():
+            encoder, tokenizer = self._networks.text_encoder()
+        return share(encoder, self._mesh), tokenizer
+
+    def image_encoder(self) -> CLIPVisionModel:
+        """The picture encoder."""
+        with in_host_memory():
+            return share(self._networks.image_encoder(), self._mesh)
+
+    def speech_encoder(self) -> SpeechEncoder:
+        """The maker of speech features."""
+        with in_host_memory():
+            encoder = self._networks.speech_encoder()
+        return replace(encoder, model=share(encoder.model, self._mesh))
+
+    def face_encoder(self) -> FaceEncoder:
+        """The face encoder."""
+        with in_host_memory():
+            return share(self._networks.face_encoder(), self._mesh)
+
+    def vae(self) -> WanVAE:
+        """The VAE."""
+        with in_host_memory():
+            return share(self._networks.vae(), self._mesh)
+
+    def transformer(self) -> WanTransformer:
+        """The transformer with its adapters."""
+        with in_host_memory():
+            transformer = self._networks.transformer()
+        transformer.context_parallelism = self._context_parallelism
+        return share(transformer, self._mesh)
+
+
+@contextmanager
+def on_mesh(networks: Networks, config: MeshConfig) -> Iterator[Networks]:
+    """Puts a mesh in force, and gives the networks cut for it; on one device, the networks as they are."""
+    mesh = make_mesh(**config.axes)
+    if mesh.size == 1:
+        yield networks
+        return
+    with jax.set_mesh(mesh):
+        yield SharedNetworks(networks, config, mesh)
+
+
 Phase = Callable[[str], AbstractContextManager]
 """Wraps each phase of the work, by its name, to time and report it."""
 
@@ -395,52 +453,36 @@ def generate_latents(
     """
     num_frames = clip_frames(sound.size / SAMPLE_RATE, config)
     motion, face = motion_input(networks.config, config), None
-    if networks.config.identity_adapter:
-        with phase("Face encoder"):  # first, for it is quick to tell that there is no face
-            face = encode_face(networks, config, picture, face_points)
-    with phase("Text encoder"):
-        text, negative = encode_text(networks, [prompt, config.negative_prompt])
-    with phase("Picture encoder"):
-        pixels = jnp.asarray(to_pixels(fit_picture(picture, config.longest_edge)))
-        image = encode_picture(networks, pixels)
-    with phase("Speech encoder"):
-        audio = networks.speech_encoder()(sound[: int(num_frames / config.fps * SAMPLE_RATE)])
-    with phase("First frame through the VAE"):
-        encode = nnx.jit(first_frame_latents, static_argnums=2)
-        first_frame = first_frame_condition(encode(networks.vae(), pixels[None], num_frames))
-        first_frame.block_until_ready()
-    with phase("Transformer"):
-        inputs = SamplerInputs(first_frame, text, negative, image, audio, motion, face)
-        return _sample_on_mesh(networks, noise, inputs, config, progress=progress)
-
-
-def _sample_on_mesh(
-    networks: Networks,
-    noise: Float[Array, "1 F h w C"],
-    inputs: SamplerInputs,
-    config: SampleConfig,
-    *,
-    progress: bool,
-) -> Float[Array, "1 F h w C"]:
-    mesh = make_mesh(**config.mesh.axes)
-    if mesh.size == 1:
-        return sample(networks.transformer(), noise, inputs, config, progress=progress)
-    with jax.set_mesh(mesh):
-        with in_host_memory():  # one device need not hold what all of them share
-            transformer = networks.transformer()
-        transformer.context_parallelism = config.mesh.context_parallelism
-        noise, inputs = jax.device_put((noise, inputs), NamedSharding(mesh, PartitionSpec()))
-        latents = sample(share(transformer, mesh), noise, inputs, config, progress=progress)
-    return jnp.asarray(np.asarray(latents))  # on one device again
+    with on_mesh(networks, config.mesh) as networks:
+        if networks.config.identity_adapter:
+            with phase("Face encoder"):  # first, for it is quick to tell that there is no face
+                face = encode_face(networks, config, picture, face_points)
+        with phase("Text encoder"):
+            text, negative = encode_text(networks, [prompt, config.negative_prompt])
+        with phase("Picture encoder"):
+            pixels = jnp.asarray(to_pixels(fit_picture(picture, config.longest_edge)))
+            image = encode_picture(networks, pixels)
+        with phase("Speech encoder"):
+            audio = networks.speech_encoder()(sound[: int(num_frames / config.fps * SAMPLE_RATE)])
+        with phase("First frame through the VAE"):
+            latents = encode_first_frame(networks.vae(), pixels[None], num_frames)
+            first_frame = first_frame_condition(latents).block_until_ready()
+        with phase("Transformer"):
+            inputs = SamplerInputs(first_frame, text, negative, image, audio, motion, face)
+            return sample(networks.transformer(), *whole((noise, inputs)), config, progress=progress)
 
 
 def decode_latents(
     networks: Networks, latents: Float[Array, "1 F h w C"], config: SampleConfig, *, progress: bool = False
 ) -> UInt8[np.ndarray, "T H W 3"]:
-    """Latents to the frames of the video, tile by tile."""
-    vae = networks.vae()
-    video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
-    return to_uint8(np.asarray(video[0]))
+    """Latents to the frames of the video: by devices that share the rows, or by one, tile by tile."""
+    with on_mesh(networks, config.mesh) as networks:
+        vae = networks.vae()
+        if sharing_rows() > 1:
+            video = decode(vae, whole(latents))
+        else:
+            video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
+    return to_uint8(np.asarray(video[0], np.float32))
 
 
 def from_uint8(video: UInt8[Array | np.ndarray, "*n H W 3"]) -> Float[Array, "*n H W 3"]:
@@ -457,9 +499,7 @@ def encode_text(networks: Networks, prompts: list[str]) -> list[Float[Array, "1 
     """Each prompt through the text encoder, without padding."""
     encoder, tokenizer = networks.text_encoder()
     ids, lengths = tokenize(prompts, tokenizer, max_length=networks.config.transformer.text_length)
-    encoded = nnx.jit(lambda encoder, *tokens: encoder(*tokens))(
-        encoder, jnp.asarray(ids), jnp.asarray(lengths)
-    )
+    encoded = run(encoder, jnp.asarray(ids), jnp.asarray(lengths))
     return [encoded[i : i + 1, :length].astype(jnp.float32) for i, length in enumerate(lengths)]
 
 
@@ -467,7 +507,7 @@ def encode_picture(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[A
     """The portrait through the picture encoder."""
     encoder = networks.image_encoder()
     small = clip_pixels(pixels[None], encoder.config.image_size)
-    return nnx.jit(lambda encoder, x: encoder(x))(encoder, small).astype(jnp.float32)
+    return run(encoder, small).astype(jnp.float32)
 
 
 def encode_face(
@@ -504,11 +544,18 @@ _encode_faces = nnx.jit(lambda encoder, pixels: encoder(pixels))
 def first_frame_latents(
     vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int
 ) -> Float[Array, "B F h w C"]:
-    """Latents of pictures followed by mid-grey frames (which are not zero latents)."""
+    """Latents of pictures followed by mid-grey frames (which are not zero latents).
+
+    However devices shared the rows, each has its clips' latents whole, as the transformer wants them.
+    """
     batch, *picture = pixels.shape
     grey = jnp.zeros((batch, num_frames - 1, *picture), pixels.dtype)
     video = jnp.concatenate([pixels[:, None], grey], axis=1)
-    return vae.encode(video).astype(jnp.float32)
+    return constrain(vae.encode(video).astype(jnp.float32), "batch", None, None, None, None)
+
+
+encode_first_frame = jax.jit(first_frame_latents, static_argnums=2)
+"""`first_frame_latents` as one compiled program."""
 
 
 def first_frame_condition(latents: Float[Array, "B F h w C"]) -> Float[Array, "B F h w E"]:

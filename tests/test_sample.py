@@ -272,10 +272,13 @@ def test_devices_can_share_the_work(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = [*common(inputs), "--config.sample.steps=2"]
     main([*settings, "--save_latents=one.safetensors"])
+    video, _ = read_video(tmp_path / "out/first.mp4")
     mesh = ["--config.sample.mesh.context=2", "--config.sample.mesh.tensor=4"]
     main([*settings, *mesh, "--save_latents=eight.safetensors"])
     one, eight = (load_file(f"{name}.safetensors")["latents"] for name in ("one", "eight"))
     assert np.abs(one - eight).max() < 1e-4
+    shared, _ = read_video(tmp_path / "out/first.mp4")
+    assert np.abs(video.astype(int) - shared).mean() < 0.5  # of 255; what is left is the codec's
 
 
 def refused(folder, monkeypatch, capsys, arguments):

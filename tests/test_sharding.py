@@ -4,6 +4,7 @@ import functools
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,22 @@ from flax import nnx
 from helpers import layer, randomise, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.config import ConfigError, build, load_config
+from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.pipeline import (
+    ModelConfig,
+    RandomNetworks,
+    encode_picture,
+    encode_text,
+    on_mesh,
+)
 from fantasy_jax.sharding import (
     MESH_AXES,
+    MeshConfig,
     assemble_batch,
     axis_size,
     batch_sharding,
@@ -30,6 +40,7 @@ from fantasy_jax.sharding import (
     parameter_shardings,
     partition,
     rows_of_this_process,
+    share,
 )
 from fantasy_jax.training.talking import TalkingStageConfig, talking_loss
 
@@ -310,6 +321,51 @@ def test_guided_samples_on_a_mesh_are_guided_samples(wide_transformer, sizes, gr
         state = jax.device_put(state, parameter_shardings(state, mesh))
         noise, heard = jax.device_put((inputs["latents"], heard), batch_sharding(mesh))
         assert relative(sample(nnx.merge(graphdef, state), noise, heard, config), expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """Random, of the debug configuration's sizes."""
+    config = load_config(str(Path(__file__).parent.parent / "configs/fantasy_talking_14b.py:debug"))
+    return RandomNetworks(build(ModelConfig, config.model, "model"), byte_tokenizer())
+
+
+def encode_prompts(networks):
+    return jnp.concatenate(encode_text(networks, ["A woman is talking.", "Nothing moves."]), axis=1)
+
+
+def encode_portrait(networks):
+    return encode_picture(networks, draw(64, 48, 3).clip(-1, 1))
+
+
+def encode_speech(networks):
+    return networks.speech_encoder()(np.asarray(draw(8000)))
+
+
+@pytest.mark.parametrize("encode", [encode_prompts, encode_portrait, encode_speech])
+def test_encoders_on_a_mesh_are_the_encoders(networks, encode):
+    expected = np.asarray(encode(networks))
+    with on_mesh(networks, MeshConfig(fsdp=2, context=2, tensor=2)) as shared:
+        assert relative(encode(shared), expected) < 1e-5
+
+
+def test_encoders_are_cut_by_the_table(networks):
+    mesh = make_mesh(fsdp=2, tensor=2)
+    text, picture, speech, vae = (
+        share(nnx.eval_shape(make), mesh)
+        for make in (
+            lambda: networks.text_encoder()[0],
+            networks.image_encoder,
+            lambda: networks.speech_encoder().model,
+            networks.vae,
+        )
+    )
+    columns, rows = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")
+    assert text.blocks.query.kernel.sharding.spec == columns
+    assert text.blocks.mlp_out.kernel.sharding.spec == rows
+    assert picture.blocks.mlp_in.kernel.sharding.spec == columns
+    assert speech.layers.out.kernel.sharding.spec == rows
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(vae)))
 
 
 def test_parameters_are_cut_by_the_table(wide_transformer):

@@ -6,11 +6,11 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import WeightsError, open_weights
 from fantasy_jax.data.preprocessing import normalise_waveform
+from fantasy_jax.models.layers import run
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.typing import Array, DType, Float
 
@@ -46,7 +46,7 @@ class Wav2Vec2Features:
     def __call__(self, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
         """Encodes one clip, after the processor's normalisation to zero mean and unit variance."""
         normalised = jnp.asarray(normalise_waveform(waveform))[None]
-        return _run(self.model, normalised)
+        return run(self.model, normalised)
 
 
 def load_wav2vec2(folder: str | Path, *, dtype: DType = jnp.float32) -> Wav2Vec2Features:
@@ -60,8 +60,3 @@ def load_wav2vec2(folder: str | Path, *, dtype: DType = jnp.float32) -> Wav2Vec2
     if more or found.component.network is not Wav2Vec2Model:
         raise WeightsError(f"{folder}: holds {found.component.name}, where wav2vec2 is meant")
     return Wav2Vec2Features(found.load(dtype))
-
-
-@nnx.jit
-def _run(model: Wav2Vec2Model, waveform: Float[Array, "1 samples"]) -> Float[Array, "1 A C"]:
-    return model(waveform)

@@ -16,6 +16,9 @@ from flax import nnx
 
 from fantasy_jax.typing import Array, Float
 
+run = jax.jit(lambda network, *inputs: network(*inputs))
+"""A network as one compiled program. (`nnx.jit` would give its parameters back, as if they had changed.)"""
+
 Module = TypeVar("Module", bound=nnx.Module)
 Layers = TypeVar("Layers")
 Carry = TypeVar("Carry")

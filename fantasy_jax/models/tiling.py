@@ -5,15 +5,18 @@ Source: fantasy-talking, `diffsynth/models/wan_video_vae.py`, `tiled_encode` and
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.typing import Array, Float
 
 PIXELS_PER_LATENT = 8
+
+decode = jax.jit(lambda vae, latents: vae.decode(latents))
+"""The whole picture at once, or a tile of it."""
 
 
 def tiled_decode(
@@ -33,7 +36,6 @@ def tiled_decode(
         stride: Rows and columns from one tile to the next, at most `tile`.
         progress: Show a bar.
     """
-    decode = nnx.jit(lambda vae, x: vae.decode(x))
     video = blend_tiles(
         lambda x: decode(vae, x),
         latents,
@@ -54,7 +56,7 @@ def tiled_encode(
     progress: bool = False,
 ) -> Float[Array, "B F h w C"]:
     """Encodes in tiles; `tile` and `stride` are in latents, as for `tiled_decode`."""
-    encode = nnx.jit(lambda vae, x: vae.encode(x))
+    encode = jax.jit(lambda vae, x: vae.encode(x))
     rows, columns = ([size * PIXELS_PER_LATENT for size in pair] for pair in (tile, stride))
     return blend_tiles(
         lambda x: encode(vae, x),
