@@ -9,7 +9,7 @@ from fantasy_jax.config import ConfigError, build
 from fantasy_jax.data.speech import SAMPLE_RATE, load_wav2vec2
 from fantasy_jax.data.text import byte_tokenizer, load_tokenizer
 from fantasy_jax.performance import ahead
-from fantasy_jax.performance.programs import guided_step
+from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipeline import (
     ModelConfig,
     Networks,
@@ -42,7 +42,7 @@ examples:
       --noise=noise.safetensors --save_latents=out/latents.safetensors
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
-  what a guided step would need on eight chips, compiled for them on this machine; nothing is sampled:
+  what each network would need on eight chips, compiled for them on this machine; nothing is sampled:
   python sample.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v6e:2x4 \\
       --config.sample.mesh.context=2 --config.sample.mesh.tensor=4
 
@@ -51,13 +51,13 @@ Every setting of the config file can be given as --config.NAME=VALUE.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and samples one clip, or compiles a step."""
+    """Parses the command line and samples one clip, or compiles what would."""
     arguments, config = cli.parse(_parser(), argv)
     model = build(ModelConfig, config.model, "model")
     settings = build(SampleConfig, config.sample, "sample")
     if arguments.compile_only:
-        step = partial(guided_step, model, settings)
-        return ahead.compile_only(arguments, settings.longest_edge, settings.mesh, step)
+        programs = partial(sampling_programs, model, settings)
+        return ahead.compile_only(arguments, settings.longest_edge, settings.mesh, programs)
     for name in ("image", "audio", "output"):
         if not getattr(arguments, name):
             raise ConfigError(f"--{name} is needed; sample.py --help explains")

@@ -167,13 +167,13 @@ def test_sizes_of_clips():
             clip_size(wrong, 512)
 
 
-def compile_only(config, topology, tmp_path, *options):
+def compile_only(config, topology, tmp_path, *options, program="train.py"):
     if not HAS_COMPILER:
         assert "CI" not in os.environ, "CI installs the extra `tpu`"
         pytest.skip("libtpu is not installed; pip install '.[tpu]'")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     command = [
-        sys.executable, "train.py", f"--config={config}", "--compile_only", f"--topology={topology}",
+        sys.executable, program, f"--config={config}", "--compile_only", f"--topology={topology}",
         f"--json={tmp_path / 'report.json'}", *options,
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -191,6 +191,43 @@ def test_the_small_system_compiles_for_a_slice(topology, tmp_path):
         assert report["fits"]
         assert report["chips"] == 8
         assert report["exchanges"]["all-gather"]["count"] > 0
+
+
+@pytest.mark.slow
+def test_the_small_system_compiles_for_two_slices(tmp_path):
+    result, reports = compile_only(
+        "configs/fantasy_talking_14b.py:debug", "v5e:2x2*2", tmp_path, "--config.train.mesh.data=2"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert {report["chips"] for report in reports} == {8}
+    assert reports[0]["mesh"] == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+
+
+@pytest.mark.slow
+def test_all_that_samples_compiles_for_a_slice(tmp_path):
+    mesh = ("--config.sample.mesh.context=2", "--config.sample.mesh.tensor=4")
+    result, reports = compile_only(
+        "configs/fantasy_talking_14b.py:debug", "v6e:2x4", tmp_path, *mesh, program="sample.py"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [report["program"] for report in reports] == [
+        "text encoder",
+        "picture encoder",
+        "speech encoder",
+        "first frame to latents",
+        "guided step, 3 branches",
+        "latents to video",
+    ]
+    assert all(report["fits"] and report["flops"] for report in reports)
+    # Rows go both ways for 22 convolutions of the encoder and 33 of the decoder, one way for 3 that halve.
+    # Keys and values are gathered, as what products take on a TPU; and latents, for the transformer.
+    frames, latents, width = 3, 3 * 8 * 8, 32
+    encoding, decoding = (reports[i]["exchanges"] for i in (3, 5))
+    assert encoding.keys() == decoding.keys() == {"all-gather", "collective-permute"}
+    assert encoding["collective-permute"]["count"] == frames * (2 * 22 + 3)
+    assert decoding["collective-permute"]["count"] == frames * 2 * 33
+    assert decoding["all-gather"]["bytes"] == latents * 2 * width * 2
+    assert encoding["all-gather"]["bytes"] == latents * (2 * width * 2 + 16 * 4)
 
 
 @pytest.mark.slow

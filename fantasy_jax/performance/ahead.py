@@ -19,6 +19,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from fantasy_jax.cli import phase
 from fantasy_jax.config import ConfigError
 from fantasy_jax.media import check_writable, whole_or_nothing
 from fantasy_jax.models.attention import use_backend
@@ -101,7 +102,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     """The devices of a slice that is not here.
 
     Args:
-        topology: As libtpu calls it: `v5p:4x4x4`, `v5e:16x16`, `v6e:2x4`.
+        topology: As libtpu calls it: `v5p:4x4x4`, `v5e:16x16`, `v6e:2x4`; several alike as `v5p:2x2x2*2`.
 
     Raises:
         ConfigError: libtpu is not installed, or does not know it.
@@ -109,12 +110,14 @@ def slice_devices(topology: str) -> list[jax.Device]:
     for name, value in _NO_MACHINE.items():
         os.environ.setdefault(name, value)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        one, times, count = topology.partition("*")
+        several = {"num_slices": int(count)} if times else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=one, **several).devices
     except Exception as error:  # whatever libtpu, or its absence, makes JAX raise
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(
             f"--topology={topology}: {reason}; it takes the extra `tpu` (pip install '.[tpu]') "
-            "and names such as v5e:4x4, v5p:2x2x2, v6e:2x4"
+            "and names such as v5e:4x4, v5p:2x2x2, v6e:2x4, v6e:2x4*2"
         ) from None
 
 
@@ -147,7 +150,10 @@ def compile_only(
         check_writable(arguments.json)
     mesh = make_mesh(**sizes.axes, devices=slice_devices(topology))
     with jax.set_mesh(mesh), use_backend("splash"):
-        reports = [compile_ahead(program, topology, mesh) for program in programs(size, mesh)]
+        reports = []
+        for program in programs(size, mesh):
+            with phase(f"Compiling: {program.name}"):
+                reports.append(compile_ahead(program, topology, mesh))
     return show(reports, arguments.json)
 
 
@@ -259,7 +265,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile_only", action="store_true", help="compile, say what a chip would need, and run nothing"
     )
-    group.add_argument("--topology", metavar="NAME", help="the slice, as v5e:16x16, v5p:4x4x4 or v6e:2x4")
+    group.add_argument(
+        "--topology", metavar="NAME", help="the slice, as v5e:16x16 or v5p:4x4x4; two of them, as v6e:2x4*2"
+    )
     group.add_argument("--size", metavar="HxW", help="of the clips, in pixels (default: square)")
     group.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
 

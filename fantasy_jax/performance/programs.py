@@ -1,6 +1,6 @@
 """The programs of a configuration: the very callables that run, and arguments that have no values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -8,16 +8,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fantasy_jax.data.speech import SAMPLE_RATE
 from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.diffusion.guidance import branches
 from fantasy_jax.diffusion.sampler import SamplerInputs, branch_conditions, euler_step
+from fantasy_jax.models.layers import run
+from fantasy_jax.models.rows import sharing_rows
+from fantasy_jax.models.tiling import decode
 from fantasy_jax.performance.ahead import Program
 from fantasy_jax.performance.flops import count_flops
-from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig
+from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, encode_first_frame
 from fantasy_jax.sharding import share
 from fantasy_jax.training.stages import STAGES, StagesConfig, abstract_batch, ready_for_stage
 from fantasy_jax.training.state import Trainer
 from fantasy_jax.training.talking import talking_loss
+from fantasy_jax.typing import Array, DType
 
 
 def training_steps(
@@ -56,6 +61,59 @@ def training_steps(
             count_flops(trainer.step, *arguments),
             trainer.step,
         )
+
+
+def sampling_programs(
+    model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh
+) -> Iterator[Program]:
+    """All that makes the longest clip, in the order in which it runs.
+
+    Args:
+        model: All sizes.
+        config: Of the sampler.
+        size: Height and width, in pixels.
+        mesh: That is in force.
+    """
+    networks = RandomNetworks(model, byte_tokenizer())
+    picture = _whole((1, *size, 3), mesh)
+    tokens = _whole((2, model.transformer.text_length), mesh, np.int32)  # the prompt's and the negative one's
+    lengths = _whole((2,), mesh, np.int32)
+    portrait = _whole((1, model.image_encoder.image_size, model.image_encoder.image_size, 3), mesh)
+    yield _of_network("text encoder", lambda: networks.text_encoder()[0], mesh, run, (tokens, lengths))
+    yield _of_network("picture encoder", networks.image_encoder, mesh, run, (portrait,))
+    if model.speech_encoder is not None:
+        sound = _whole((1, int(config.max_frames / config.fps * SAMPLE_RATE)), mesh)
+        yield _of_network("speech encoder", lambda: networks.speech_encoder().model, mesh, run, (sound,))
+    yield _of_network(
+        "first frame to latents", networks.vae, mesh, encode_first_frame, (picture,), (config.max_frames,)
+    )
+    yield from guided_step(model, config, size, mesh)
+    latents = abstract_batch(model, config, size, 1, mesh)["latents"].shape
+    if sharing_rows() > 1:
+        yield _of_network("latents to video", networks.vae, mesh, decode, (_whole(latents, mesh),))
+    else:
+        sides = map(min, latents[2:4], config.tile)
+        tile = _whole((*latents[:2], *sides, latents[-1]), mesh)
+        yield _of_network("a tile of latents to video", networks.vae, mesh, decode, (tile,))
+
+
+def _of_network(
+    name: str, make: Callable, mesh: Mesh, function: Callable, inputs: tuple, static: tuple = ()
+) -> Program:
+    """A jitted function of a network, arrays, and what is no array."""
+    network = share(nnx.eval_shape(make), mesh)
+    graphdef, state = nnx.split(network)
+
+    def plain(state: nnx.State, *inputs: Array) -> Array:
+        return function.__wrapped__(nnx.merge(graphdef, state), *inputs, *static)
+
+    arguments = (state, *inputs)
+    lower = partial(function.lower, network, *inputs, *static)
+    return Program(name, lower, arguments, count_flops(plain, *arguments))
+
+
+def _whole(shape: tuple[int, ...], mesh: Mesh, dtype: DType = np.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def guided_step(
