@@ -4,35 +4,29 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import ConfigError, build
 from fantasy_jax.data.encoded import features
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split, write_dataset
-from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.performance import torch_wan
-from fantasy_jax.performance.ahead import Program, clip_size
-from fantasy_jax.performance.flops import count_flops
-from fantasy_jax.performance.programs import guided_step, training_steps
+from fantasy_jax.performance.ahead import clip_size
+from fantasy_jax.performance.programs import guided_step, training_steps, vae_decode, vae_encode
 from fantasy_jax.performance.timing import WARM_UP, Timing, table, time_calls, time_program
-from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, first_frame_latents
+from fantasy_jax.pipeline import ModelConfig, SampleConfig
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.training.course import TrainConfig
 from fantasy_jax.training.stages import StagesConfig, abstract_batch
 from fantasy_jax.training.talking import PadText
-from fantasy_jax.typing import Array
 
 PARTS = ("forward", "guided_step", "training_step", "vae", "loader")
 _BATCHES = 4
@@ -115,42 +109,18 @@ def _time(
     """The timings of a part; its programs are made, run and forgotten one after another."""
     if part == "loader":
         return [_time_loader(model, sampling, training, size, repeats)]
-    mesh = make_mesh(**asdict(training.mesh if part == "training_step" else sampling.mesh))
+    mesh = make_mesh(**(training.mesh if part == "training_step" else sampling.mesh).axes)
     with jax.set_mesh(mesh):
         if part == "training_step":
             programs = training_steps(model, sampling, training, size, mesh)
         elif part == "vae":
-            programs = _vae_programs(model, sampling, size, mesh)
+            programs = (make(model, sampling, size, mesh) for make in (vae_encode, vae_decode))
         elif part == "forward":  # a step whose guidance needs one branch
             unguided = replace(sampling, prompt_scale=1.0, audio_scale=1.0)
             programs = (replace(step, name=part) for step in guided_step(model, unguided, size, mesh))
         else:
             programs = guided_step(model, sampling, size, mesh)
         return [time_program(program, repeats, devices=mesh.size, dtype=model.dtype) for program in programs]
-
-
-def _vae_programs(
-    model: ModelConfig, sampling: SampleConfig, size: tuple[int, int], mesh: Mesh
-) -> Iterator[Program]:
-    """The first frame's latents, and a tile of the video, as sampling needs them."""
-    graphdef, state = nnx.split(nnx.eval_shape(RandomNetworks(model, byte_tokenizer()).vae))
-    latents = abstract_batch(model, sampling, size, 1, mesh)["latents"].shape
-    rows, columns = map(min, latents[2:4], sampling.tile)
-
-    def encode(state: nnx.State, pixels: Array) -> Array:
-        return first_frame_latents(nnx.merge(graphdef, state), pixels, sampling.max_frames)
-
-    def decode(state: nnx.State, latents: Array) -> Array:
-        return nnx.merge(graphdef, state).decode(latents)
-
-    for name, function, shape in (
-        ("VAE encode", encode, (1, *size, 3)),
-        (f"VAE decode, a tile of {rows}x{columns}", decode, (*latents[:2], rows, columns, latents[-1])),
-    ):
-        arguments, jitted = (state, jax.ShapeDtypeStruct(shape, np.float32)), jax.jit(function)
-        yield Program(
-            name, partial(jitted.lower, *arguments), arguments, count_flops(jitted, *arguments), jitted
-        )
 
 
 def _time_loader(

@@ -534,11 +534,8 @@ def encode_faces(
         Embeddings of length one, so that the product of two is the cosine that tells whether they are one
         person's; and the features of places, which the identity adapter takes.
     """
-    embedding, features = _encode_faces(encoder, from_uint8(crops))
+    embedding, features = run(encoder, from_uint8(crops))
     return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True), features
-
-
-_encode_faces = nnx.jit(lambda encoder, pixels: encoder(pixels))
 
 
 def first_frame_latents(

@@ -87,8 +87,8 @@ def test_every_part_is_timed_and_pytorch_beside_it(tmp_path):
         "guided step, 3 branches",
         "clip_stage step",
         "frame_stage step",
-        "VAE encode",
-        "VAE decode, a tile of 4x4",
+        "first frame to latents",
+        "a tile of latents to video",
         "loader, 8 clips",
         "forward, PyTorch eager, without audio",
         "forward, PyTorch compiled, without audio",
@@ -100,7 +100,7 @@ def test_every_part_is_timed_and_pytorch_beside_it(tmp_path):
     assert "clips/s" in timings["loader, 8 clips"]["note"]
     assert "times ours" in timings["forward, PyTorch eager, without audio"]["note"]
     assert timings["forward, PyTorch compiled, without audio"]["note"] == "disabled"
-    assert "| VAE encode |" in result.stdout
+    assert "| first frame to latents |" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -75,26 +75,38 @@ def sampling_programs(
         mesh: That is in force.
     """
     networks = RandomNetworks(model, byte_tokenizer())
-    picture = _whole((1, *size, 3), mesh)
     tokens = _whole((2, model.transformer.text_length), mesh, np.int32)  # the prompt's and the negative one's
     lengths = _whole((2,), mesh, np.int32)
     portrait = _whole((1, model.image_encoder.image_size, model.image_encoder.image_size, 3), mesh)
     yield _of_network("text encoder", lambda: networks.text_encoder()[0], mesh, run, (tokens, lengths))
     yield _of_network("picture encoder", networks.image_encoder, mesh, run, (portrait,))
-    if model.speech_encoder is not None:
-        sound = _whole((1, int(config.max_frames / config.fps * SAMPLE_RATE)), mesh)
-        yield _of_network("speech encoder", lambda: networks.speech_encoder().model, mesh, run, (sound,))
-    yield _of_network(
-        "first frame to latents", networks.vae, mesh, encode_first_frame, (picture,), (config.max_frames,)
-    )
+    if model.face_encoder:
+        face = _whole((1, model.face_encoder.image_size, model.face_encoder.image_size, 3), mesh)
+        yield _of_network("face encoder", networks.face_encoder, mesh, run, (face,))
+    sound = _whole((1, int(config.max_frames / config.fps * SAMPLE_RATE)), mesh)
+    yield _of_network("speech encoder", lambda: networks.speech_encoder().model, mesh, run, (sound,))
+    yield vae_encode(model, config, size, mesh)
     yield from guided_step(model, config, size, mesh)
+    yield vae_decode(model, config, size, mesh)
+
+
+def vae_encode(model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh) -> Program:
+    """The first frame of the longest clip; arguments as of `sampling_programs`."""
+    make, picture = RandomNetworks(model, byte_tokenizer()).vae, _whole((1, *size, 3), mesh)
+    return _of_network(
+        "first frame to latents", make, mesh, encode_first_frame, (picture,), (config.max_frames,)
+    )
+
+
+def vae_decode(model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh) -> Program:
+    """The longest clip, or a tile of it where one device decodes; arguments as of `sampling_programs`."""
+    make = RandomNetworks(model, byte_tokenizer()).vae
     latents = abstract_batch(model, config, size, 1, mesh)["latents"].shape
     if sharing_rows() > 1:
-        yield _of_network("latents to video", networks.vae, mesh, decode, (_whole(latents, mesh),))
-    else:
-        sides = map(min, latents[2:4], config.tile)
-        tile = _whole((*latents[:2], *sides, latents[-1]), mesh)
-        yield _of_network("a tile of latents to video", networks.vae, mesh, decode, (tile,))
+        return _of_network("latents to video", make, mesh, decode, (_whole(latents, mesh),))
+    sides = map(min, latents[2:4], config.tile)
+    tile = _whole((*latents[:2], *sides, latents[-1]), mesh)
+    return _of_network("a tile of latents to video", make, mesh, decode, (tile,))
 
 
 def _of_network(
@@ -107,9 +119,12 @@ def _of_network(
     def plain(state: nnx.State, *inputs: Array) -> Array:
         return function.__wrapped__(nnx.merge(graphdef, state), *inputs, *static)
 
+    def call(state: nnx.State, *inputs: Array) -> Array:
+        return function(nnx.merge(graphdef, state), *inputs, *static)
+
     arguments = (state, *inputs)
     lower = partial(function.lower, network, *inputs, *static)
-    return Program(name, lower, arguments, count_flops(plain, *arguments))
+    return Program(name, lower, arguments, count_flops(plain, *arguments), call)
 
 
 def _whole(shape: tuple[int, ...], mesh: Mesh, dtype: DType = np.float32) -> jax.ShapeDtypeStruct:
