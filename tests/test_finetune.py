@@ -12,6 +12,7 @@ from flax import nnx
 import fantasy_jax
 from fantasy_jax.config import ConfigError, build, load_config
 from fantasy_jax.data.encoded import encode_dataset
+from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.data.synthetic import SyntheticConfig, prepare
 from fantasy_jax.models.lora import LoRAConfig
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
@@ -53,6 +54,7 @@ def settings():
 def encoded(tmp_path_factory, settings):
     folder = tmp_path_factory.mktemp("records")
     clips = prepare(SyntheticConfig(train_clips=8, test_clips=8), folder)
+    MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)]).save(folder / MOTION_FILE)
     return encode_dataset(StoredNetworks(WEIGHTS, settings["model"]), clips, folder, {})
 
 
@@ -65,6 +67,9 @@ def values(network):
 def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, encoded):
     store = finetune(WEIGHTS, encoded, tmp_path, **settings)
     assert not (store / "audio_adapter").is_symlink()
+    assert (store / "motion_adapter" / MOTION_FILE).read_text() == (
+        encoded.parents[1] / MOTION_FILE
+    ).read_text()
     assert (store / "transformer").is_symlink()
     assert (store / "transformer").resolve() == (WEIGHTS / "transformer").resolve()
     stores = (StoredNetworks(folder, settings["model"]) for folder in (WEIGHTS, store))

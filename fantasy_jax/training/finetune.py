@@ -1,5 +1,6 @@
 """Training on top of converted weights: the two stages, on encoded clips that lie ready."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from fantasy_jax.data.motion import MOTION_FILE
 from fantasy_jax.models.lora import lora_of
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import ModelConfig, SampleConfig
@@ -53,6 +55,10 @@ def finetune(
     for name, transformer in stages:
         if name == STAGES[-1]:
             _save(store, weights, transformer, config, jnp.dtype(model.dtype))
+    # What 0 and 1 mean to the motion adapter, as `data.prepare` wrote it beside the records.
+    normaliser, adapter = records.parents[1] / MOTION_FILE, store / FOLDERS["motion_adapter"]
+    if normaliser.is_file() and adapter.is_dir() and not adapter.is_symlink() and not jax.process_index():
+        shutil.copy(normaliser, adapter)
     return store
 
 
