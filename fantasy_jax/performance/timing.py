@@ -157,13 +157,13 @@ def table(timings: Sequence[Timing]) -> str:
             f"| {timing.name} | {_or_dash(timing.median, 1e3, '.1f')} "
             f"| {_or_dash(low, 1e3, '.1f')} to {_or_dash(high, 1e3, '.1f')} "
             f"| {_or_dash(timing.flops, 1e-12, '.4f')} | {_or_dash(rate, 1e-12, '.3f')} "
-            f"| {_or_dash(share, 100, '.1f', ' %')} | {_or_dash(timing.memory, 1 / GIB, '.2f')} "
+            f"| {_or_dash(share, 100.0, '.1f', ' %')} | {_or_dash(timing.memory, 1 / GIB, '.2f')} "
             f"| {timing.note} |"
         )
     return "\n".join(rows)
 
 
-def _or_dash(value: float | None, factor: float, digits: str, unit: str = "") -> str:
+def _or_dash(value: int | float | None, factor: float, digits: str, unit: str = "") -> str:
     return "-" if value is None else f"{value * factor:{digits}}{unit}"
 
 
