@@ -41,7 +41,6 @@ def get_config():
     }
     with config.ignore_type(), config.model.unlocked():
         config.model.update(to_config_dict(adapters))
-        config.model.speech_encoder = None
     config.model.audio_adapter.feature_width = 24
     config.sample.update(fps=25, max_frames=9)
     config.prepare.update(min_speech=0.0, min_sharpness=1.0, batch_size=2, test_share=0.3)

@@ -424,8 +424,8 @@ def command(files, weights, output):
 class WatchedNetworks(StoredNetworks):
     """Sees to it that no other network is in memory when the transformer is asked for."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
         self.parameters = []
 
     def _load(self, name):

@@ -11,6 +11,7 @@ from flax import nnx
 from helpers import fill, randomise, relative, to_torch
 
 from fantasy_jax.convert import vae as vae_table
+from fantasy_jax.models.rows import Rows
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -90,7 +91,8 @@ def test_vae_diffusers_weights_in_ours():
 def test_vae_layer_by_layer(vaes):
     import torch
 
-    from fantasy_jax.models.vae import Downsample, FrameMemory, Upsample
+    from fantasy_jax.models.rows import Rows
+from fantasy_jax.models.vae import Downsample, FrameMemory, Upsample
 
     ours, theirs = vaes
     coders = (
@@ -106,7 +108,7 @@ def test_vae_layer_by_layer(vaes):
                 cached = isinstance(layer, (Downsample, Upsample))
                 given = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
                 expected = expected_layer(given, [None] * 4, [0]) if cached else expected_layer(given)
-            mine = layer(jnp.asarray(x), FrameMemory(None))
+            mine = layer(jnp.asarray(x), FrameMemory(None, Rows()))
             assert relative(np.moveaxis(np.asarray(mine), -1, 1), expected) < 2e-6, layer
 
 
@@ -122,7 +124,8 @@ def flat_up_blocks(decoder):
 
 
 def channels(layer):
-    from fantasy_jax.models.vae import AttentionBlock, ResidualBlock
+    from fantasy_jax.models.rows import Rows
+from fantasy_jax.models.vae import AttentionBlock, ResidualBlock
 
     if isinstance(layer, ResidualBlock):
         return layer.norm1.scale.shape[0]

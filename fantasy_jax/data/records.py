@@ -1,6 +1,7 @@
 """Datasets of records on disk: TFDS, as array records, complete or not there. No TensorFlow is needed."""
 
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class _Uncompressed:
     What does shrink, such as bytes of pictures, is packed by its own encoding.
     """
 
-    def write(self, path: Path, examples: Iterable[tuple[Any, bytes]]) -> None:
+    def write(self, path: str | PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
         writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for _, example in examples:
             writer.write(example)
