@@ -11,7 +11,6 @@ from flax import nnx
 from helpers import fill, randomise, relative, to_torch
 
 from fantasy_jax.convert import vae as vae_table
-from fantasy_jax.models.rows import Rows
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -92,7 +91,7 @@ def test_vae_layer_by_layer(vaes):
     import torch
 
     from fantasy_jax.models.rows import Rows
-from fantasy_jax.models.vae import Downsample, FrameMemory, Upsample
+    from fantasy_jax.models.vae import Downsample, FrameMemory, Upsample
 
     ours, theirs = vaes
     coders = (
@@ -124,8 +123,7 @@ def flat_up_blocks(decoder):
 
 
 def channels(layer):
-    from fantasy_jax.models.rows import Rows
-from fantasy_jax.models.vae import AttentionBlock, ResidualBlock
+    from fantasy_jax.models.vae import AttentionBlock, ResidualBlock
 
     if isinstance(layer, ResidualBlock):
         return layer.norm1.scale.shape[0]

@@ -164,7 +164,7 @@ class _Run:
             disable=not first,
             postfix="compiling",
         )
-        writer = SummaryWriter(str(self.folder), flush_secs=20, write_to_disk=first)
+        writer = _Log(str(self.folder), flush_secs=20, write_to_disk=first)
         with _stop_signals() as stop, writer, bar:
             clock, previous = _Clock(self.step), None
             read = task.batches(
@@ -286,6 +286,17 @@ class _Run:
         videos = self.folder / f"samples/{self.step:06d}" if films else None
         for name, picture in self.task.show(self.trainer.model(self.state.result), videos).items():
             writer.add_image(f"{self.task.name}/{name}", picture, self.step, dataformats="HWC")
+
+
+class _Log(SummaryWriter):
+    """TensorBoard's writer, whose `flush` also waits for what its thread has yet to write."""
+
+    def flush(self) -> None:
+        for writer in (self.all_writers or {}).values():
+            while not writer.event_writer._event_queue.empty():
+                time.sleep(0.001)
+            time.sleep(0.05)  # the last one is taken from the queue before it is written
+        super().flush()
 
 
 class _Clock:
