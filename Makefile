@@ -34,7 +34,6 @@ demo: install
 	$(RUN) $(MEASURE) out/demo_still.mp4
 	$(RUN) $(SAMPLE) --output=out/demo_lively.mp4 --config.sample.face_motion=1 --config.sample.body_motion=1
 	$(RUN) $(MEASURE) out/demo_lively.mp4
-	$(RUN) $(SAMPLE) --output=out/demo_no_identity.mp4 --config.sample.identity_scale=0
 
 test: install
 	$(RUN) -m pytest -n 2 -m "not slow"
