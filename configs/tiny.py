@@ -17,6 +17,7 @@ import fantasy_jax
 from fantasy_jax.config import ConfigError, to_config_dict
 from fantasy_jax.data.prepare.config import PrepareConfig
 from fantasy_jax.data.synthetic import SyntheticConfig
+from fantasy_jax.evaluation.video import MIDDLE
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
@@ -34,7 +35,6 @@ from fantasy_jax.training.vae import VAEStageConfig
 
 WEIGHTS = Path(fantasy_jax.__file__).parent / "assets/tiny"
 SPEECH_WIDTH, FACE_WIDTH = 96, 96
-MIDDLE = (0.22, 0.12, 0.78, 0.88)
 
 
 def get_config(variant: str = "") -> ConfigDict:

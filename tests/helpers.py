@@ -19,9 +19,10 @@ from fantasy_jax.convert.rules import (
     load,
     make_plan,
 )
+from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
 from fantasy_jax.models.umt5 import UMT5Config
-from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.models.wan import WanConfig, WanTransformer
 
 DATA = Path(__file__).parent / "data"
 REFERENCES = (
@@ -33,6 +34,18 @@ REFERENCES = (
     "wav2vec2_large_style",
 )
 """One of each kind of network."""
+
+TINY_WAN = WanConfig(
+    dim=48,
+    ffn_dim=80,
+    frequency_dim=32,
+    text_dim=24,
+    text_length=8,
+    image_dim=20,
+    num_heads=2,
+    num_layers=3,
+)
+TINY_AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=3)
 
 
 def run_convert_weights(capsys, *arguments) -> tuple[int, str, str]:

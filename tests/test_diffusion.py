@@ -1,13 +1,21 @@
 """Flow matching, guidance, and the sampler against the official outputs and against their formulas."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomise, reference_inputs, reference_outputs, reference_transformer, relative
+from helpers import (
+    TINY_AUDIO,
+    TINY_WAN,
+    randomise,
+    reference_inputs,
+    reference_outputs,
+    reference_transformer,
+    relative,
+)
 
 from fantasy_jax.config import ConfigError, build
 from fantasy_jax.diffusion import sampler
@@ -20,22 +28,13 @@ from fantasy_jax.diffusion.flow import (
 )
 from fantasy_jax.diffusion.guidance import Branch, ScaleSchedule, branches, combine, scale_values
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
-from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
-from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.models.adapters.audio import AudioAdapter
+from fantasy_jax.models.wan import WanTransformer
 
 pytestmark = pytest.mark.networks
 
-TINY = WanConfig(
-    dim=48,
-    ffn_dim=80,
-    frequency_dim=32,
-    text_dim=24,
-    text_length=8,
-    image_dim=20,
-    num_heads=2,
-    num_layers=2,
-)
-TINY_AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=2)
+WAN = replace(TINY_WAN, num_layers=2)
+AUDIO = replace(TINY_AUDIO, num_layers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def tiny():
 
     def make():
         return WanTransformer(
-            TINY, adapters={"audio": AudioAdapter(TINY_AUDIO, rngs=nnx.Rngs(0))}, rngs=nnx.Rngs(0)
+            WAN, adapters={"audio": AudioAdapter(AUDIO, rngs=nnx.Rngs(0))}, rngs=nnx.Rngs(0)
         )
 
     shapes = ((3, 4, 6, 16), (3, 4, 6, 20), (5, 24), (3, 24), (9, 20), (19, 12))

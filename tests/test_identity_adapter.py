@@ -7,30 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import layer, randomise, relative
+from helpers import TINY_AUDIO, TINY_WAN, layer, randomise, relative
 
 from fantasy_jax.config import ConfigError
 from fantasy_jax.convert.components import COMPONENTS
 from fantasy_jax.convert.rules import TensorSpec, export, flat_parameters, load, make_plan
 from fantasy_jax.diffusion.sampler import SamplerConfig, sample
-from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.adapters.identity import IDENTITY_SCALE, IdentityAdapter, IdentityAdapterConfig
-from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.training.talking import TalkingStageConfig, sampling_inputs, talking_loss
 
 pytestmark = pytest.mark.networks
 
-WAN = WanConfig(
-    dim=48,
-    ffn_dim=80,
-    frequency_dim=32,
-    text_dim=24,
-    text_length=8,
-    image_dim=20,
-    num_heads=2,
-    num_layers=3,
-)
-AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=3)
 IDENTITY = IdentityAdapterConfig(
     feature_width=10,
     feature_size=2,
@@ -55,9 +44,9 @@ def _highest_precision():
 @pytest.fixture(scope="module")
 def model():
     """All parameters random but the identity adapter's, which is as it is built."""
-    audio = nnx.eval_shape(lambda: AudioAdapter(AUDIO, rngs=nnx.Rngs(0)))
+    audio = nnx.eval_shape(lambda: AudioAdapter(TINY_AUDIO, rngs=nnx.Rngs(0)))
     model = randomise(
-        nnx.eval_shape(lambda: WanTransformer(WAN, adapters={"audio": audio}, rngs=nnx.Rngs(1)))
+        nnx.eval_shape(lambda: WanTransformer(TINY_WAN, adapters={"audio": audio}, rngs=nnx.Rngs(1)))
     )
     model.adapters["identity"] = new_adapter()
     return model
@@ -82,7 +71,7 @@ LATENTS = (normal(0, 2, 3, 4, 6, 16), normal(1, 2, 3, 4, 6, 20), jnp.array([3.5,
 
 def heard(model):
     """Text, picture and sound."""
-    conditions = model.conditions(normal(3, 2, 5, WAN.text_dim), normal(4, 2, 9, WAN.image_dim))
+    conditions = model.conditions(normal(3, 2, 5, TINY_WAN.text_dim), normal(4, 2, 9, TINY_WAN.image_dim))
     return conditions | {"audio": model.adapters["audio"].frame_level(normal(5, 2, 20, 12), 9)}
 
 
@@ -207,12 +196,12 @@ def identified(model, trained):
 CLIPS = {
     "latents": LATENTS[0],
     "first_frame": normal(10, 2, 3, 4, 6, 16),
-    "image": normal(4, 2, 9, WAN.image_dim),
-    "text": normal(3, 2, 8, WAN.text_dim),
-    "audio": normal(5, 2, 20, AUDIO.feature_width),
+    "image": normal(4, 2, 9, TINY_WAN.image_dim),
+    "text": normal(3, 2, 8, TINY_WAN.text_dim),
+    "audio": normal(5, 2, 20, TINY_AUDIO.feature_width),
     "lips": jnp.zeros((2, 3, 4, 6)),
 }
-EMPTY = jnp.zeros((1, 1, WAN.text_dim))
+EMPTY = jnp.zeros((1, 1, TINY_WAN.text_dim))
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 

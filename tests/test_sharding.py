@@ -12,15 +12,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import layer, randomise, relative
+from helpers import TINY_AUDIO, TINY_WAN, layer, randomise, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fantasy_jax.config import ConfigError, build, load_config
 from fantasy_jax.data.text import byte_tokenizer
 from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
-from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.condition import Condition
-from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipeline import (
     ModelConfig,
     RandomNetworks,
@@ -46,17 +46,8 @@ from fantasy_jax.training.talking import TalkingStageConfig, talking_loss
 
 pytestmark = pytest.mark.networks
 
-CONFIG = WanConfig(
-    dim=48,
-    ffn_dim=80,
-    frequency_dim=32,
-    text_dim=24,
-    text_length=8,
-    image_dim=20,
-    num_heads=4,
-    num_layers=2,
-)
-AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=4, num_layers=2)
+CONFIG = replace(TINY_WAN, num_heads=4, num_layers=2)
+AUDIO = replace(TINY_AUDIO, num_heads=4, num_layers=2)
 BATCH, FRAMES, HEAD_WIDTH = 2, 3, CONFIG.dim // CONFIG.num_heads
 MESHES = [
     dict(zip(MESH_AXES, sizes, strict=True))

@@ -11,7 +11,7 @@ from PIL import Image
 from fantasy_jax import media
 from fantasy_jax.config import ConfigError, build, load_config
 from fantasy_jax.data.synthetic import SyntheticConfig, records
-from fantasy_jax.evaluation import lipsync, video
+from fantasy_jax.evaluation import controls, lipsync, video
 from fantasy_jax.pipeline import (
     ModelConfig,
     SampleConfig,
@@ -74,6 +74,19 @@ def test_mouths_follow_the_sound_and_not_another(networks):
     assert figures["correlation_with_that_sound"].mean > 0.65
     assert abs(figures["correlation_with_another_sound"].mean) < 0.25
     assert figures["psnr_outside_lips"].mean > 25
+
+
+@pytest.mark.slow
+def test_faces_stay_who_they_are_and_heads_move_as_they_are_told(networks, monkeypatch):
+    monkeypatch.setattr(controls, "SETTINGS", (0.0, 0.5, 1.0))
+    clips = list(records(build(SyntheticConfig, CONFIG.data, "data"), "test", 16))
+    measured = lipsync.LipSync(networks, SAMPLE, clips)
+    gained = controls.identity(measured)["identity_gained"]
+    assert gained.mean > 3 * gained.standard_error
+    courses = controls.motions(measured)
+    assert courses["body"]["rank_correlation"] == 1
+    for course in courses.values():
+        assert np.ptp([sync.mean for sync in course["lip_sync"]]) < 0.05
 
 
 @pytest.mark.slow

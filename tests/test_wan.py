@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import (
+    TINY_AUDIO,
+    TINY_WAN,
     randomise,
     reference_conditions,
     reference_inputs,
@@ -23,17 +25,6 @@ from fantasy_jax.models.wan import SAVED_NAMES, WanConfig, WanTransformer
 
 pytestmark = pytest.mark.networks
 
-TINY = WanConfig(
-    dim=48,
-    ffn_dim=80,
-    frequency_dim=32,
-    text_dim=24,
-    text_length=8,
-    image_dim=20,
-    num_heads=2,
-    num_layers=3,
-)
-TINY_AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=3)
 
 VELOCITIES = {
     "velocity_audio_scale_0": {"scale": 0.0},
@@ -62,20 +53,20 @@ def reference():
 @pytest.fixture(scope="module")
 def tiny():
     """A small transformer without adapters, all of its parameters random, and inputs for it."""
-    model = randomise(nnx.eval_shape(lambda: WanTransformer(TINY, rngs=nnx.Rngs(0))))
+    model = randomise(nnx.eval_shape(lambda: WanTransformer(TINY_WAN, rngs=nnx.Rngs(0))))
     return model, tiny_inputs(2), tiny_conditions(model, 2)
 
 
 def tiny_inputs(batch, shape=(3, 4, 6)):
     keys = jax.random.split(jax.random.key(1), 3)
-    latents = jax.random.normal(keys[0], (batch, *shape, TINY.latent_channels))
-    first_frame = jax.random.normal(keys[1], (batch, *shape, TINY.condition_channels))
+    latents = jax.random.normal(keys[0], (batch, *shape, TINY_WAN.latent_channels))
+    first_frame = jax.random.normal(keys[1], (batch, *shape, TINY_WAN.condition_channels))
     return latents, first_frame, jax.random.uniform(keys[2], (batch,), maxval=1000)
 
 
 def tiny_conditions(model, batch):
     keys = jax.random.split(jax.random.key(2), 2)
-    shapes = ((batch, 5, TINY.text_dim), (batch, 9, TINY.image_dim))
+    shapes = ((batch, 5, TINY_WAN.text_dim), (batch, 9, TINY_WAN.image_dim))
     return model.conditions(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)))
 
 
@@ -148,13 +139,13 @@ def test_samples_of_a_batch_do_not_touch(tiny):
 
 def test_text_is_padded_with_zeros_that_are_heard(tiny):
     model, _, _ = tiny
-    text = jax.random.normal(jax.random.key(5), (2, 5, TINY.text_dim))
-    image = jax.random.normal(jax.random.key(6), (2, 9, TINY.image_dim))
-    padded = jnp.pad(text, ((0, 0), (0, TINY.text_length - 5), (0, 0)))
+    text = jax.random.normal(jax.random.key(5), (2, 5, TINY_WAN.text_dim))
+    image = jax.random.normal(jax.random.key(6), (2, 9, TINY_WAN.image_dim))
+    padded = jnp.pad(text, ((0, 0), (0, TINY_WAN.text_length - 5), (0, 0)))
     expected = model.conditions(padded, image)["text"]
     heard = model.conditions(text, image)["text"]
     np.testing.assert_array_equal(heard.tokens, expected.tokens)
-    assert heard.tokens.shape == (2, TINY.text_length, TINY.dim)
+    assert heard.tokens.shape == (2, TINY_WAN.text_length, TINY_WAN.dim)
     assert heard.lengths is None
 
 
@@ -167,7 +158,7 @@ def test_faults_are_named(tiny):
     with pytest.raises(ValueError, match="latents of 4 x 7 do not divide into patches 2 x 2"):
         model(*tiny_inputs(2, (3, 4, 7)), conditions)
     with pytest.raises(ValueError, match="text has 9 tokens, the model takes 8"):
-        model.conditions(jnp.zeros((1, 9, TINY.text_dim)), jnp.zeros((1, 9, TINY.image_dim)))
+        model.conditions(jnp.zeros((1, 9, TINY_WAN.text_dim)), jnp.zeros((1, 9, TINY_WAN.image_dim)))
 
 
 def test_bfloat16_stays_near_float32(reference):

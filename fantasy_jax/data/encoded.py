@@ -28,8 +28,8 @@ from fantasy_jax.pipeline import Networks, encode_faces, encode_text, first_fram
 from fantasy_jax.typing import Array, UInt8
 
 STORED = np.float16
-"""Type of all arrays of a record: half of float32's bytes to read, copy and send to a device. musubi-tuner
-stores pictures' tokens in it, and latents, as DiffSynth's trainers do, in bfloat16, eight times as coarse."""
+"""Type of a record's numbers: half of float32's bytes to read, copy and send to a device. musubi-tuner stores
+pictures' tokens in it, and latents, as DiffSynth's trainers do, in bfloat16, eight times as coarse."""
 _BATCH = 8
 
 
@@ -70,8 +70,15 @@ def encode_dataset(networks: Networks, source: Path, directory: Path, settings: 
 
 def stored_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:
     """Encodes clips, in the type that they are stored in."""
-    for record in encode_records(networks, records):
-        yield {name: value.astype(STORED) for name, value in record.items()}
+    yield from map(as_stored, encode_records(networks, records))
+
+
+def as_stored(record: Record) -> Record:
+    """An encoded clip in the types that it is stored in: all but the sound, which is whole numbers."""
+    return {
+        name: value.astype(STORED) if np.issubdtype(value.dtype, np.floating) else value
+        for name, value in record.items()
+    }
 
 
 def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:

@@ -13,11 +13,13 @@ from fantasy_jax.data.landmarks import LandmarkConfig, MediaPipeFaces, find_face
 from fantasy_jax.media import MediaError
 from fantasy_jax.typing import Float, UInt8
 
+CROP_SIZE = 112
+"""Side of ArcFace's crops, in pixels."""
+
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-"""Where the points lie in a crop of 112 pixels: the eyes' middles, the nose's tip, the mouth's corners."""
-_TEMPLATE_SIZE = 112
+"""Where the points lie in such a crop: the eyes' middles, the nose's tip, the mouth's corners."""
 
 
 def find_face(
@@ -50,7 +52,7 @@ def find_face(
 def crop_face(
     picture: Image.Image | UInt8[np.ndarray, "H W 3"],
     points: Float[np.ndarray, "5 2"] | None,
-    size: int = _TEMPLATE_SIZE,
+    size: int = CROP_SIZE,
     *,
     name: str = "picture",
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -73,7 +75,7 @@ def crop_face(
         raise MediaError(f"{name}: the face is partly outside the picture; take one that shows all of it")
     if np.ptp(points, axis=0).max() < 1:
         raise MediaError(f"{name}: the face is smaller than a pixel; take one that shows it larger")
-    matrix = similarity(points, TEMPLATE * (size / _TEMPLATE_SIZE))
+    matrix = similarity(points, TEMPLATE * (size / CROP_SIZE))
     return cv2.warpAffine(pixels, matrix, (size, size), flags=cv2.INTER_LINEAR)
 
 

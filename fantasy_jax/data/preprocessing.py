@@ -12,7 +12,7 @@ from fantasy_jax.typing import Array, Float, Float32
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_WINDOW, _HOP = 400, 320
+FEATURE_WINDOW, FEATURE_HOP = 400, 320
 """Samples that one feature sees, and from one to the next: wav2vec2's grid, 25 ms every 20 ms."""
 
 
@@ -107,4 +107,4 @@ def resample(
 
 def wav2vec2_length(samples: int) -> int:
     """How many features wav2vec2 makes of a waveform of 16 kHz, for any of its released sizes."""
-    return max(samples - _WINDOW, -_HOP) // _HOP + 1
+    return max(samples - FEATURE_WINDOW, -FEATURE_HOP) // FEATURE_HOP + 1

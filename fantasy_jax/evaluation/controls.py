@@ -5,25 +5,22 @@ On held-out synthetic speakers, as in `lipsync`:
     python -m fantasy_jax.evaluation.controls --config=configs/tiny.py --json=out/controls.json
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from fantasy_jax import cli, media
+from fantasy_jax import cli
 from fantasy_jax.config import ConfigError, build
 from fantasy_jax.data.face_crop import crop_face, points_in_box
 from fantasy_jax.data.records import Record
-from fantasy_jax.data.synthetic import SyntheticConfig, records
+from fantasy_jax.evaluation import lipsync
 from fantasy_jax.evaluation.lipsync import Figure, LipSync, figure
 from fantasy_jax.evaluation.motion import motion
 from fantasy_jax.models.face_encoder import FaceEncoder
-from fantasy_jax.pipeline import ModelConfig, SampleConfig, encode_faces
+from fantasy_jax.pipeline import ModelConfig, encode_faces
 from fantasy_jax.typing import Float, UInt8
-from fantasy_jax.weights import StoredNetworks
 
 EXAMPLE = """\
 example:
@@ -33,13 +30,14 @@ example:
 SETTINGS = tuple(np.linspace(0, 1, 7).round(3).tolist())
 
 
-def identity(measured: LipSync, encoder: FaceEncoder) -> dict[str, Figure]:
+def identity(measured: LipSync) -> dict[str, Figure]:
     """How like the portrait the faces of made videos are, in the face encoder's eyes.
 
     Returns:
         By name, cosines with the portrait: of the made face as usual, without the identity adapter, and the
         difference, clip by clip; of the true face later in the clip, and of another clip's portrait.
     """
+    encoder = measured.networks.face_encoder()
     usual = measured.make(measured.encoded, "With identity")
     without = measured.make(measured.encoded, "Without identity", identity_scale=0.0)
     true = np.stack([clip["video"] for clip in measured.clips])
@@ -72,7 +70,7 @@ def _embed(
     return np.stack(vectors)
 
 
-def motions(measured: LipSync) -> dict[str, dict[str, object]]:
+def motions(measured: LipSync) -> dict[str, dict[str, Any]]:
     """What face and body do at each of seven settings of their own, the other one's being neutral.
 
     Returns:
@@ -95,25 +93,22 @@ def motions(measured: LipSync) -> dict[str, dict[str, object]]:
             sync.append(measured.follows(videos, truths))
         results[name] = {
             "settings": list(SETTINGS),
-            "motion": [asdict(x) for x in seen],
+            "motion": seen,
             "rank_correlation": float(spearmanr(SETTINGS, [x.mean for x in seen])[0]),
-            "lip_sync": [asdict(x) for x in sync],
+            "lip_sync": sync,
         }
     return results
 
 
-def report(figures: dict[str, Figure], moved: dict[str, dict[str, object]]) -> str:
+def report(figures: dict[str, Figure], moved: dict[str, dict[str, Any]]) -> str:
     """Lines for people."""
-    lines = [
-        f"{name.replace('_', ' ') + ' ':.<40} {x.mean:7.3f} +- {x.standard_error:.3f}"
-        for name, x in figures.items()
-    ]
+    lines = [lipsync.report(figures)]
     for name, course in moved.items():
         lines.append(f"{name} motion: rank correlation {course['rank_correlation']:.2f}")
         for setting, seen, sync in zip(course["settings"], course["motion"], course["lip_sync"], strict=True):
             lines.append(
-                f"  at {setting:.2f}: moves {seen['mean']:.2f} +- {seen['standard_error']:.2f} % of a head, "
-                f"lip sync {sync['mean']:.3f} +- {sync['standard_error']:.3f}"
+                f"  at {setting:.2f}: moves {seen.mean:.2f} +- {seen.standard_error:.2f} % of a head, "
+                f"lip sync {sync.mean:.3f} +- {sync.standard_error:.3f}"
             )
     return "\n".join(lines)
 
@@ -125,27 +120,15 @@ def main(argv: list[str] | None = None) -> None:
         description="Measures what the identity adapter and the motion settings do.",
         epilog=EXAMPLE,
     )
-    cli.add_config_argument(parser)
-    parser.add_argument("--weights", metavar="DIR", help="the store of weights (default: the config's)")
-    parser.add_argument("--clips", type=int, default=64, help="how many (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+    lipsync.add_arguments(parser)
     arguments, config = cli.parse(parser, argv)
-    if arguments.clips < 2:
-        raise ConfigError(f"--clips={arguments.clips}: at least 2 are needed")
-    if arguments.json:
-        media.check_writable(arguments.json)
     model = build(ModelConfig, config.model, "model")
     if model.identity_adapter is None or model.motion_adapter is None:
         raise ConfigError("model: has no identity_adapter or no motion_adapter; there are no controls")
-    networks = StoredNetworks(Path(arguments.weights or config.weights), model)
-    clips = list(records(build(SyntheticConfig, config.data, "data"), "test", arguments.clips))
-    measured = LipSync(networks, build(SampleConfig, config.sample, "sample"), clips)
-    figures, moved = identity(measured, networks.face_encoder()), motions(measured)
+    measured = lipsync.held_out(arguments, config, at_least=2)
+    figures, moved = identity(measured), motions(measured)
     print(report(figures, moved))
-    if arguments.json:
-        content = {name: asdict(x) for name, x in figures.items()} | {"motion": moved}
-        with media.whole_or_nothing(arguments.json) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+    lipsync.write_figures({**figures, "motion": moved}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,22 @@ that `mouth.mouth_opening` reads from the pixels is correlated with the opening 
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fantasy_jax import cli, media
-from fantasy_jax.config import ConfigError, build
+from fantasy_jax.config import ConfigError, as_json, build
 from fantasy_jax.data.encoded import encode_records
 from fantasy_jax.data.records import Record
 from fantasy_jax.data.speech import SAMPLE_RATE
@@ -76,7 +79,7 @@ class LipSync:
             clips: Records of `data.synthetic`, held out.
             seed: Of the starting noise.
         """
-        self.config, self.clips, self.seed, self.model = config, clips, seed, networks.config
+        self.config, self.clips, self.seed, self.networks = config, clips, seed, networks
         self.encoded = list(encode_records(networks, clips))
         self.vae, self.transformer = networks.vae(), networks.transformer()
         self.speech_encoder = networks.speech_encoder()
@@ -150,7 +153,7 @@ class LipSync:
     ) -> UInt8[np.ndarray, "N T H W 3"]:
         """Videos of encoded clips, with a bar of this name."""
         config = replace(self.config, **settings)
-        motion = motion_input(self.model, config)
+        motion = motion_input(self.networks.config, config)
         videos = []
         for i, part in enumerate(tqdm(_parts(examples), desc=name, unit="batch")):
             inputs = sampling_inputs(part, self.empty_text)
@@ -206,8 +209,8 @@ def _psnr_outside(
     ]
 
 
-def report(figures: dict[str, Figure]) -> str:
-    """A line for each figure, for people."""
+def report(figures: Mapping[str, Figure]) -> str:
+    """A line for each figure, for people; those without a name here go by their own."""
     names = {
         "correlation": "opening with truth",
         "correlation_with_another_sound": "  made with another's sound",
@@ -222,8 +225,44 @@ def report(figures: dict[str, Figure]) -> str:
         "correlation_of_speech_with_another": "  with another piece's energy",
     }
     return "\n".join(
-        f"{names[name] + ' ':.<40} {x.mean:7.3f} +- {x.standard_error:.3f}" for name, x in figures.items()
+        f"{names.get(name, name.replace('_', ' ')) + ' ':.<40} {x.mean:7.3f} +- {x.standard_error:.3f}"
+        for name, x in figures.items()
     )
+
+
+def add_arguments(parser: cli.ArgumentParser) -> None:
+    """What every measurement on held-out speakers asks for."""
+    cli.add_config_argument(parser)
+    parser.add_argument("--weights", metavar="DIR", help="the store of weights (default: the config's)")
+    parser.add_argument("--clips", type=int, default=64, help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+
+
+def held_out(arguments: Namespace, config: ConfigDict, *, at_least: int = 1) -> LipSync:
+    """Held-out speakers and the networks, as `add_arguments` has them.
+
+    Raises:
+        ConfigError: Too few clips are asked for, or the config is wrong.
+        MediaError: The figures could not be written.
+    """
+    if arguments.clips < at_least:
+        raise ConfigError(
+            f"--clips={arguments.clips}: at least {at_least} {'is' if at_least == 1 else 'are'} needed"
+        )
+    if arguments.json:
+        media.check_writable(arguments.json)
+    model = build(ModelConfig, config.model, "model")
+    networks = StoredNetworks(Path(arguments.weights or config.weights), model)
+    clips = list(records(build(SyntheticConfig, config.data, "data"), "test", arguments.clips))
+    return LipSync(networks, build(SampleConfig, config.sample, "sample"), clips, seed=arguments.seed)
+
+
+def write_figures(content: Mapping[str, Any], path: str | None) -> None:
+    """Writes figures as JSON, if a file is given."""
+    if path:
+        with media.whole_or_nothing(path) as partial:
+            partial.write_text(json.dumps(as_json(content), indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,31 +272,16 @@ def main(argv: list[str] | None = None) -> None:
         description="Measures lip sync on held-out synthetic speakers.",
         epilog=EXAMPLE,
     )
-    cli.add_config_argument(parser)
-    parser.add_argument("--weights", metavar="DIR", help="the store of weights (default: the config's)")
-    parser.add_argument("--clips", type=int, default=64, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+    add_arguments(parser)
     parser.add_argument("--speech", metavar="FILE", help="real speech, to try on the synthetic faces")
     arguments, config = cli.parse(parser, argv)
-    if arguments.clips < 1:
-        raise ConfigError(f"--clips={arguments.clips}: at least 1 is needed")
     speech = media.read_sound(arguments.speech) if arguments.speech else None
-    if arguments.json:
-        media.check_writable(arguments.json)
-    model = build(ModelConfig, config.model, "model")
-    networks = StoredNetworks(Path(arguments.weights or config.weights), model)
-    data = build(SyntheticConfig, config.data, "data")
-    clips = list(records(data, "test", arguments.clips))
-    measured = LipSync(networks, build(SampleConfig, config.sample, "sample"), clips, seed=arguments.seed)
+    measured = held_out(arguments, config)
     figures = measured.figures()
     if speech is not None:
         figures |= measured.figures_of_speech(speech)
     print(report(figures))
-    if arguments.json:
-        content = {name: asdict(x) for name, x in figures.items()}
-        with media.whole_or_nothing(arguments.json) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+    write_figures(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.models.attention import attention
-from fantasy_jax.models.layers import RMSNorm
+from fantasy_jax.models.layers import RMSNorm, stack_layers
 from fantasy_jax.models.rope import rotate, time_table
 from fantasy_jax.typing import Array, DType, Float, Leaf
 
@@ -97,6 +97,34 @@ class KeyValue(nnx.Module):
             attended = _attend(flat, k, v, condition.lengths).reshape(q.shape)
         scale = jnp.asarray(condition.scale, attended.dtype)
         return attended * scale.reshape(-1, 1, 1, 1, 1)
+
+
+def silent_layers(
+    token_width: int,
+    width: int,
+    num_heads: int,
+    num_layers: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: DType,
+    param_dtype: DType,
+) -> KeyValue:
+    """What all blocks hear a new adapter's condition with, stacked: without bias or norm, values at zero."""
+    return stack_layers(
+        lambda rngs: KeyValue(
+            token_width,
+            width,
+            num_heads,
+            use_bias=False,
+            norm_epsilon=None,
+            value_init=nnx.initializers.zeros,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        ),
+        num_layers,
+        rngs=rngs,
+    )
 
 
 def _attend(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:

@@ -16,13 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from fantasy_jax.cli import Stopped
 from fantasy_jax.config import ConfigError
 from fantasy_jax.sharding import assemble_batch, rows_of_this_process
 from fantasy_jax.training.checkpoint import Checkpoints
+from fantasy_jax.training.events import Events
 from fantasy_jax.training.optim import OptimizerConfig
 from fantasy_jax.training.parameters import EVERYTHING, Rules
 from fantasy_jax.training.state import Batch, Loss, Metrics, Trainer
@@ -164,8 +164,7 @@ class _Run:
             disable=not first,
             postfix="compiling",
         )
-        writer = _Log(str(self.folder), flush_secs=20, write_to_disk=first)
-        with _stop_signals() as stop, writer, bar:
+        with _stop_signals() as stop, Events(self.folder if first else None) as events, bar:
             clock, previous = _Clock(self.step), None
             read = task.batches(
                 batch_size=task.batch_size,
@@ -191,17 +190,16 @@ class _Run:
                 last = self.step == task.steps
                 if self.step % config.log_every == 0 or last:
                     self._check(*previous)
-                    self._log(metrics, clock, writer, bar)
+                    self._log(metrics, clock, events, bar)
                 looks = self._due(last)
                 stopping = self._stops(stop)
                 # Before a look, too: told to stop in the middle of one, the run has nothing left to save.
                 if self.step % config.save_every == 0 or last or looks or stopping:
                     self._check(*previous)
-                    writer.flush()  # first: what is logged before a checkpoint will not be logged again
-                    self._save_and_time(clock, writer)
+                    self._save_and_time(clock, events)
                 if looks and not stopping:
                     for look in looks:
-                        look(writer)
+                        look(events)
                     clock.reset(self.step)
                     stopping = self._stops(stop)
                 if stopping:
@@ -237,17 +235,16 @@ class _Run:
             return bool(received)
         return multihost_utils.reached_preemption_sync_point(self.step)
 
-    def _log(self, metrics: Metrics, clock: "_Clock", writer: SummaryWriter, bar: tqdm) -> None:
+    def _log(self, metrics: Metrics, clock: "_Clock", events: Events, bar: tqdm) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
         numbers["seconds_per_step"] = clock.per_step(self.step)
-        for name, value in numbers.items():
-            writer.add_scalar(f"{self.task.name}/{name}", value, self.step)
+        events.numbers({f"{self.task.name}/{name}": value for name, value in numbers.items()}, self.step)
         bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['seconds_per_step']:.2f} s a step")
 
     def _save(self) -> None:
         self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
 
-    def _due(self, last: bool) -> list[Callable[[SummaryWriter], None]]:
+    def _due(self, last: bool) -> list[Callable[[Events], None]]:
         """What shows and measures what the model can do, if it is time."""
         task, config = self.task, self.config
         looks = (
@@ -256,11 +253,12 @@ class _Run:
         )
         return [look for given, every, look in looks if given and every and (last or self.step % every == 0)]
 
-    def _validate(self, writer: SummaryWriter) -> None:
-        for name, value in self.task.validate(self.trainer.model(self.state.result)).items():
-            writer.add_scalar(f"{self.task.name}/validation/{name}", value, self.step)
+    def _validate(self, events: Events) -> None:
+        found = self.task.validate(self.trainer.model(self.state.result))
+        name = f"{self.task.name}/validation"
+        events.numbers({f"{name}/{key}": value for key, value in found.items()}, self.step)
 
-    def _save_and_time(self, clock: "_Clock", writer: SummaryWriter) -> None:
+    def _save_and_time(self, clock: "_Clock", events: Events) -> None:
         """Saves; waits for the run's first save, to know whether a stop would leave time for another."""
         step_seconds, begun, grace = clock.per_step(self.step), time.perf_counter(), self.config.grace_seconds
         self._save()
@@ -269,7 +267,7 @@ class _Run:
         self.checkpoints.wait()
         self.save_seconds = time.perf_counter() - begun
         clock.reset(self.step)
-        writer.add_scalar(f"{self.task.name}/save_seconds", self.save_seconds, self.step)
+        events.numbers({f"{self.task.name}/save_seconds": self.save_seconds}, self.step)
         if 2 * (step_seconds + self.save_seconds) > grace:
             logging.getLogger(__name__).warning(
                 "%s: a step takes %.1f s and a save %.1f s; after SIGTERM two of each may take more than "
@@ -281,22 +279,11 @@ class _Run:
                 grace,
             )
 
-    def _show(self, writer: SummaryWriter) -> None:
+    def _show(self, events: Events) -> None:
         films = self.config.show_videos and jax.process_index() == 0
         videos = self.folder / f"samples/{self.step:06d}" if films else None
-        for name, picture in self.task.show(self.trainer.model(self.state.result), videos).items():
-            writer.add_image(f"{self.task.name}/{name}", picture, self.step, dataformats="HWC")
-
-
-class _Log(SummaryWriter):
-    """TensorBoard's writer, whose `flush` also waits for what its thread has yet to write."""
-
-    def flush(self) -> None:
-        for writer in (self.all_writers or {}).values():
-            while not writer.event_writer._event_queue.empty():
-                time.sleep(0.001)
-            time.sleep(0.05)  # the last one is taken from the queue before it is written
-        super().flush()
+        made = self.task.show(self.trainer.model(self.state.result), videos)
+        events.pictures({f"{self.task.name}/{name}": picture for name, picture in made.items()}, self.step)
 
 
 class _Clock:

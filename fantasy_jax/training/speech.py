@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from fantasy_jax.config import ConfigError
-from fantasy_jax.data.preprocessing import normalise_waveform
+from fantasy_jax.data.preprocessing import FEATURE_HOP, FEATURE_WINDOW, normalise_waveform
 from fantasy_jax.data.records import Record
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.training.optim import OptimizerConfig
@@ -51,8 +51,7 @@ class LipReader(nnx.Module):
     def __call__(self, waveform: Float[Array, "B samples"], frames: int) -> Float[Array, "B T 2"]:
         """Opening and rounding in the middle of each of the video frames that the sound spans."""
         read = self.head(self.encoder(waveform))
-        # wav2vec2's convolutions: feature i hears 400 samples from 320 i on.
-        heard = 320 * np.arange(read.shape[1]) + 200
+        heard = FEATURE_HOP * np.arange(read.shape[1]) + FEATURE_WINDOW / 2
         middles = (np.arange(frames) + 0.5) * waveform.shape[1] / frames
         shares = np.stack([np.interp(middles, heard, one) for one in np.eye(len(heard))])
         return jnp.einsum("at,bac->btc", shares, read)

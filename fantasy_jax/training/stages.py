@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from fantasy_jax import cli
 from fantasy_jax.data.encoded import STORED
 from fantasy_jax.data.loader import batches
+from fantasy_jax.data.preprocessing import wav2vec2_length
 from fantasy_jax.data.records import open_split
 from fantasy_jax.data.speech import SAMPLE_RATE
 from fantasy_jax.diffusion.sampler import sample
@@ -246,8 +247,7 @@ def abstract_batch(
         "lips": latents[:3],
         "text": (model.transformer.text_length, model.text_encoder.dim),
         "image": ((image.image_size // image.patch_size) ** 2 + 1, image.dim),
-        # One feature for each 20 ms that fit (wav2vec2's convolutions: 400 samples, then every 320).
-        "audio": ((samples - 400) // 320 + 1, model.audio_adapter.feature_width),
+        "audio": (wav2vec2_length(samples), model.audio_adapter.feature_width),
     }
     if model.motion_adapter:
         shapes["motion"] = (2,)

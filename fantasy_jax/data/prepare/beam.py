@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from fantasy_jax.data.encoded import ClipEncoder, features
-from fantasy_jax.data.face_crop import TEMPLATE
+from fantasy_jax.data.encoded import ClipEncoder, as_stored, features
+from fantasy_jax.data.face_crop import CROP_SIZE, TEMPLATE
 from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.data.prepare.encode import DATASET, fit_motion, held_out, intensities
 from fantasy_jax.data.prepare.scan import Source
@@ -66,7 +66,7 @@ class EncodeClip(beam.DoFn):
         """One clip."""
         (record,) = self._encoder([clip.record | {"prompt": self._prompts[clip.source]}])
         moves = np.array(motion(intensities(clip)), np.float32)
-        yield f"{clip.digest}/{clip.number}", record | {"motion": moves}
+        yield f"{clip.digest}/{clip.number}", as_stored(record | {"motion": moves})
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class BeamRun:
             "lips": np.zeros((frames, height, width), np.uint8),
             "sound": np.zeros(samples, np.int16),
             "prompt": "",
-            "face_points": TEMPLATE * min(height, width) / 112,  # of crops of 112 pixels
+            "face_points": TEMPLATE * min(height, width) / CROP_SIZE,
         }
         (record,) = ClipEncoder(self.networks(), batch_size=1)([grey])
-        return record | {"motion": np.zeros(2, np.float32)}
+        return as_stored(record | {"motion": np.zeros(2, np.float32)})
 
 
 class PreparedClips(RecordsBuilder):

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fantasy_jax import cli
-from fantasy_jax.config import ConfigError, build
+from fantasy_jax.config import ConfigError, as_json, build
 from fantasy_jax.data.prepare.config import PrepareConfig
 from fantasy_jax.data.prepare.encode import EncodedClips, dataset_settings, write_encoded
 from fantasy_jax.data.prepare.report import write_report
@@ -168,7 +168,7 @@ def _networks(weights: str, model: ModelConfig) -> Networks:
 def _identity(weights: str, model: ModelConfig) -> Any:
     """What the encoded clips follow from, beside the clips."""
     hashes = record_hashes(Path(weights)) if weights else "random"
-    return json.loads(json.dumps({"model": asdict(model), "hashes": hashes}))
+    return as_json({"model": model, "hashes": hashes})
 
 
 def _short(settings: Any) -> str:

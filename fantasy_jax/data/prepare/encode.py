@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 import fantasy_jax
 from fantasy_jax import cli
-from fantasy_jax.data.encoded import ClipEncoder, features
+from fantasy_jax.config import as_json
+from fantasy_jax.data.encoded import ClipEncoder, as_stored, features
 from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.data.prepare.stages import Clip, Task
 from fantasy_jax.data.prepare.store import StoredClips
@@ -25,8 +26,8 @@ from fantasy_jax.media import whole_or_nothing
 from fantasy_jax.pipeline import Networks, encode_text
 
 DATASET = "encoded_clips"
-_SCHEMA = 2
-"""Of a record; 1 had neither face nor motion."""
+_SCHEMA = 3
+"""Of a record; 1 had neither face nor motion, 2 was of float32."""
 _PROMPTS = 64
 """That go through the text encoder before it is let go."""
 
@@ -153,7 +154,7 @@ def write_encoded(
         everything = (record for path in paths for record in read_batch(path))
         for clip, record in zip(clips, everything, strict=True):
             if (clip.digest in tests) == test:
-                yield record | {"motion": np.array(motion(intensities(clip)), np.float32)}
+                yield as_stored(record | {"motion": np.array(motion(intensities(clip)), np.float32)})
 
     splits = {"train": records(False)} | ({"test": records(True)} if tests else {})
     content = json.dumps([[clip.digest, clip.number, prompts[clip.source]] for clip in clips])
@@ -179,11 +180,12 @@ def fit_motion(found: Sequence[tuple[float, float]]) -> MotionNormaliser:
 
 def dataset_settings(task: Task, weights: Any, **more: Any) -> dict[str, Any]:
     """What a dataset's records follow from, JSON's types."""
-    settings = {
-        "fantasy_jax": fantasy_jax.__version__,
-        "schema": _SCHEMA,
-        "task": asdict(task),
-        "weights": weights,
-        **more,
-    }
-    return json.loads(json.dumps(settings))
+    return as_json(
+        {
+            "fantasy_jax": fantasy_jax.__version__,
+            "schema": _SCHEMA,
+            "task": task,
+            "weights": weights,
+            **more,
+        }
+    )

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.ndimage import uniform_filter1d
 
 from fantasy_jax.config import ConfigError
+from fantasy_jax.data.face_crop import CROP_SIZE
 from fantasy_jax.data.landmarks import FaceTrack
 from fantasy_jax.data.prepare.config import PrepareConfig
 from fantasy_jax.data.speech import SAMPLE_RATE
@@ -16,8 +17,6 @@ from fantasy_jax.typing import Float, Float32, UInt8
 
 _WINDOW = 480
 """Samples that WebRTC's detector looks at, 30 ms."""
-_SIDE = 112
-"""Pixels that a face is scaled to before its sharpness is measured, so that large faces are not sharper."""
 
 
 class Dropped(Exception):
@@ -170,7 +169,7 @@ def sharpness(video: UInt8[np.ndarray, "T H W 3"], face: FaceTrack) -> float:
         left, top, right, bottom = face.boxes[index].round().astype(int).clip(0)
         crop = video[index, top:bottom, left:right]
         if crop.size:
-            scaled = cv2.resize(crop, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
+            scaled = cv2.resize(crop, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA)
             grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)
             values.append(cv2.Laplacian(grey, cv2.CV_64F).var())
     return float(np.median(values)) if values else 0.0

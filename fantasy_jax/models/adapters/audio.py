@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.models.condition import Condition, KeyValue
-from fantasy_jax.models.layers import LayerNorm, stack_layers
+from fantasy_jax.models.condition import Condition, silent_layers
+from fantasy_jax.models.layers import LayerNorm
 from fantasy_jax.typing import Array, DType, Float, Int
 
 
@@ -27,7 +27,7 @@ class AudioAdapterConfig:
         num_heads: The transformer's.
         num_layers: The transformer's.
         rotary: Whether queries and keys are turned by their time. The released weights have no such thing:
-            wav2vec2's features carry their place, log-mel bands do not.
+            a large wav2vec2's features carry their place, those of a small one hardly do.
     """
 
     feature_width: int = 768
@@ -60,20 +60,14 @@ class AudioAdapter(nnx.Module):
             rngs=rngs,
         )
         self.norm = LayerNorm(config.token_width, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.layers = stack_layers(
-            lambda rngs: KeyValue(
-                config.token_width,
-                config.width,
-                config.num_heads,
-                use_bias=False,
-                norm_epsilon=None,
-                value_init=nnx.initializers.zeros,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-            ),
+        self.layers = silent_layers(
+            config.token_width,
+            config.width,
+            config.num_heads,
             config.num_layers,
             rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
         )
 
     def tokens(self, features: Float[Array, "B A C"]) -> Float[Array, "B A D"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.models.attention import attention
-from fantasy_jax.models.condition import Condition, KeyValue
+from fantasy_jax.models.condition import Condition, silent_layers
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
 
@@ -116,20 +116,14 @@ class IdentityAdapter(nnx.Module):
             rngs=rngs,
         )
         self.norm_out = LayerNorm(width, epsilon=_EPSILON, **types)
-        self.layers = stack_layers(
-            lambda rngs: KeyValue(
-                width,
-                config.width,
-                config.num_heads,
-                use_bias=False,
-                norm_epsilon=None,
-                value_init=nnx.initializers.zeros,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-            ),
+        self.layers = silent_layers(
+            width,
+            config.width,
+            config.num_heads,
             config.num_layers,
             rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
         )
 
     def tokens(self, features: Float[Array, "B P C"]) -> Float[Array, "B L D"]:
