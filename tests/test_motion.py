@@ -17,7 +17,7 @@ from fantasy_jax.data.landmarks import JOINTS, MEDIAPIPE_FACE, BodyTrack, FaceTr
 from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser, body_intensity, face_intensity
 from fantasy_jax.diffusion.sampler import SamplerConfig, sample
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
-from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
+from fantasy_jax.models.adapters.motion import NEUTRAL, MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.pipeline import ModelConfig, SampleConfig, motion_input
 from fantasy_jax.training.talking import TalkingStageConfig, sampling_inputs, talking_loss
@@ -117,6 +117,15 @@ def test_each_clip_has_its_own_motion_and_every_branch_has_it(transformer, batch
     assert all(relative(lively[i], calm[i]) > 1e-3 for i in range(2))
     assert relative(half[0], calm[0]) < 1e-5
     assert relative(half[1], lively[1]) < 1e-5
+
+
+def test_motion_is_exaggerated_around_neutral(transformer):
+    adapter = randomise(transformer.adapters["motion"], 7)
+    usual = jnp.full((1, 2), NEUTRAL)
+    assert relative(adapter.exaggerated(LIVELY, 1.0), adapter(LIVELY)) < 1e-6
+    assert relative(adapter.exaggerated(usual, 3.0), adapter(usual)) < 1e-6
+    three = adapter.exaggerated(LIVELY, 3.0) - adapter(usual)
+    assert relative(three, 3 * (adapter(LIVELY) - adapter(usual))) < 1e-5
 
 
 def test_training_hears_the_motion_of_clips_that_have_it(transformer):

@@ -30,6 +30,8 @@ class SamplerConfig:
         audio_scale: Guidance by the audio, likewise.
         loudness: Weight of the attended audio where it is heard.
         identity_scale: Weight of the attended face, for a model with an identity adapter.
+        motion_scale: How far intensities of motion pull from neutral, for a model with a motion adapter: 1 as
+            in training; more where training was short and they pull too little. Neutral stays as it is.
         audio: Whether each frame hears its own window of the sound (second training stage, and the released
             weights) or the whole clip (first stage).
         batch_branches: Evaluate guidance's branches as one batch (faster where memory allows), or one after
@@ -42,6 +44,7 @@ class SamplerConfig:
     audio_scale: float | ScaleSchedule = 5.0
     loudness: float = 1.0
     identity_scale: float = IDENTITY_SCALE
+    motion_scale: float = 1.0
     audio: Literal["frame", "clip"] = "frame"
     batch_branches: bool = True
 
@@ -118,6 +121,7 @@ def sample(
             sigmas[i : i + 2],
             scales,
             inputs.motion,
+            config.motion_scale,
         )
         if progress:
             latents.block_until_ready()  # or the bar would count steps that are only queued
@@ -179,6 +183,7 @@ def euler_step(
     sigmas: Float[Array, "2"],
     scales: Float[Array, "2"],
     motion: Float[Array, "B 2"] | None = None,
+    motion_scale: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B F h w C"]:
     """A guided step.
 
@@ -192,9 +197,10 @@ def euler_step(
         sigmas: Noise levels before and after.
         scales: Of prompt and audio.
         motion: Intensities of face and body, the same in every branch: the paper does not guide by them.
+        motion_scale: How far they pull from neutral.
     """
     model = nnx.merge(graphdef, state)
-    offset = None if motion is None else model.adapters["motion"](motion)
+    offset = None if motion is None else model.adapters["motion"].exaggerated(motion, motion_scale)
 
     def velocity(conditions: dict[str, Condition], copies: int = 1) -> Array:
         copied = [jnp.concatenate([x] * copies) for x in (latents, first_frame)]

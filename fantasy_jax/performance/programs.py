@@ -156,9 +156,9 @@ def guided_step(
     inputs = SamplerInputs(first_frame, text, text, batch["image"], batch["audio"], face=batch.get("face"))
     needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
     conditions = jax.eval_shape(partial(branch_conditions, graphdef, needed, config.audio), state, inputs)
-    pair = jax.ShapeDtypeStruct((2,), np.float32, sharding=whole)
-    motion = jax.ShapeDtypeStruct((1, 2), np.float32, sharding=whole) if model.motion_adapter else None
-    arguments = (state, latents, first_frame, conditions, pair, pair, motion)
+    pair, motion, scale = (_whole(shape, mesh) for shape in ((2,), (1, 2), ()))
+    moves = (motion, scale) if model.motion_adapter else ()
+    arguments = (state, latents, first_frame, conditions, pair, pair, *moves)
     static = (graphdef, config.batch_branches)
     yield Program(
         f"guided step, {len(needed)} branches",

@@ -68,3 +68,10 @@ class MotionAdapter(nnx.Module):
         hidden = self.conv1(nnx.silu(self.norm1(x)))
         x = x + self.conv2(nnx.silu(self.norm2(hidden)))
         return self.out(x.mean(axis=1))
+
+    def exaggerated(
+        self, intensities: Float[Array, "B 2"], scale: float | Float[Array, ""]
+    ) -> Float[Array, "B D"]:
+        """The offset, so many times as far from that of neutral intensities; 1 is as trained."""
+        neutral = self(jnp.full_like(intensities, NEUTRAL))
+        return neutral + scale * (self(intensities) - neutral)
