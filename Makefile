@@ -36,10 +36,10 @@ demo: install
 	$(RUN) $(MEASURE) out/demo_lively.mp4
 
 test: install
-	$(RUN) -m pytest -n 2 -m "not slow"
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: install
-	$(RUN) -m pytest -n 2 --durations=15
+	$(RUN) -m pytest -n 2 --dist worksteal --durations=15
 
 test-networks: install
 	$(RUN) -m pytest -m "networks and not slow"
