@@ -1,6 +1,6 @@
 """Flow matching, guidance, and the sampler against the official outputs and against their formulas."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -205,13 +205,14 @@ def test_noise_survives_and_progress_is_shown(tiny, capsys):
 
 
 def test_the_defaults_are_the_official_scripts():
-    assert dataclasses.asdict(SamplerConfig()) == {
+    assert asdict(SamplerConfig()) == {
         "steps": 30,
         "shift": 5.0,
         "prompt_scale": 5.0,
         "audio_scale": 5.0,
         "loudness": 1.0,
         "identity_scale": 0.5,
+        "motion_scale": 1.0,
         "audio": "frame",
         "batch_branches": True,
     }
