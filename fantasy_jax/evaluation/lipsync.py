@@ -61,7 +61,7 @@ class Figure:
     clips: int
 
 
-def figure(values: Sequence[float]) -> Figure:
+def figure(values: Sequence[float] | Float[np.ndarray, " N"]) -> Figure:
     """Mean and standard error."""
     spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     return Figure(float(np.mean(values)), float(spread), len(values))
