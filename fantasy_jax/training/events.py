@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,14 @@ class Events:
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Tells numbers, by name."""
-        self._write([summary.scalar(name, value) for name, value in values.items()], step)
+        self._write((summary.scalar(name, value) for name, value in values.items()), step)
 
     def pictures(self, values: Mapping[str, UInt8[np.ndarray, "H W 3"]], step: int) -> None:
         """Tells pictures, by name."""
-        made = [summary.image(name, picture, dataformats="HWC") for name, picture in values.items()]
+        made = (summary.image(name, picture, dataformats="HWC") for name, picture in values.items())
         self._write(made, step)
 
-    def _write(self, parts: list[Summary], step: int) -> None:
+    def _write(self, parts: Iterator[Summary], step: int) -> None:
         if self._writer is None:
             return
         whole = Summary(value=[value for part in parts for value in part.value])

@@ -7,7 +7,7 @@ clips share a batch follows from their order alone. The dataset is put together 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def write_encoded(
     splits = {"train": records(False)} | ({"test": records(True)} if tests else {})
     content = json.dumps([[clip.digest, clip.number, prompts[clip.source]] for clip in clips])
     digest = hashlib.sha256(content.encode()).hexdigest()
-    settings = dataset_settings(task, weights, clips=digest, motion=asdict(motion))
+    settings = dataset_settings(task, weights, clips=digest, motion=motion)
     with cli.phase("Dataset"):
         folder = write_dataset(DATASET, directory, lambda: features(next(records(False))), splits, settings)
     motion.save(directory / MOTION_FILE)

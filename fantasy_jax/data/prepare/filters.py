@@ -162,7 +162,10 @@ def share_inside(face: FaceTrack, height: int, width: int) -> float:
 
 
 def sharpness(video: UInt8[np.ndarray, "T H W 3"], face: FaceTrack) -> float:
-    """Variance of the Laplacian of the face, scaled to one size; the median of up to nine frames."""
+    """Variance of the Laplacian of the face, the median of up to nine frames.
+
+    Scaled to one size, or large faces would be sharper.
+    """
     values = []
     frames = np.flatnonzero(face.present)
     for index in frames[:: max(len(frames) // 8, 1)]:
