@@ -214,9 +214,9 @@ def compile_full_size(num_layers):
 
 
 def test_forty_layers_of_full_size_compile_like_two():
-    start = time.perf_counter()
+    start = time.process_time()  # by the clock it takes longer where other work is done, too
     count, forty = compile_full_size(40)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     _, two = compile_full_size(2)
     # The released files hold as many: Wan2.1-I2V-14B's, then FantasyTalking's.
     assert count == 16_394_878_784 + 840_437_760
