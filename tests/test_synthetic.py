@@ -71,13 +71,29 @@ def test_prompts_tell_how_much_the_head_moves():
     assert max(motion["calm"]) < min(motion["lively"])
 
 
-def test_the_intensity_of_motion_is_what_is_asked_for():
-    def path(body_motion):
-        plan = plan_clip(CONFIG, "train", 3, body_motion=body_motion)
-        return np.abs(np.diff(plan.performance.shift_x)).sum()
+@pytest.mark.parametrize(
+    ("part", "course", "rests"),
+    [("face", "opening", False), ("face", "turn", True), ("body", "shift_x", True)],
+)
+def test_the_intensity_of_motion_is_what_is_asked_for(part, course, rests):
+    def path(**intensities):
+        plan = plan_clip(CONFIG, "train", 3, **intensities)
+        return np.abs(np.diff(getattr(plan.performance, course))).sum()
 
-    assert path(0.0) == 0
-    assert 0 < path(0.4) < path(1.0)
+    asked, other = (f"{name}_motion" for name in (part, {"face": "body", "body": "face"}[part]))
+    assert path(**{asked: 0.0}) < path(**{asked: 0.4}) < path(**{asked: 1.0})
+    assert (path(**{asked: 0.0}) == 0) == rests
+    assert path(**{asked: 0.4, other: 0.0}) == path(**{asked: 0.4, other: 1.0})
+
+
+def test_only_its_number_tells_how_lively_a_face_is():
+    plans = [plan_clip(CONFIG, "train", i) for i in range(200)]
+    faces, bodies = (
+        np.array([getattr(plan, f"{name}_motion") for plan in plans]) for name in ("face", "body")
+    )
+    assert abs(correlation(faces, bodies)) < 0.2
+    assert faces.min() < 0.1
+    assert faces.max() > 0.9
 
 
 def test_voices_differ_in_pitch_and_colour():

@@ -73,7 +73,7 @@ class Performance:
     """What a face does, one value a video frame (`[T]`).
 
     Attributes:
-        opening: Of the mouth, 0 to 1.
+        opening: Of the mouth, from 0; 1 is as wide as speech opens it in a usual clip.
         rounding: Of the lips, 0 to 1.
         blink: Of the lids, 0 open to 1 shut.
         shift_x: Of the head.

@@ -90,8 +90,9 @@ class Clip:
         performance: What the face does.
         speech: What is heard.
         prompt: What is said of it.
-        face_motion: Intensity of the features' motion beside the mouth's, from 0 to 1.
-        body_motion: Intensity of the motion of head and shoulders.
+        face_motion: Intensity of the features' motion, from 0 to 1: livelier faces open the mouth wider,
+            blink more often and turn. Nothing but this number tells.
+        body_motion: Intensity of the motion of head and shoulders; the prompt tells roughly.
     """
 
     face: Face
@@ -125,9 +126,9 @@ def plan_clip(
     manner = ("calm", "lively")[rng.integers(2)]
     prompt = PROMPTS[manner][rng.integers(len(PROMPTS[manner]))]
     low, high = (0.0, 0.3) if manner == "calm" else (0.6, 1.0)
-    drawn = rng.uniform(low, high, 2)
-    face_motion = float(drawn[0]) if face_motion is None else face_motion
-    body_motion = float(drawn[1]) if body_motion is None else body_motion
+    drawn = rng.uniform((0, low), (1, high)).tolist()
+    face_motion = drawn[0] if face_motion is None else face_motion
+    body_motion = drawn[1] if body_motion is None else body_motion
     performance = _perform(rng, config, speech, face_motion, body_motion)
     return Clip(face, performance, speech, prompt, face_motion, body_motion)
 
@@ -145,7 +146,7 @@ def _perform(
     stress = np.convolve(np.pad(speech.opening, 4), np.hanning(9) / np.hanning(9).sum(), mode="valid")
     nod = 0.07 * body_motion * (stress - stress[0])  # heads nod with what they stress
     return Performance(
-        opening=speech.opening,
+        opening=(0.7 + 0.6 * face_motion) * speech.opening,
         rounding=speech.rounding,
         blink=_blinks(rng, seconds, face_motion),
         shift_x=sway(0.03 * body_motion),
@@ -161,11 +162,9 @@ def _blinks(
     rng: np.random.Generator, seconds: Float[np.ndarray, " T"], intensity: float
 ) -> Float[np.ndarray, " T"]:
     """Lids shut for about a tenth of a second, more often in lively faces."""
-    shut = np.zeros(seconds.size)
-    if rng.uniform() < 0.15 + 0.45 * intensity:
-        moment = rng.uniform(0.1, seconds[-1])
-        shut = np.exp(-(((seconds - moment) / 0.055) ** 2))
-    return shut.astype(np.float32)
+    chance, moment = rng.uniform((0, 0.1), (1, seconds[-1]))
+    shuts = chance < 0.15 + 0.45 * intensity
+    return (shuts * np.exp(-(((seconds - moment) / 0.055) ** 2))).astype(np.float32)
 
 
 def draw_clips(config: SyntheticConfig, clips: list[Clip]) -> Iterator[Record]:
