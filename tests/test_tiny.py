@@ -86,7 +86,9 @@ def test_faces_stay_who_they_are_and_move_as_they_are_told(networks, monkeypatch
     courses = controls.motions(measured)
     for course in courses.values():
         assert course["rank_correlation"] == 1
-        assert np.ptp([sync.mean for sync in course["lip_sync"]]) < 0.05
+        still, neutral, lively = (sync.mean for sync in course["lip_sync"])
+        assert neutral - still < 0.05, "lip sync may rise, as it does with wider mouths, but not fall"
+        assert max(still, neutral) - lively < 0.05
 
 
 @pytest.mark.slow
