@@ -72,15 +72,18 @@ def test_prompts_tell_how_much_the_head_moves():
 
 
 @pytest.mark.parametrize(
-    ("part", "course", "rests"),
-    [("face", "opening", False), ("face", "turn", True), ("body", "shift_x", True)],
+    ("asked", "other", "course", "rests"),
+    [
+        ("face_motion", "body_motion", "opening", False),
+        ("face_motion", "body_motion", "turn", True),
+        ("body_motion", "face_motion", "shift_x", True),
+    ],
 )
-def test_the_intensity_of_motion_is_what_is_asked_for(part, course, rests):
+def test_the_intensity_of_motion_is_what_is_asked_for(asked, other, course, rests):
     def path(**intensities):
         plan = plan_clip(CONFIG, "train", 3, **intensities)
         return np.abs(np.diff(getattr(plan.performance, course))).sum()
 
-    asked, other = (f"{name}_motion" for name in (part, {"face": "body", "body": "face"}[part]))
     assert path(**{asked: 0.0}) < path(**{asked: 0.4}) < path(**{asked: 1.0})
     assert (path(**{asked: 0.0}) == 0) == rests
     assert path(**{asked: 0.4, other: 0.0}) == path(**{asked: 0.4, other: 1.0})

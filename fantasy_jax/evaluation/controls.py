@@ -71,7 +71,7 @@ def _embed(
 
 
 def motions(measured: LipSync) -> dict[str, dict[str, Any]]:
-    """What face and body do at each of seven settings of their own, the other one's being neutral.
+    """What face and body do at each of seven settings of their own, the other one's being as in the config.
 
     Returns:
         Of `face` and `body`: the settings, the measured motion at each, their rank correlation, and lip sync.
