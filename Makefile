@@ -5,18 +5,21 @@ VENV ?= .venv
 EXTRAS ?= test
 RUN := $(VENV)/bin/python
 EXAMPLE := fantasy_jax/assets/example
+# Another choice of extras is another stamp, so that it is installed on top.
+comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 help:
 	@echo "make install    a virtual environment in $(VENV) with everything that is needed"
 	@echo "make demo       talking videos from what comes with the project: out/demo.mp4, and what its controls do"
 	@echo "make test       all tests that are quick"
 	@echo "make test-all   all tests, slow ones too"
-	@echo "make lint       style and format"
+	@echo "make lint       style, format and layers of imports"
 	@echo "make clean      remove what these targets made"
 
-install: $(VENV)/.installed
+install: $(INSTALLED)
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(INSTALLED): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "fantasy_jax needs Python 3.11 or newer, and none was found." \
 		"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +50,7 @@ test-networks: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 clean:
 	rm -rf $(VENV) build out *.egg-info .pytest_cache .ruff_cache

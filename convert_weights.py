@@ -1,77 +1,80 @@
-"""Weights of PyTorch's networks: fetched, inspected, imported into the store, verified, and given back."""
+"""Downloads, inspects, imports, exports and verifies the weights of PyTorch's networks."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from fantasy_jax import cli
-from fantasy_jax.convert.download import download
-from fantasy_jax.convert.exporter import export_weights
-from fantasy_jax.convert.files import WeightsError
-from fantasy_jax.convert.importer import import_weights
-from fantasy_jax.convert.inspect import inspect
-from fantasy_jax.convert.verify import table, to_json, to_markdown, verify
-from fantasy_jax.weights import FOLDERS, LORA
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.parity.report import table, to_json, to_markdown
+from fantasy_jax.parity.verify import verify
+from fantasy_jax.system.registry import slots
+from fantasy_jax.weights.download import download
+from fantasy_jax.weights.exporter import export_weights
+from fantasy_jax.weights.importer import import_options, import_weights
+from fantasy_jax.weights.inspect import inspect
 
 EXAMPLES = """\
 examples:
-  python convert_weights.py download --output downloads           the official files, 80 GiB
-  python convert_weights.py inspect Wan2.1-I2V-14B-720P           what a file or a folder holds
-  python convert_weights.py import --wan downloads/Wan2.1-I2V-14B-720P --output weights
-  python convert_weights.py export --weights weights --component audio_adapter --output adapter.safetensors
-  python convert_weights.py verify --reference tests/data/wan_vae
+  python convert_weights.py download --output=downloads
+  python convert_weights.py inspect downloads/Wan2.1-I2V-14B-720P
+  python convert_weights.py import --wan=downloads/Wan2.1-I2V-14B-720P --output=weights
+  python convert_weights.py export --weights=weights --component=audio_adapter --output=adapter.safetensors
+  python convert_weights.py verify --reference=tests/data/wan_vae
 
-`COMMAND --help` tells more of each.
+Help of a command: python convert_weights.py import --help
 """
 
 DOWNLOAD_EXAMPLES = """\
 examples:
-  python convert_weights.py download --output downloads           run again, it goes on where it stopped
+  python convert_weights.py download --output=downloads
+
+80 GiB. After an interruption, run the same command again: it continues.
 """
 
 INSPECT_EXAMPLES = """\
 examples:
-  python convert_weights.py inspect Wan2.1-I2V-14B-720P           the official folder of seven shards
-  python convert_weights.py inspect fantasytalking_model.ckpt     the FantasyTalking adapter
-  python convert_weights.py inspect manifest.json --map           names and shapes only; every key's place
+  python convert_weights.py inspect downloads/Wan2.1-I2V-14B-720P         the official folder of seven shards
+  python convert_weights.py inspect downloads/fantasytalking_model.ckpt   the FantasyTalking adapter
+  python convert_weights.py inspect manifest.json --map                   names and shapes; places of all keys
 """
 
 IMPORT_EXAMPLES = """\
 examples:
-  python convert_weights.py import --wan downloads/Wan2.1-I2V-14B-720P \\
-      --fantasytalking downloads/fantasytalking_model.ckpt \\
-      --wav2vec2 downloads/wav2vec2-base-960h --output weights
-  python convert_weights.py import --fantasytalking mine.safetensors --output weights --dtype float32
-  python convert_weights.py import --arcface antelopev2/glintr100.onnx --output weights
+  python convert_weights.py import --wan=downloads/Wan2.1-I2V-14B-720P \\
+      --fantasytalking=downloads/fantasytalking_model.ckpt \\
+      --wav2vec2=downloads/wav2vec2-base-960h --output=weights
+  python convert_weights.py import --fantasytalking=mine.safetensors --output=weights --dtype=float32
+  python convert_weights.py import --arcface=antelopev2/glintr100.onnx --output=weights
 
-What is complete is skipped, and an interrupted import goes on: run the same command again. About 10 GiB of
-memory are enough.
+Complete networks are skipped. After an interruption, run the same command again: it continues. 10 GiB of
+memory are sufficient.
 """
 
 EXPORT_EXAMPLES = """\
 examples:
-  python convert_weights.py export --weights weights --component audio_adapter --output adapter.safetensors
-  python convert_weights.py export --weights weights --component audio_adapter --layout comfyui \\
-      --output ComfyUI/models/diffusion_models/fantasytalking.safetensors
-  python convert_weights.py export --weights weights --component transformer --layout diffusers \\
-      --output diffusion_pytorch_model.safetensors
-  a LoRA as ComfyUI and diffusers read it, and the transformer with the LoRA in it:
-  python convert_weights.py export --weights out/lora/weights --component lora --output lora.safetensors
-  python convert_weights.py export --weights out/lora/weights --component transformer --merge_lora \\
-      --output merged.safetensors
+  python convert_weights.py export --weights=weights --component=audio_adapter --output=adapter.safetensors
+  python convert_weights.py export --weights=weights --component=audio_adapter --layout=comfyui \\
+      --output=ComfyUI/models/diffusion_models/fantasytalking.safetensors
+  python convert_weights.py export --weights=weights --component=transformer --layout=diffusers \\
+      --output=diffusion_pytorch_model.safetensors
+  a LoRA for ComfyUI and diffusers, and the transformer with the LoRA merged:
+  python convert_weights.py export --weights=out/lora/weights --component=lora --output=lora.safetensors
+  python convert_weights.py export --weights=out/lora/weights --component=transformer --merge_lora \\
+      --output=merged.safetensors
 """
 
 VERIFY_EXAMPLES = """\
 examples:
-  python convert_weights.py verify --reference tests/data/wan_vae
-  python convert_weights.py verify --reference A --reference B --json parity.json
+  python convert_weights.py verify --reference=tests/data/wan_vae
+  python convert_weights.py verify --reference=A --reference=B --json=parity.json
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one of the commands; the exit code is 1 if something does not fit or differs."""
+    """Runs one command; the exit code is 1 if weights do not fit or outputs differ."""
     arguments = _parser().parse_args(argv)
     return arguments.command(arguments)
 
@@ -82,10 +85,13 @@ def _download(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    sources = {name: getattr(arguments, name) for name in ("wan", "fantasytalking", "wav2vec2", "arcface")}
-    if not any(sources.values()):
-        raise WeightsError("nothing to import; give --wan, --fantasytalking, --wav2vec2 or --arcface")
-    print("\n".join(import_weights(arguments.output, **sources, dtype=jnp.dtype(arguments.dtype))))
+    options = import_options()
+    sources = {name: path for name in options if (path := getattr(arguments, name)) is not None}
+    if arguments.wan is None and not sources:
+        raise WeightsError(f"nothing to import; give --wan, --{', --'.join(options)}")
+    dtype = jnp.dtype(arguments.dtype)
+    lines = import_weights(arguments.output, wan=arguments.wan, sources=sources, dtype=dtype)
+    print("\n".join(lines))
     return 0
 
 
@@ -96,36 +102,38 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    reports = inspect(arguments.path, preset=arguments.preset)
-    for report in reports:
-        print("\n".join(report.lines(every_key=arguments.map)))
-    return int(any(report.plan.problems for report in reports))
+    found = inspect(arguments.path, preset=arguments.preset)
+    for network in found:
+        print("\n".join(network.lines(every_key=arguments.map)))
+    return int(any(network.plan.problems for network in found))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    for path in filter(None, (arguments.json, arguments.markdown)):
+        check_writable(path)
     rows = [row for folder in arguments.reference for row in verify(folder, dtype=jnp.dtype(arguments.dtype))]
     print(table(rows))
     if arguments.json:
-        Path(arguments.json).write_text(to_json(rows) + "\n")
+        _write(arguments.json, to_json(rows) + "\n")
     if arguments.markdown:
         references = (f"--reference={folder}" for folder in arguments.reference)
         settings = (*references, f"--dtype={arguments.dtype}", f"--markdown={arguments.markdown}")
-        page = to_markdown(rows, ["python convert_weights.py verify", *settings])
-        Path(arguments.markdown).write_text(page, encoding="utf-8")
+        _write(arguments.markdown, to_markdown(rows, ["python convert_weights.py verify", *settings]))
     failed = sum(row.verdict == "fail" for row in rows)
-    print(f"\n{len(rows)} outputs compared, {failed} beyond their limit")
+    print(f"\n{len(rows)} outputs compared, {failed} above their limit")
     return int(failed > 0)
+
+
+def _write(path: str, text: str) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="convert_weights.py", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    _add_download(commands)
-    _add_inspect(commands)
-    _add_import(commands)
-    _add_export(commands)
-    _add_verify(commands)
+    for add in (_add_download, _add_inspect, _add_import, _add_export, _add_verify):
+        add(commands)
     return parser
 
 
@@ -136,81 +144,84 @@ def _add(commands: Any, name: str, run: Any, summary: str, describe: str, epilog
 
 
 def _add_download(commands: Any) -> None:
-    describe = (
-        "Fetches the official files from the Hugging Face hub; what is there already is not fetched again."
+    describe = "Downloads the published files from the Hugging Face hub; complete files are skipped."
+    command = _add(
+        commands, "download", _download, "download the published files", describe, DOWNLOAD_EXAMPLES
     )
-    command = _add(commands, "download", _download, "fetch the official files", describe, DOWNLOAD_EXAMPLES)
-    command.add_argument("--output", required=True, metavar="DIR", help="where they go; made if missing")
+    command.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the files; created if needed"
+    )
 
 
 def _add_inspect(commands: Any) -> None:
-    describe = "Tells what a weights file is, and whether all of it has a place in the network that samples."
-    summary = "what a file holds and how it maps"
+    describe = "Prints the networks of a weights file, and whether every tensor maps onto a parameter."
+    summary = "print the networks of a file and how they map"
     command = _add(commands, "inspect", _inspect, summary, describe, INSPECT_EXAMPLES)
     command.add_argument(
-        "path", help="a .safetensors, .pth or .ckpt file, a folder of them, or a JSON manifest"
+        "path", help="a .safetensors, .pth, .ckpt or .onnx file, a folder of them, or a JSON manifest"
     )
-    command.add_argument("--preset", help="sizes of the network, where they cannot be told from the file")
-    command.add_argument("--map", action="store_true", help="list where every tensor goes")
+    command.add_argument("--preset", help="name of the network's sizes, if they cannot be detected: umt5_xxl")
+    command.add_argument("--map", action="store_true", help="list the parameter of every tensor")
 
 
 def _add_import(commands: Any) -> None:
-    describe = "Converts downloads into the store that sampling and training load from, block by block."
-    command = _add(commands, "import", _import, "downloads into the store", describe, IMPORT_EXAMPLES)
-    command.add_argument(
-        "--wan", metavar="DIR", help="Wan2.1-I2V-14B, the official folder or diffusers', as it was downloaded"
+    describe = (
+        "Converts downloaded files into a store, which sampling and training load; one block at a time."
     )
-    command.add_argument("--fantasytalking", metavar="FILE", help="the adapter, .ckpt or .safetensors")
-    command.add_argument("--wav2vec2", metavar="DIR", help="a wav2vec2, as transformers has it")
+    command = _add(commands, "import", _import, "import files into a store", describe, IMPORT_EXAMPLES)
     command.add_argument(
-        "--arcface",
-        metavar="FILE",
-        help="insightface's IResNet-50 or -100: backbone.pth, or the package's .onnx",
+        "--wan", metavar="DIR", help="folder of Wan2.1-I2V-14B, in the official or in diffusers' layout"
     )
-    command.add_argument("--output", required=True, metavar="DIR", help="the store; made if missing")
+    for name, component in import_options().items():
+        source = component.download
+        command.add_argument(f"--{name}", metavar=source.metavar, help=source.help)
+    command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="bfloat16",
-        help="type of the stored weights; the official scripts compute in bfloat16 (default: %(default)s)",
+        help="dtype of the stored weights; the official scripts compute in bfloat16 (default: %(default)s)",
     )
 
 
 def _add_export(commands: Any) -> None:
-    describe = "Writes one network of a store as safetensors, under the names that PyTorch's programs read."
-    command = _add(commands, "export", _export, "the store back to safetensors", describe, EXPORT_EXAMPLES)
+    describe = "Writes one network of a store as safetensors, with the keys that PyTorch programs read."
+    command = _add(commands, "export", _export, "export a network of a store", describe, EXPORT_EXAMPLES)
     command.add_argument("--weights", required=True, metavar="DIR", help="the store")
-    command.add_argument(
-        "--component", required=True, choices=(*FOLDERS.values(), LORA), help="which network"
-    )
+    command.add_argument("--component", required=True, choices=slots(), help="the network to export")
     command.add_argument(
         "--layout",
         default="official",
-        help="official, diffusers, comfyui or another that the network has (default: %(default)s)",
+        help="layout of the keys, such as official, diffusers or comfyui (default: %(default)s)",
     )
     command.add_argument(
         "--merge_lora", action="store_true", help="add the store's LoRA to the transformer's weights"
     )
-    command.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    command.add_argument(
+        "--output", required=True, metavar="FILE", help="file to write, such as adapter.safetensors"
+    )
 
 
 def _add_verify(commands: Any) -> None:
-    describe = "Runs a reference's network on its inputs with its own weights, and compares every output."
-    command = _add(commands, "verify", _verify, "parity with PyTorch", describe, VERIFY_EXAMPLES)
+    describe = "Runs networks with the weights and inputs of references, and compares every output."
+    summary = "compare with outputs of PyTorch"
+    command = _add(commands, "verify", _verify, summary, describe, VERIFY_EXAMPLES)
     command.add_argument(
         "--reference",
         action="append",
         required=True,
         metavar="DIR",
-        help="a folder of config.json, weights.safetensors and activations.safetensors; may be repeated",
+        help="folder of config.json, weights.safetensors and activations.safetensors; may be repeated",
     )
-    command.add_argument("--json", metavar="FILE", help="write the same as JSON")
-    command.add_argument("--markdown", metavar="FILE", help="write a page of it, such as docs/parity.md")
+    command.add_argument("--json", metavar="FILE", help="write the results as JSON, such as parity.json")
+    command.add_argument(
+        "--markdown", metavar="FILE", help="write the results as a page, such as docs/parity.md"
+    )
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="bfloat16 reports what it costs, and has no limits (default: %(default)s)",
+        help="dtype of weights and products; bfloat16 has no limits (default: %(default)s)",
     )
 
 

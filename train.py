@@ -1,80 +1,103 @@
-"""Trains: the miniature from nothing, or the stages of a larger system on top of its converted weights."""
+"""Trains the stages of a system on top of its converted weights, or the miniature from scratch."""
 
+import argparse
 from functools import partial
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from fantasy_jax import cli
-from fantasy_jax.config import ConfigError, build
-from fantasy_jax.data.synthetic import SyntheticConfig
+from fantasy_jax.config import build
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.synthetic import SyntheticConfig
+from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
 from fantasy_jax.performance import ahead
-from fantasy_jax.performance.programs import training_steps
-from fantasy_jax.pipeline import ModelConfig, SampleConfig
-from fantasy_jax.sharding import join_processes
-from fantasy_jax.training.course import Course, TrainConfig
+from fantasy_jax.performance.programs import training_programs
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.sharding import init_distributed
+from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.finetune import finetune
+from fantasy_jax.training.loop import lock_workdir
 from fantasy_jax.training.stages import StagesConfig
+from fantasy_jax.video import VideoConfig
 
 EXAMPLES = """\
 examples:
+  the miniature, from scratch:
   python train.py --config=configs/tiny.py --workdir=out/tiny
   python train.py --config=configs/tiny.py:quick --workdir=out/quick
-  python train.py --config=configs/tiny.py --workdir=out/long --config.train.frame_stage.steps=20000
+  python train.py --config=configs/tiny.py --workdir=out/long --config.train.stages.1.num_steps=20000
 
-  adapters of the 14B model, from the weights that `convert_weights.py import` made and encoded clips:
+  the audio adapter of the 14B model, from converted weights and encoded clips:
   python train.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
-      --records=records/encoded_clips/1.0.0 --workdir=out/adapters
-  all adapters and a LoRA of the base:
+      --records=records/encoded_clips/1.0.0 --workdir=out/audio
+  all adapters and a LoRA of the base model:
   python train.py --config=configs/fantasy_talking_14b.py:lora --weights=weights/fantasy_talking_14b \\
       --records=records/encoded_clips/1.0.0 --workdir=out/lora
-  what a step of it would need on 64 chips, compiled for them on this machine; nothing is trained:
+  memory and time of a step on 64 chips, compiled for them on this machine; nothing is trained:
   python train.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v5p:4x4x4
 
-Ctrl-C saves; the same command goes on from there. To watch: tensorboard --logdir=out/tiny
+Ctrl-C saves; the same command resumes. To watch: tensorboard --logdir=out/tiny
 Every setting of the config file can be given as --config.NAME=VALUE.
 """
+
+TASKS = {"talking": StagesConfig, "miniature": MiniatureConfig}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains, or compiles."""
     arguments, config = cli.parse(_parser(), argv)
-    from_nothing = "data" in config
+    if config.get("task") not in TASKS:
+        raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(TASKS)}")
+    miniature = config.task == "miniature"
     if arguments.distributed:
-        if from_nothing:
-            raise ConfigError(f"{arguments.config}: is trained by one process; leave --distributed out")
-        join_processes()
+        if miniature:
+            raise ConfigError(f"{arguments.config}: trains in one process; leave --distributed out")
+        init_distributed()
     model = build(ModelConfig, config.model, "model")
+    video = build(VideoConfig, config.video, "video")
     sampling = build(SampleConfig, config.sample, "sample")
-    training = build(TrainConfig if from_nothing else StagesConfig, config.train, "train")
+    training = build(TASKS[config.task], config.train, "train")
     if arguments.compile_only:
-        steps = partial(training_steps, model, sampling, training)
-        return ahead.compile_only(arguments, sampling.longest_edge, training.mesh, steps)
+        programs = partial(training_programs, model, training)
+        return ahead.compile_and_report(arguments, video, training.mesh, programs)
     if not arguments.workdir:
-        raise ConfigError("--workdir is needed: where checkpoints, logs and weights go")
+        raise ConfigError("--workdir is needed: the folder of checkpoints, logs and weights")
+    if not miniature and not arguments.records:
+        raise ConfigError("--records is needed: the folder of the encoded clips")
     workdir = Path(arguments.workdir)
-    if from_nothing:
-        data = build(SyntheticConfig, config.data, "data")
-        weights = Course(workdir, data=data, model=model, sampling=sampling, config=training).run()
-    else:
-        if not arguments.records:
-            raise ConfigError("--records is needed: the folder of the encoded clips")
-        store = Path(arguments.weights or config.weights)
-        weights = finetune(
-            store, Path(arguments.records), workdir, model=model, sampling=sampling, config=training
-        )
+    with lock_workdir(workdir):
+        weights = _train(arguments, config, workdir, model, video, sampling, training)
     print(f"Wrote {weights}; sample from it with sample.py --config={arguments.config} --weights={weights}")
     return 0
+
+
+def _train(
+    arguments: argparse.Namespace,
+    config: ConfigDict,
+    workdir: Path,
+    model: ModelConfig,
+    video: VideoConfig,
+    sampling: SampleConfig,
+    training: StagesConfig,
+) -> Path:
+    """Trains what the config's task says; returns the store of the trained weights."""
+    settings = {"model": model, "video": video, "sampling": sampling, "config": training}
+    if config.task == "miniature":
+        data = build(SyntheticConfig, config.data, "data")
+        return MiniatureTrainer(workdir, data=data, **settings).run()
+    store = Path(arguments.weights or config.weights)
+    return finetune(store, Path(arguments.records), workdir, **settings)
 
 
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="train.py", description=__doc__, epilog=EXAMPLES)
     cli.add_config_argument(parser)
-    parser.add_argument("--workdir", metavar="DIR", help="where data, checkpoints, logs and weights go")
-    parser.add_argument("--weights", metavar="DIR", help="the store to start from (default: the config's)")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of data, checkpoints, logs and weights")
+    parser.add_argument("--weights", metavar="DIR", help="store to start from (default: the config's)")
+    parser.add_argument("--records", metavar="DIR", help="encoded clips, for task talking")
     parser.add_argument(
-        "--records", metavar="DIR", help="encoded clips, for a configuration that makes none of its own"
-    )
-    parser.add_argument(
-        "--distributed", action="store_true", help="be one of several processes; the README says how to start"
+        "--distributed", action="store_true", help="run as one of several processes (docs/training.md)"
     )
     ahead.add_arguments(parser)
     return parser

@@ -1,29 +1,28 @@
 """FantasyTalking on Wan2.1-I2V-14B, with the defaults of the official script.
 
-A picture of at most 512 pixels, up to 81 frames at 23 a second, 30 steps of three evaluations each. The
-folder of weights is made by `convert_weights.py import` from the files as they are downloaded, and named by
-`sample.py --weights`. Nothing here has yet been timed with the real weights; the official script takes 15.5
-seconds a step on an A100, at 512 x 512 x 81.
+Images of at most 512 pixels, up to 81 frames at 23 frames per second, 30 steps. The weights are converted by
+`convert_weights.py import` and named by `sample.py --weights`. The official script takes 15.5 seconds a step
+on an A100, at 512 x 512 x 81.
 
-As it stands, it samples from the released weights, which hear and do no more, and trains their audio adapter.
-The paper's whole method, which nobody has released weights of, is trained with
+Without a variant it samples from the released weights and trains their audio adapter. Adapters that the store
+lacks are initialised. The paper's whole method, for which there are no released weights, is trained with
 
-    fantasy_talking_14b.py:full          all adapters; the base is frozen
-    fantasy_talking_14b.py:lora          all adapters, and a LoRA beside the base's linear layers
-    fantasy_talking_14b.py:everything    all weights
+    fantasy_talking_14b.py:adapters    all adapters; the base model is frozen
+    fantasy_talking_14b.py:lora        all adapters, and a LoRA of the base model
+    fantasy_talking_14b.py:full        all weights
 
-and sampled from with the same. Adapters that the store lacks start anew.
+and sampled from with the same variant.
 
-`fantasy_talking_14b.py:debug` is the same path, every network of it, with random weights of small sizes:
-at most 64 pixels, 9 frames, half a minute on two CPU cores. What it makes is noise.
+`fantasy_talking_14b.py:debug` is the identical path with small random weights: at most 64 pixels and 9
+frames, half a minute on two CPU cores. Its output is noise.
 """
 
 from dataclasses import replace
 
 from ml_collections import ConfigDict
 
-from fantasy_jax.config import ConfigError, to_config_dict
-from fantasy_jax.data.prepare.config import PrepareConfig
+from fantasy_jax.config import to_config_dict
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
@@ -33,51 +32,44 @@ from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
-from fantasy_jax.pipeline import ModelConfig, SampleConfig
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.sharding import MeshConfig
+from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.loop import LoopConfig
+from fantasy_jax.training.objective import StageConfig
 from fantasy_jax.training.optim import OptimizerConfig
-from fantasy_jax.training.parameters import EVERYTHING, Rules
+from fantasy_jax.training.parameters import ALL_TRAINED, ParameterRules
 from fantasy_jax.training.stages import StagesConfig
-from fantasy_jax.training.talking import TalkingStageConfig
+from fantasy_jax.video import VideoConfig
 
-NEGATIVE_PROMPT = (
-    "人物静止不动，静止，色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
-    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
+VARIANTS = ("", "adapters", "lora", "full", "debug")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """All settings of the full-size system; the module says what the variants are."""
-    if variant not in ("", "full", "lora", "everything", "debug"):
-        raise ConfigError(
-            f"fantasy_talking_14b.py:{variant}: no such variant; use full, lora, everything or debug"
-        )
-    # One branch of guidance after another, as the official script has it: at this size each fills a device.
-    sample = SampleConfig(negative_prompt=NEGATIVE_PROMPT, batch_branches=False)
-    if variant == "everything":
-        train = training(EVERYTHING, clips=32)
-    else:
-        train = training(LORA if variant == "lora" else ADAPTERS, clips=16)
-    if variant == "debug":
-        sample = replace(sample, steps=3, longest_edge=64, max_frames=9)
-        train = replace(train, mesh=MeshConfig())
-        prepare = PrepareConfig(size=(64, 64))
-        return to_config_dict(
-            {"weights": "", "model": small_model(), "sample": sample, "prepare": prepare, "train": train}
-        )
-    model = ModelConfig()
-    if variant:
-        model = replace(
-            model,
+    """All settings of the full-size system; the module's docstring describes the variants."""
+    if variant not in VARIANTS:
+        raise ConfigError(f"fantasy_talking_14b.py:{variant}: no such variant; use {', '.join(VARIANTS[1:])}")
+    model = full_size_model()
+    if variant in ("adapters", "lora", "full"):
+        model = model.replace(
             motion_adapter=MotionAdapterConfig(),
             identity_adapter=IdentityAdapterConfig(),
             face_encoder=FaceEncoderConfig(),
         )
+    rules = {"lora": LORA, "full": ALL_TRAINED}.get(variant, ADAPTERS)
+    train = training(rules, batch_size=32 if variant == "full" else 16)
+    video = VideoConfig()
+    sample = SampleConfig()
+    if variant == "debug":
+        model, video = small_model(), VideoConfig(height=64, width=64, num_frames=9)
+        sample = replace(sample, num_inference_steps=3)
+        train = replace(train, mesh=MeshConfig())
     return to_config_dict(
         {
-            "weights": "weights/fantasy_talking_14b",
+            "task": "talking",
+            "weights": "" if variant == "debug" else "weights/fantasy_talking_14b",
+            "video": video,
             "model": model,
             "sample": sample,
             "prepare": PrepareConfig(),
@@ -87,37 +79,52 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 ADAPTERS = (("^adapters/", "trained"), ("", "frozen"))
-# Every linear layer of the blocks, as musubi-tuner has it for Wan2.1 (`networks/lora_wan.py`). Attention
-# alone, as in diffusers' examples, would leave out the MLPs, a third of the weights.
+# Every linear layer of the blocks, as in musubi-tuner for Wan2.1 (`networks/lora_wan.py`). Attention alone,
+# as in diffusers' examples, would leave out the MLPs, a third of the weights.
 LORA = (("^adapters/", "trained"), ("^blocks/.*kernel$", "lora"), ("", "frozen"))
 
 
-def training(parameters: Rules, clips: int) -> StagesConfig:
-    """Both stages, for slices of as many chips as clips, or a multiple: what is left shares each clip.
+def training(parameters: ParameterRules, batch_size: int) -> StagesConfig:
+    """Both stages, for slices of `batch_size` chips or a multiple.
 
-    The paper says 80,000 steps of the first stage and 20,000 of the second on 64 A100s, learning rate 1e-4,
-    dropout 0.1, lips with probability 0.8. The rest are choices:
+    The remaining chips form the `context` axis and shard each clip's sequence.
 
-    - A batch of as many clips as share parameters, so that each has its own; more with `accumulate`.
-    - A warm-up of 1,000 steps, about what a second moment of 0.999 looks back on; then a cosine, for the
-      number of steps is known.
-    - A running mean over 2,000 steps (0.9995): a fortieth of the first stage, a tenth of the second.
-    - Noise levels even and shifted by 5, those that the official sampler visits.
-    - Losses of held-out clips every 500 steps, and no samples, which take minutes; `show_every` makes some.
+    The paper gives 80,000 steps of the first stage and 20,000 of the second on 64 A100s, learning rate 1e-4,
+    dropout 0.1, and the lip mask with probability 0.8. The rest are choices:
+
+    - The batch size equals the `fsdp` axis; `grad_accum_steps` allows more.
+    - Warm-up over 1,000 steps, about the memory of a second moment with decay 0.999; then cosine decay.
+    - An EMA over 2,000 steps (0.9995): a fortieth of the first stage, a tenth of the second.
+    - Noise levels uniform and shifted by 5, as the official sampler visits them.
+    - Losses of held-out clips every 500 steps, and no samples, which take minutes; `sample_every` makes them.
     """
-    stage = TalkingStageConfig(
-        batch_size=clips,
+    stage = StageConfig(
+        batch_size=batch_size,
         parameters=parameters,
-        # What attention makes is costly to make anew, and little to keep.
-        saved=("self_attention", "cross_attention"),
+        # Attention outputs are expensive to recompute and small to save.
+        remat_save_names=("self_attention", "cross_attention"),
         shift=5.0,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=1000, beta2=0.999, average=0.9995),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000, beta2=0.999, ema_decay=0.9995),
     )
     return StagesConfig(
-        loop=LoopConfig(save_every=500, show_every=0, workers=4, keep_every=5000),
-        mesh=MeshConfig(fsdp=clips, context=-1),
-        clip_stage=replace(stage, audio="clip", steps=80_000),
-        frame_stage=replace(stage, audio="frame", steps=20_000, lip_probability=0.8),
+        loop=LoopConfig(save_every=500, sample_every=0, num_workers=4, keep_every=5000),
+        mesh=MeshConfig(fsdp=batch_size, context=-1),
+        stages=(
+            replace(stage, audio_attention="clip", num_steps=80_000),
+            replace(stage, audio_attention="frame", num_steps=20_000, lip_mask_probability=0.8),
+        ),
+    )
+
+
+def full_size_model() -> ModelConfig:
+    """Wan2.1-I2V-14B with its encoders and the released audio adapter."""
+    return ModelConfig(
+        transformer=WanConfig(),
+        audio_adapter=AudioAdapterConfig(),
+        vae=VAEConfig(),
+        text_encoder=UMT5Config(),
+        image_encoder=CLIPVisionConfig(),
+        speech_encoder=Wav2Vec2Config(),
     )
 
 

@@ -1,7 +1,7 @@
 """The miniature: everything that the 14B system has, small enough for two CPU cores.
 
-64 x 64 pixels, 17 frames at 25 a second. Sampling takes seconds, from the weights that come with the project.
-Training them from nothing takes an hour on two cores:
+64 x 64 pixels, 17 frames at 25 frames per second. Sampling takes seconds, with the weights that come with the
+project. Training them from scratch takes an hour on two cores:
 
     python train.py --config=configs/tiny.py --workdir=out/tiny
 
@@ -9,31 +9,32 @@ Training them from nothing takes an hour on two cores:
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-import fantasy_jax
-from fantasy_jax.config import ConfigError, to_config_dict
-from fantasy_jax.data.prepare.config import PrepareConfig
-from fantasy_jax.data.synthetic import SyntheticConfig
-from fantasy_jax.evaluation.video import MIDDLE
-from fantasy_jax.models.adapters.audio import AudioAdapterConfig
+from fantasy_jax.config import to_config_dict
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.evaluation.video import USUAL_FACE_BOX
+from fantasy_jax.miniature.audio import RotaryAudioAdapterConfig
+from fantasy_jax.miniature.synthetic import SyntheticConfig
+from fantasy_jax.miniature.train_vae import VAEStageConfig
+from fantasy_jax.miniature.trainer import MiniatureConfig
+from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
 from fantasy_jax.models.face_encoder import FaceEncoderConfig
 from fantasy_jax.models.umt5 import UMT5Config
-from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
-from fantasy_jax.pipeline import ModelConfig, SampleConfig
-from fantasy_jax.training.course import TrainConfig
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.talking import BUNDLED
+from fantasy_jax.prepare.config import PrepareConfig
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.training.objective import StageConfig
 from fantasy_jax.training.optim import OptimizerConfig
-from fantasy_jax.training.talking import TalkingStageConfig
-from fantasy_jax.training.vae import VAEStageConfig
+from fantasy_jax.video import VideoConfig
 
-WEIGHTS = Path(fantasy_jax.__file__).parent / "assets/tiny"
 SPEECH_WIDTH, FACE_WIDTH = 96, 96
 
 
@@ -41,53 +42,57 @@ def get_config(variant: str = "") -> ConfigDict:
     """All settings of the miniature; `quick` has fewer clips and steps."""
     if variant not in ("", "quick"):
         raise ConfigError(f"tiny.py:{variant}: no such variant; there is quick")
-    data = SyntheticConfig()
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=200)
-    train = TrainConfig(
-        vae=VAEStageConfig(steps=2000),
-        clip_stage=TalkingStageConfig(audio="clip", steps=2000, optimizer=optimizer),
-        # A hard mask hurts what lies outside of the lips.
-        frame_stage=TalkingStageConfig(
-            audio="frame", steps=11000, lip_probability=0.8, outside_lips=0.15, optimizer=optimizer
+    quick = variant == "quick"
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=200)
+    train = MiniatureConfig(
+        vae=VAEStageConfig(num_steps=600 if quick else 2000),
+        stages=(
+            StageConfig(audio_attention="clip", num_steps=1200 if quick else 2000, optimizer=optimizer),
+            # A hard lip mask degrades what is outside of the lips.
+            StageConfig(
+                audio_attention="frame",
+                num_steps=3000 if quick else 11000,
+                lip_mask_probability=0.8,
+                outside_lips=0.15,
+                optimizer=optimizer,
+            ),
         ),
     )
-    if variant == "quick":
-        data = replace(data, train_clips=2048)
+    if quick:
         train = replace(
             train,
-            speech=replace(train.speech, steps=600),
-            face=replace(train.face, steps=200),
-            vae=replace(train.vae, steps=600),
-            clip_stage=replace(train.clip_stage, steps=1200),
-            frame_stage=replace(train.frame_stage, steps=3000),
+            speech=replace(train.speech, num_steps=600),
+            face=replace(train.face, num_steps=200),
         )
-    # With a prompt scale of one a step takes two evaluations, not three. Faces are livelier than usual:
-    # mouths that hardly open are lost at this size.
+    # With a text guidance scale of one a step takes two evaluations. Faces are livelier than usual: mouths
+    # that hardly open are lost at this size.
     sample = SampleConfig(
-        steps=12,
+        num_inference_steps=12,
         shift=3.0,
-        prompt_scale=1.0,
-        audio_scale=2.0,
+        text_guidance_scale=1.0,
+        audio_guidance_scale=2.0,
+        batch_branches=True,
+        negative_prompt="",
         face_motion=0.7,
-        longest_edge=64,
-        fps=25,
-        max_frames=17,
-        face_box=MIDDLE,
+        face_box=USUAL_FACE_BOX,
+        keep="all",
     )
     return to_config_dict(
         {
-            "weights": str(WEIGHTS),
+            "task": "miniature",
+            "weights": str(BUNDLED),
+            "video": VideoConfig(height=64, width=64, num_frames=17, fps=25),
             "model": small_model(),
             "sample": sample,
-            "data": data,
-            "prepare": PrepareConfig(size=(64, 64)),
+            "data": SyntheticConfig(train_clips=2048) if quick else SyntheticConfig(),
+            "prepare": PrepareConfig(),
             "train": train,
         }
     )
 
 
 def small_model() -> ModelConfig:
-    """Networks of the same kinds as the real ones."""
+    """Networks of the same kinds as at full size."""
     width, heads, layers, text_width, image_width, channels = 160, 4, 5, 64, 64, 32
     return ModelConfig(
         transformer=WanConfig(
@@ -102,13 +107,12 @@ def small_model() -> ModelConfig:
             num_heads=heads,
             num_layers=layers,
         ),
-        audio_adapter=AudioAdapterConfig(
+        audio_adapter=RotaryAudioAdapterConfig(
             feature_width=SPEECH_WIDTH,
             token_width=128,
             width=width,
             num_heads=heads,
             num_layers=layers,
-            rotary=True,
         ),
         motion_adapter=MotionAdapterConfig(hidden=32, positions=4, width=width),
         identity_adapter=IdentityAdapterConfig(
@@ -126,15 +130,14 @@ def small_model() -> ModelConfig:
         face_encoder=FaceEncoderConfig(
             depths=(1, 1, 1), widths=(24, 48, FACE_WIDTH), embedding=FACE_WIDTH, image_size=32
         ),
-        # Twice the real one's channels: a small coder is nearly linear, and packs less into each.
-        vae=VAEConfig(
+        # Twice the channels of Wan2.1's: a small VAE is nearly linear, and each of its channels holds less.
+        vae=MiniatureVAEConfig(
             dim=16,
             latent_channels=channels,
             dim_mult=(1, 2, 2),
             num_res_blocks=1,
             temporal_downsample=(True, True),
             patch=2,
-            linear_shortcut=True,
             latent_mean=(0.0,) * channels,
             latent_std=(1.0,) * channels,
         ),

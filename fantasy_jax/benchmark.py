@@ -1,84 +1,108 @@
-"""Times what `train.py` and `sample.py` run, on the devices that are here, with random weights."""
+"""Times the programs of `train.py` and `sample.py` on the attached devices, with random weights."""
 
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import numpy as np
 
-from fantasy_jax import cli, media
-from fantasy_jax.config import ConfigError, build
-from fantasy_jax.data.encoded import features
+from fantasy_jax import cli
+from fantasy_jax.config import build
+from fantasy_jax.data.encoded import batch_spec, features
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split, write_dataset
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.files import atomic_write, check_writable
 from fantasy_jax.performance import torch_wan
-from fantasy_jax.performance.ahead import clip_size
-from fantasy_jax.performance.programs import guided_step, training_steps, vae_decode, vae_encode
-from fantasy_jax.performance.timing import WARM_UP, Timing, table, time_calls, time_program
-from fantasy_jax.pipeline import ModelConfig, SampleConfig
+from fantasy_jax.performance.ahead import with_size
+from fantasy_jax.performance.program import Program
+from fantasy_jax.performance.programs import (
+    guided_step_program,
+    training_programs,
+    vae_decode_program,
+    vae_encode_program,
+)
+from fantasy_jax.performance.timing import WARM_UP, Timing, markdown_table, time_calls, time_program
+from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.sharding import make_mesh
-from fantasy_jax.training.course import TrainConfig
-from fantasy_jax.training.stages import StagesConfig, abstract_batch
-from fantasy_jax.training.talking import PadText
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import abstract_networks
+from fantasy_jax.training.objective import PadText
+from fantasy_jax.training.stages import StagesConfig
+from fantasy_jax.video import VideoConfig
 
 PARTS = ("forward", "guided_step", "training_step", "vae", "loader")
-_BATCHES = 4
-"""That the loader gives in one call: several are read at once, and come together."""
+_BATCHES_PER_CALL = 4
+"""Batches that one timed call of the loader reads: it reads ahead, and batches come in groups."""
 _RECORDS_BYTES = 256 * 2**20
 
 EXAMPLES = """\
 examples:
   python -m fantasy_jax.benchmark --config=configs/tiny.py --json=out/tiny.json
-  the 14B model on one GPU, at the size and the mesh that fit it:
+  the 14B model on one GPU, at a size that fits it:
   python -m fantasy_jax.benchmark --config=configs/fantasy_talking_14b.py --only=forward,guided_step \\
-      --size=480x640 --config.sample.max_frames=77 --against=torch
+      --size=480x640 --config.video.num_frames=77 --against=torch
   how many encoded clips of the 14B model two processes read:
   python -m fantasy_jax.benchmark --config=configs/fantasy_talking_14b.py --only=loader \\
-      --config.train.loop.workers=2
+      --config.train.loop.num_workers=2
 
-Weights and inputs are random, sizes and meshes the configuration's. Times are of whole calls, the first ones
-left out; operations are counted (fantasy_jax/performance/flops.py); the peak is that of bfloat16.
+Weights and inputs are random; sizes and meshes are the config's. Times are of whole calls after a warm-up;
+operations are counted (fantasy_jax/performance/flops.py); the peak is that of bfloat16.
 """
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The sections of a config."""
+
+    model: ModelConfig
+    video: VideoConfig
+    sample: SampleConfig
+    train: StagesConfig
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line, times, prints a table."""
+    """Parses the command line, times the parts and prints a table."""
     arguments, config = cli.parse(_parser(), argv)
     only = arguments.only.split(",") if arguments.only else PARTS
     if unknown := [part for part in only if part not in PARTS]:
-        raise ConfigError(f"--only={arguments.only}: there is no {unknown[0]!r}; use {', '.join(PARTS)}")
+        raise ConfigError(f"--only={arguments.only}: no such part {unknown[0]!r}; use {', '.join(PARTS)}")
     if arguments.against and "forward" not in only:
-        raise ConfigError("--against is a comparison of forward; name it in --only, too")
+        raise ConfigError("--against compares the forward pass; add forward to --only")
     if arguments.repeats < 2:
-        raise ConfigError(f"--repeats={arguments.repeats}: at least 2 are needed")
+        raise ConfigError(f"--repeats={arguments.repeats}: must be at least 2")
     if arguments.json:
-        media.check_writable(arguments.json)
-    model = build(ModelConfig, config.model, "model")
-    sampling = build(SampleConfig, config.sample, "sample")
-    training = build(TrainConfig if "data" in config else StagesConfig, config.train, "train")
-    size = clip_size(arguments.size, sampling.longest_edge)
-    compared = None
+        check_writable(arguments.json)
+    # The section of the miniature also has settings of its encoders' training, which are not timed.
+    stages = {field.name: config.train[field.name] for field in fields(StagesConfig)}
+    settings = _Settings(
+        build(ModelConfig, config.model, "model"),
+        with_size(build(VideoConfig, config.video, "video"), arguments.size),
+        build(SampleConfig, config.sample, "sample"),
+        build(StagesConfig, stages, "train"),
+    )
+    reference = None
     if arguments.against:  # before JAX takes the device's memory
-        shapes = abstract_batch(model, sampling, size, 1, make_mesh())
-        with cli.phase("PyTorch"):
-            compared = torch_wan.time_in_process(model, shapes, arguments.repeats, WARM_UP)
+        with cli.timed("PyTorch"):
+            reference = torch_wan.time_in_process(settings.model, settings.video, arguments.repeats, WARM_UP)
     timings: list[Timing] = []
     for part in only:
-        with cli.phase(part):
-            timings += _time(part, model, sampling, training, size, arguments.repeats)
-    if compared:
+        with cli.timed(part):
+            timings += _time(part, settings, arguments.repeats)
+    if reference:
         ours = next(timing for timing in timings if timing.name == "forward")
-        timings += _compare(compared, ours)
-    print(table(timings))
+        timings += _compare(reference, ours)
+    print(markdown_table(timings))
     if arguments.json:
-        _write(arguments.json, timings, size, sampling.max_frames, compared)
+        _write(arguments.json, timings, settings.video, reference)
         print(f"Wrote {arguments.json}")
     return 0
 
@@ -86,84 +110,86 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="python -m fantasy_jax.benchmark", description=__doc__, epilog=EXAMPLES)
     cli.add_config_argument(parser)
-    parser.add_argument("--size", metavar="HxW", help="of the clips, in pixels (default: square)")
-    parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=10, help="calls that count (default: %(default)s)")
+    parser.add_argument("--size", metavar="HxW", help="size of the clips in pixels (default: the config's)")
+    parser.add_argument("--only", metavar="PART,PART", help=f"parts of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls (default: %(default)s)")
     parser.add_argument(
         "--against",
         choices=["torch"],
-        help="time PyTorch's Wan transformer, too, on the same device, in a process of its own",
+        help="also time PyTorch's Wan transformer on the same device, in a process of its own",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--json", metavar="FILE", help="also write the timings as JSON")
     return parser
 
 
-def _time(
-    part: str,
-    model: ModelConfig,
-    sampling: SampleConfig,
-    training: StagesConfig,
-    size: tuple[int, int],
-    repeats: int,
-) -> list[Timing]:
-    """The timings of a part; its programs are made, run and forgotten one after another."""
+def _time(part: str, settings: _Settings, repeats: int) -> list[Timing]:
+    """Times a part; its programs are built, run and released one after another."""
     if part == "loader":
-        return [_time_loader(model, sampling, training, size, repeats)]
-    mesh = make_mesh(**(training.mesh if part == "training_step" else sampling.mesh).axes)
+        return [_time_loader(settings, repeats)]
+    mesh_config = settings.train.mesh if part == "training_step" else settings.sample.mesh
+    mesh = make_mesh(**mesh_config.axes)
+    dtype = settings.model.dtype
     with jax.set_mesh(mesh):
-        if part == "training_step":
-            programs = training_steps(model, sampling, training, size, mesh)
-        elif part == "vae":
-            programs = (make(model, sampling, size, mesh) for make in (vae_encode, vae_decode))
-        elif part == "forward":  # a step whose guidance needs one branch
-            unguided = replace(sampling, prompt_scale=1.0, audio_scale=1.0)
-            programs = (replace(step, name=part) for step in guided_step(model, unguided, size, mesh))
-        else:
-            programs = guided_step(model, sampling, size, mesh)
-        return [time_program(program, repeats, devices=mesh.size, dtype=model.dtype) for program in programs]
+        programs = _programs(part, settings, mesh)
+        return [time_program(program, repeats, devices=mesh.size, dtype=dtype) for program in programs]
 
 
-def _time_loader(
-    model: ModelConfig, sampling: SampleConfig, training: StagesConfig, size: tuple[int, int], repeats: int
-) -> Timing:
-    """Batches of the first stage, from encoded clips of random numbers with the longest prompts."""
-    stage, workers, rng = training.clip_stage, training.loop.workers, np.random.default_rng(0)
-    example = abstract_batch(model, sampling, size, 1, make_mesh())
+def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterable[Program]:
+    model, video, sample = settings.model, settings.video, settings.sample
+    if part == "training_step":
+        yield from training_programs(model, settings.train, video, mesh)
+        return
+    networks = abstract_networks(model, mesh, sample.mesh)
+    if part == "forward":  # a step whose guidance has one branch
+        unguided = replace(sample, text_guidance_scale=1.0, audio_guidance_scale=1.0)
+        yield replace(guided_step_program(networks, unguided, video, mesh), name=part)
+    elif part == "guided_step":
+        yield guided_step_program(networks, sample, video, mesh)
+    else:
+        yield vae_encode_program(networks, video, mesh)
+        yield vae_decode_program(networks, sample, video, mesh)
+
+
+def _time_loader(settings: _Settings, repeats: int) -> Timing:
+    """Times batches of the first stage, from random encoded clips with the longest prompts."""
+    model, loop = settings.model, settings.train.loop
+    batch_size, rng = settings.train.stages[0].batch_size, np.random.default_rng(0)
+    spec = batch_spec(model, settings.video, 1)
 
     def record() -> dict[str, np.ndarray]:
-        return {name: rng.random(x.shape[1:], np.float32).astype(x.dtype) for name, x in example.items()}
+        return {name: rng.random(x.shape[1:], np.float32).astype(x.dtype) for name, x in spec.items()}
 
     megabytes = sum(array.nbytes for array in record().values()) / 1e6
     count = min(max(int(_RECORDS_BYTES / 1e6 / megabytes), 1), 256)
     with TemporaryDirectory() as folder:
         splits = {"train": (record() for _ in range(count))}
         records = write_dataset("encoded_clips", folder, lambda: features(record()), splits, {})
-        read = batches(
+        loader = batches(
             open_split(records, "train"),
             PadText(model.transformer.text_length),
-            batch_size=stage.batch_size,
+            batch_size=batch_size,
             start=0,
-            workers=workers,
+            num_workers=loop.num_workers,
             seed=0,
         )
         busy = []
 
         def call() -> None:
-            for _ in range(_BATCHES):
-                next(read)
-            busy.append(_processor_seconds())
+            for _ in range(_BATCHES_PER_CALL):
+                next(loader)
+            busy.append(_cpu_seconds())
 
         seconds = time_calls(call, repeats)
-        read.close()
-    clips = _BATCHES * stage.batch_size
-    each = (busy[-1] - busy[WARM_UP - 1]) / (repeats * clips)
+        loader.close()
+    clips = _BATCHES_PER_CALL * batch_size
+    per_clip = (busy[-1] - busy[WARM_UP - 1]) / (repeats * clips)
     timing = Timing(f"loader, {clips} clips", seconds)
-    rate = f"{clips / timing.median:.1f} clips/s of {megabytes:.1f} MB, {workers} workers"
-    return replace(timing, note=f"{rate}, {1e3 * each:.1f} ms of a core each")
+    rate = f"{clips / timing.median:.1f} clips/s of {megabytes:.1f} MB, {loop.num_workers} workers"
+    return replace(timing, note=f"{rate}, {1e3 * per_clip:.1f} ms of a core per clip")
 
 
-def _processor_seconds() -> float:
-    """That this process has used and, where /proc tells (Linux), those that it has started."""
+def _cpu_seconds() -> float:
+    """CPU time of this process and, where /proc exists (Linux), of its child processes."""
     total = time.process_time()
     for child in multiprocessing.active_children():
         if (path := Path(f"/proc/{child.pid}/stat")).exists():
@@ -172,35 +198,35 @@ def _processor_seconds() -> float:
     return total
 
 
-def _compare(compared: dict, ours: Timing) -> list[Timing]:
-    """PyTorch's rows, with how much longer they took; or in one word why there is none."""
+def _compare(reference: dict[str, Any], ours: Timing) -> list[Timing]:
+    """PyTorch's timings, each with its ratio to ours or with the reason why there is none."""
     device = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     rows = []
-    for way in ("eager", "compiled"):
-        seconds = compared[way] if isinstance(compared[way], list) else ()
-        timing = Timing(f"forward, PyTorch {way}, without audio", tuple(seconds))
-        if compared["device"] != device:
-            note = f"on {compared['device']}"
+    for mode in ("eager", "compiled"):
+        seconds = reference[mode] if isinstance(reference[mode], list) else ()
+        timing = Timing(f"forward, PyTorch {mode}, without audio", tuple(seconds))
+        if reference["device"] != device:
+            note = f"on {reference['device']}"
         else:
-            note = f"{timing.median / ours.median:.2f} times ours" if seconds else compared[way]
+            note = f"{timing.median / ours.median:.2f} times ours" if seconds else reference[mode]
         rows.append(replace(timing, note=note))
     return rows
 
 
 def _write(
-    path: str, timings: Sequence[Timing], size: tuple[int, int], frames: int, compared: dict | None
+    path: str, timings: Sequence[Timing], video: VideoConfig, reference: dict[str, Any] | None
 ) -> None:
     content = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
-        "clip": [frames, *size],
+        "clip": [video.num_frames, *video.size],
         "timings": [timing.to_json() for timing in timings],
     }
-    if compared:
-        content["versions"]["torch"] = compared["torch"]
-    with media.whole_or_nothing(Path(path)) as partial_:
-        partial_.write_text(json.dumps(content, indent=1) + "\n")
+    if reference:
+        content["versions"]["torch"] = reference["torch"]
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

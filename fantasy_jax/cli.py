@@ -1,4 +1,4 @@
-"""What the command lines share: settings on the command line, one-line errors, phases with their time."""
+"""Shared parts of the command lines: settings as arguments, errors in one line, timings of phases."""
 
 import argparse
 import os
@@ -10,49 +10,38 @@ from typing import NoReturn
 
 from ml_collections import ConfigDict
 
-from fantasy_jax.config import ConfigError, load_config, override
-from fantasy_jax.convert.files import WeightsError
-from fantasy_jax.convert.rules import ConversionError
-from fantasy_jax.media import MediaError
+from fantasy_jax.config import load_config, override
+from fantasy_jax.errors import FantasyError, Stopped
 
-EXPECTED = (ConfigError, ConversionError, FloatingPointError, MediaError, WeightsError, OSError)
-"""Errors that a user's input causes: one line says what, where and what to do."""
-
-
-class Stopped(Exception):
-    """Work that was told to stop, and has saved what it did; the message says how to go on."""
-
-    def __init__(self, message: str, signal: int):
-        """Of the signal follows the exit code, as shells have it: 128 and its number."""
-        super().__init__(message)
-        self.code = 128 + signal
+EXPECTED = (FantasyError, FloatingPointError, OSError)
+"""Errors that a user's input causes; `run` prints them as one line."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose help keeps the line breaks of its examples."""
+    """A parser with one-line errors, whose help keeps the line breaks of its examples."""
 
     def __init__(self, **arguments):
-        """As argparse's; arguments cannot be abbreviated, so that none changes meaning later."""
+        """As argparse's, without abbreviations: a new argument must not change old commands."""
         arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help explains\n")
+        """Prints one line and exits with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def add_config_argument(parser: ArgumentParser) -> None:
-    """Adds `--config=FILE[:ARGUMENT]`, beside which `parse` takes `--config.NAME=VALUE`."""
+    """Adds `--config=FILE[:ARGUMENT]`, in addition to which `parse` accepts `--config.NAME=VALUE`."""
     parser.add_argument(
         "--config",
         required=True,
         metavar="FILE[:ARGUMENT]",
-        help="settings, such as configs/tiny.py; --config.NAME=VALUE changes one of them",
+        help="config file, such as configs/tiny.py; --config.NAME=VALUE overrides one of its settings",
     )
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
-    """Arguments, and the config with what the command line changes in it."""
+    """Parses a command line; returns its arguments and the config with its overrides applied."""
     argv = sys.argv[1:] if argv is None else argv
     prefix = "--config."
     settings = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
@@ -61,10 +50,10 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.
 
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """Runs a command; an expected error becomes one line and exit code 2, an interruption 130."""
+    """Runs a command; an expected error prints one line and exits with code 2, an interruption with 130."""
     try:
         sys.exit(main() or 0)
-    except BrokenPipeError:  # whoever read the output has seen enough, as in `... | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except EXPECTED as error:
@@ -79,8 +68,8 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Reports how long a part of the work took: `Text encoder ................... 1.2 s`."""
+def timed(name: str) -> Iterator[None]:
+    """Prints the duration of a phase: `Text encoder ................... 1.2 s`."""
     start = time.perf_counter()
     yield
     print(f"{name + ' ':.<40} {time.perf_counter() - start:6.1f} s", flush=True)

@@ -1,7 +1,7 @@
-"""Settings: a short Python file gives a ConfigDict, and that is built once into frozen dataclasses.
+"""Settings: a short Python file returns a ConfigDict, from which frozen dataclasses are built once.
 
-Library code sees dataclasses only, never a ConfigDict or a flag. A setting that does not exist or is of
-the wrong type is found while building, and named by its full path.
+Library code takes dataclasses only, never a ConfigDict or a flag. A setting that does not exist or has the
+wrong type is found while building, and the message names its full path.
 """
 
 import ast
@@ -17,20 +17,18 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ml_collections import ConfigDict
 
+from fantasy_jax.errors import ConfigError
+
 T = TypeVar("T")
 
 _SECTION = (Mapping, ConfigDict)
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be; the message is one line, and names it."""
-
-
 def load_config(location: str) -> ConfigDict:
-    """Runs a config file's `get_config`, with the argument that may follow a colon, as in `tiny.py:quick`."""
+    """Runs `get_config` of a config file, with the argument that follows a colon (`tiny.py:quick`)."""
     path, _, argument = location.partition(":")
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such config file; configs/tiny.py is one that works")
+        raise ConfigError(f"{path}: no such config file; configs/tiny.py is an example")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: not a Python file")
@@ -38,64 +36,107 @@ def load_config(location: str) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ConfigError(f"{path}: line {error.lineno} is no Python: {error.msg}") from error
+        raise ConfigError(f"{path}: line {error.lineno} is not valid Python: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path}: has no function get_config()")
     if argument and not inspect.signature(module.get_config).parameters:
-        raise ConfigError(f"{path}: takes no argument, but {argument!r} was given after the colon")
+        raise ConfigError(
+            f"{path}: get_config() takes no argument, but {argument!r} was given after the colon"
+        )
     return module.get_config(argument) if argument else module.get_config()
 
 
 def to_config_dict(sections: Mapping[str, Any]) -> ConfigDict:
-    """Dataclasses as a ConfigDict, so that a config file shows and offers every setting with its default."""
-    return ConfigDict(
-        {
-            name: dataclasses.asdict(section) if dataclasses.is_dataclass(section) else section
-            for name, section in sections.items()
-        },
-        convert_dict=True,
-    )
+    """Converts sections to a ConfigDict, so that a config file offers every setting with its default.
+
+    Dataclasses and objects with `to_config()`, which returns a mapping, become ConfigDicts, in tuples too.
+    """
+    return ConfigDict({name: _to_config(section) for name, section in sections.items()})
+
+
+def _to_config(value: Any) -> Any:
+    if isinstance(settings := _settings(value), _SECTION):
+        return ConfigDict({name: _to_config(inner) for name, inner in settings.items()})
+    return type(value)(map(_to_config, value)) if type(value) in (list, tuple) else value
 
 
 def as_json(settings: Any) -> Any:
-    """Settings as they come back from a JSON file: dataclasses as mappings, tuples as lists."""
-    return json.loads(json.dumps(settings, default=dataclasses.asdict))
+    """Converts settings to what a JSON file of them gives: dataclasses become dicts, tuples become lists."""
+
+    def default(value: Any) -> Any:
+        if isinstance(inner := _settings(value), _SECTION):
+            return dict(inner)
+        raise TypeError(f"{type(value).__name__} is not a setting")
+
+    return json.loads(json.dumps(settings, default=default))
+
+
+def _settings(value: Any) -> Any:
+    """Returns the fields of a dataclass or of an object with `to_config()`, and any other value as it is."""
+    if isinstance(value, type):
+        return value
+    if hasattr(value, "to_config"):
+        return value.to_config()
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
 
 
 def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
-    """Applies `sample.steps=20` and the like, in place.
+    """Applies settings such as `train.loop.seed=1` and `train.stages.0.num_steps=100` in place.
 
-    Values are read as Python literals, or as text where they are none; types are checked when the
+    Values are parsed as Python literals, or taken as text if they are none; types are checked when the
     dataclasses are built.
+
+    Raises:
+        ConfigError: A setting does not exist or is a section.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--config.{path}: give a value, as in --config.{path}=VALUE")
+            raise ConfigError(f"--config.{path}: has no value; use --config.{path}=VALUE")
         *parents, name = path.split(".")
         section = config
         for depth, parent in enumerate(parents):
-            section = _existing(section, parent, ".".join(parents[:depth]))
-            if not isinstance(section, ConfigDict):
-                raise ConfigError(f"{'.'.join(parents[: depth + 1])}: is a value, with no settings inside it")
-        if isinstance(_existing(section, name, ".".join(parents)), ConfigDict):
-            raise ConfigError(f"{path}: is a section; set one of {', '.join(section[name])}")
+            section = _member(section, parent, ".".join(parents[:depth]))
+        value = _member(section, name, ".".join(parents))
+        if isinstance(value, ConfigDict):
+            raise ConfigError(f"{path}: is a section; set one of {', '.join(value)}")
         with section.ignore_type():
             section[name] = _literal(text)
     return config
+
+
+def _member(section: Any, name: str, path: str) -> Any:
+    """Returns a setting of a section, or a section of a tuple of sections by its index."""
+    if isinstance(section, ConfigDict):
+        if name not in section:
+            raise ConfigError(_unknown(path, name, list(section)))
+        return section[name]
+    if not _is_sections(section):
+        raise ConfigError(f"{path}: is a value without settings inside")
+    if not name.isdecimal() or int(name) >= len(section):
+        raise ConfigError(_unknown(path, name, list(map(str, range(len(section))))))
+    return section[int(name)]
+
+
+def _is_sections(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, ConfigDict) for item in value)
 
 
 def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, path: str) -> T:
     """Builds a frozen dataclass, and those inside it, from a section of a config.
 
     Args:
-        kind: The dataclass.
-        values: Its settings; those left out take their defaults.
-        path: Where the section lies, for messages.
+        kind: The dataclass, or a class with a class method `from_config(values, path)`.
+        values: Its settings; omitted ones take their defaults.
+        path: Path of the section, for messages.
 
     Raises:
-        ConfigError: A setting does not exist, is of the wrong type, or cannot have its value.
+        ConfigError: A setting does not exist, has the wrong type or an invalid value.
     """
+    if hasattr(kind, "from_config"):
+        return kind.from_config(dict(values), path)
     hints = get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind)]
     for name in values:
@@ -104,15 +145,19 @@ def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, path: str) -> T
     converted = {name: _convert(hints[name], values[name], f"{path}.{name}") for name in values}
     try:
         return kind(**converted)
-    except ValueError as error:  # what a dataclass says of its own settings begins with their names
+    except ValueError as error:  # messages of a dataclass about its settings begin with their names
         raise ConfigError(f"{path}.{error}") from error
 
 
+def _is_section_type(kind: Any) -> bool:
+    return isinstance(kind, type) and (dataclasses.is_dataclass(kind) or hasattr(kind, "from_config"))
+
+
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    """One value as its type asks; whole numbers pass as floats, lists as tuples."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+    """Converts a value to its annotated type; integers pass as floats, lists as tuples."""
+    if _is_section_type(kind):
         if not isinstance(value, _SECTION):
-            raise ConfigError(f"{path}: wants the settings of {kind.__name__}, not {value!r}")
+            raise ConfigError(f"{path}: must hold the settings of {kind.__name__}, not {value!r}")
         return build(kind, value, path)
     if get_origin(kind) in (Union, types.UnionType):
         return _convert_union(kind, value, path)
@@ -126,14 +171,14 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
-    raise ConfigError(f"{path}: wants {kind.__name__}, not {value!r}")
+    raise ConfigError(f"{path}: must be {kind.__name__}, not {value!r}")
 
 
 def _convert_union(kind: Any, value: Any, path: str) -> Any:
-    """The settings of a dataclass among the choices, or the first choice that takes the value."""
+    """Converts to the section among the choices, or to the first choice that takes the value."""
     choices = get_args(kind)
     if isinstance(value, _SECTION):
-        choices = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+        choices = [choice for choice in choices if _is_section_type(choice)]
     elif value is None and type(None) in choices:
         return None
     for choice in choices:
@@ -143,24 +188,18 @@ def _convert_union(kind: Any, value: Any, path: str) -> Any:
             if len(choices) == 1:
                 raise
     names = " or ".join("None" if c is type(None) else c.__name__ for c in get_args(kind))
-    raise ConfigError(f"{path}: wants {names}, not {value!r}")
+    raise ConfigError(f"{path}: must be {names}, not {value!r}")
 
 
 def _convert_tuple(kind: Any, value: Any, path: str) -> tuple:
     inner = get_args(kind)
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{path}: wants several values, as in (1, 2), not {value!r}")
+        raise ConfigError(f"{path}: must be several values, as in (1, 2), not {value!r}")
     if inner[-1] is Ellipsis:
         inner = (inner[0],) * len(value)
     if len(inner) != len(value):
-        raise ConfigError(f"{path}: wants {len(inner)} values, not {len(value)}: {value!r}")
-    return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
-
-
-def _existing(section: ConfigDict, name: str, path: str) -> Any:
-    if name not in section:
-        raise ConfigError(_unknown(path, name, list(section)))
-    return section[name]
+        raise ConfigError(f"{path}: must be {len(inner)} values, not {len(value)}: {value!r}")
+    return tuple(_convert(k, v, f"{path}.{i}") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
 
 
 def _unknown(path: str, name: str, known: Sequence[str]) -> str:

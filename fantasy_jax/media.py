@@ -1,9 +1,8 @@
-"""Pictures, sound and video in and out: the only file that touches a codec."""
+"""Reading and writing of images, audio and video; the only module that uses codecs."""
 
 import io
 import math
 import os
-import tempfile
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,82 +13,81 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+import soxr
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fantasy_jax.data.preprocessing import resample
-from fantasy_jax.typing import Float32, Int16, UInt8
+from fantasy_jax.errors import MediaError
+from fantasy_jax.files import atomic_write
+from fantasy_jax.typing import Float, Float32, Int16, UInt8
+from fantasy_jax.video import SAMPLE_RATE
 
-_SOUND_RATE = 44_100
-"""Of the sound in a written video, in Hz."""
+_VIDEO_AUDIO_RATE = 44_100
+"""Sampling rate of the audio stream in a written video, in Hz."""
 _EPSILON = 1e-6
-"""Seconds by which rounding may move a frame's time."""
+"""Tolerance for rounding when frame times are compared, in seconds."""
 
 
-class MediaError(ValueError):
-    """A file that cannot be read or written; one line says which, what is wrong and what to do."""
+def read_image(path: str | Path) -> Image.Image:
+    """Reads an image as 8-bit RGB.
 
-
-def read_picture(path: str | Path) -> Image.Image:
-    """Reads a picture as RGB, 8 bits.
-
-    Turned upright by its EXIF tag; 16 bits, grey and palettes are converted; what is transparent is laid
-    over white (the official code drops transparency, which shows whatever colour lies under it).
+    The EXIF orientation is applied; 16-bit, grey and palette images are converted; transparent areas are
+    composited over white (the official code drops the alpha channel and shows the colour below it).
 
     Raises:
-        MediaError: The file is missing, no picture, or truncated.
+        MediaError: The file is missing, not an image, or truncated.
     """
-    _check_exists(path, "picture")
+    _check_exists(path, "image")
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
+            image = ImageOps.exif_transpose(opened)
+            image.load()
     except UnidentifiedImageError as error:
-        raise MediaError(f"{path}: not a picture that can be read; give a PNG, JPEG or WebP") from error
+        raise MediaError(f"{path}: not a readable image; use a PNG, JPEG or WebP file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: the picture is damaged or cut off ({error}); save it anew") from error
-    if picture.mode.startswith(("I", "F")):
-        picture = _to_eight_bits(picture, path)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        paper = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(paper, picture)
-    return picture.convert("RGB")
+        raise MediaError(f"{path}: the image is damaged or truncated ({error}); save it again") from error
+    if image.mode.startswith(("I", "F")):
+        image = _to_eight_bits(image, path)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
-def _to_eight_bits(picture: Image.Image, path: str | Path) -> Image.Image:
-    """Grey pictures of 16 or 32 bits; Pillow would cut their values off at 255."""
-    values = np.asarray(picture, np.float64)
+def _to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """Converts 16- and 32-bit grey images; Pillow would clip their values at 255."""
+    values = np.asarray(image, np.float64)
     if not np.isfinite(values).all():
-        raise MediaError(f"{path}: the picture holds values that are no numbers; save it as 8 bits")
-    largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(picture.mode, 65535.0)
+        raise MediaError(f"{path}: the image contains values that are not finite; save it with 8 bits")
+    largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(image.mode, 65535.0)
     return Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def read_sound(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray, " samples"]:
-    """Reads the sound of any file that has some, mono, in [-1, 1].
+def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.ndarray, " samples"]:
+    """Reads the audio of an audio or video file as mono, in [-1, 1].
 
-    The mean of the channels, resampled by soxr at high quality, as `librosa.load` does.
+    Channels are averaged and resampled by soxr at high quality, as `librosa.load` does.
 
     Args:
-        path: A sound file, or a video.
-        rate: In Hz.
+        path: An audio or video file.
+        rate: Sampling rate of the result, in Hz.
 
     Raises:
-        MediaError: The file is missing, holds no sound, or sound that is empty or no numbers.
+        MediaError: The file is missing or has no audio, or its audio is empty or not finite.
     """
-    waveform, source_rate = _decode_sound(path)
+    waveform, source_rate = _decode_audio(path)
     return resample(waveform.mean(axis=0, dtype=np.float32), source_rate, rate)
 
 
-def read_soundtrack(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray, " samples"]:
-    """As `read_sound`, from the time of the video's first frame on.
+def read_audio_track(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.ndarray, " samples"]:
+    """Reads a video's audio like `read_audio`, aligned with the time of the first video frame.
 
-    Sound that began before is cut, and before sound that begins later there is silence.
+    Audio before that time is cut off; if the audio starts later, zeros come first.
 
     Raises:
-        MediaError: As `read_sound`.
+        MediaError: As `read_audio`.
     """
-    waveform = read_sound(path, rate)
+    waveform = read_audio(path, rate)
     with av.open(str(path)) as container:
         starts = [
             float((stream.start_time or 0) * stream.time_base)
@@ -99,20 +97,20 @@ def read_soundtrack(path: str | Path, rate: int = 16_000) -> Float32[np.ndarray,
     return np.pad(waveform, (late, 0)) if late > 0 else waveform[-late:]
 
 
-def _decode_sound(
+def _decode_audio(
     path: str | Path, *, rate: int | None = None, layout: str | None = None, seconds: float = float("inf")
 ) -> tuple[Float32[np.ndarray, "channels samples"], int]:
-    """Samples by channel, and their rate; stops soon after `seconds`."""
-    _check_exists(path, "sound file")
+    """Returns samples by channel and their rate; decoding stops soon after `seconds`."""
+    _check_exists(path, "audio file")
     if os.path.getsize(path) == 0:
-        raise MediaError(f"{path}: the file is empty; give a sound file")
+        raise MediaError(f"{path}: the file is empty; use an audio file")
     pieces: list[np.ndarray] = []
     length = 0
     resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
-                raise MediaError(f"{path}: holds no sound; give a file that does")
+                raise MediaError(f"{path}: has no audio; use a file that has an audio stream")
             source_rate = rate or container.streams.audio[0].rate
             for frame in container.decode(audio=0):
                 parts = [part.to_ndarray() for part in resampler.resample(frame)]
@@ -122,24 +120,42 @@ def _decode_sound(
                     break
             pieces += [part.to_ndarray() for part in resampler.resample(None)]
     except av.FFmpegError as error:
-        raise MediaError(
-            f"{path}: not sound that can be read ({error.strerror}); give a WAV or MP3"
-        ) from error
+        raise MediaError(f"{path}: not readable audio ({error.strerror}); use a WAV or MP3 file") from error
     if not pieces or sum(piece.shape[1] for piece in pieces) == 0:
-        raise MediaError(f"{path}: the sound has no samples; give one that is not empty")
+        raise MediaError(f"{path}: the audio has no samples; use a file that is not empty")
     waveform = np.concatenate(pieces, axis=1)
     if not np.isfinite(waveform).all():
-        raise MediaError(f"{path}: the sound holds samples that are no numbers (NaN); save it anew")
+        raise MediaError(f"{path}: the audio contains samples that are not finite; save it again")
     return waveform, source_rate
 
 
-def write_sound(path: str | Path, waveform: Int16[np.ndarray, " samples"], rate: int) -> None:
-    """Writes a WAV file of 16 bits, mono.
+def resample(
+    waveform: Float[np.ndarray, " samples"], rate: int, target: int = SAMPLE_RATE
+) -> Float[np.ndarray, " resampled"]:
+    """Changes the sampling rate by soxr at high quality, as `librosa.load` does.
+
+    Args:
+        waveform: One channel.
+        rate: Its sampling rate, in Hz.
+        target: Sampling rate of the result, in Hz.
+
+    Returns:
+        `ceil(samples * target / rate)` samples; where soxr gives one sample fewer, a zero is appended.
+    """
+    if rate == target:
+        return waveform
+    length = math.ceil(waveform.size * target / rate)
+    resampled = soxr.resample(waveform, rate, target, quality="HQ")[:length]
+    return np.pad(resampled, (0, length - resampled.size))
+
+
+def write_audio(path: str | Path, waveform: Int16[np.ndarray, " samples"], rate: int) -> None:
+    """Writes a mono 16-bit WAV file.
 
     Raises:
-        MediaError: The folder cannot be written to.
+        MediaError: The folder is not writable.
     """
-    with whole_or_nothing(path) as partial, wave.open(str(partial), "wb") as file:
+    with atomic_write(path) as partial, wave.open(str(partial), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)
@@ -147,20 +163,15 @@ def write_sound(path: str | Path, waveform: Int16[np.ndarray, " samples"], rate:
 
 
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
-    """Frames and frames a second of a whole video.
+    """Reads all frames of a video and its frame rate.
 
     Raises:
-        MediaError: The file is missing or holds no video.
+        MediaError: The file is missing or is not a video.
     """
     _check_exists(path, "video")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(f"{path}: holds no video")
-            fps = float(container.streams.video[0].average_rate)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except av.FFmpegError as error:
-        raise MediaError(f"{path}: not a video that can be read ({error.strerror})") from error
+    with _open_video(path) as container:
+        fps = float(container.streams.video[0].average_rate)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     if not frames:
         raise MediaError(f"{path}: the video has no frames")
     return np.stack(frames), fps
@@ -168,31 +179,29 @@ def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video says of itself.
+    """Properties of a video file.
 
     Attributes:
-        height: As it is shown, in pixels: turned upright, its pixels square.
-        width: Likewise.
-        has_sound: Whether there is a stream of sound.
+        height: Displayed height in pixels, after rotation and with square pixels.
+        width: Displayed width, likewise.
+        has_audio: Whether the file has an audio stream.
     """
 
     height: int
     width: int
-    has_sound: bool
+    has_audio: bool
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Looks at a video's first frame.
+    """Reads a video's properties from its first frame.
 
     Raises:
-        MediaError: The file is missing or holds no video that can be read.
+        MediaError: The file is missing or is not a readable video.
     """
     _check_exists(path, "video")
-    with _video_errors(path), av.open(str(path)) as container:
-        if not container.streams.video:
-            raise MediaError(f"{path}: holds no video")
+    with _open_video(path) as container:
         for frame in container.decode(video=0):
-            height, width = _shown_size(frame, container.streams.video[0])
+            height, width = _displayed_size(frame, container.streams.video[0])
             return VideoInfo(height, width, bool(container.streams.audio))
     raise MediaError(f"{path}: the video has no frames")
 
@@ -200,26 +209,24 @@ def probe_video(path: str | Path) -> VideoInfo:
 def stream_video(
     path: str | Path, fps: int | float, size: tuple[int, int]
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
-    """Frames of a video at an even rate, one after another, whatever the rate of the file.
+    """Yields the frames of a video one by one at a constant frame rate.
 
-    Frame `k` is the one whose time is nearest to `k / fps`, so that a file of another or of a varying rate
-    keeps its pace. Frames that the decoder calls damaged are left out.
+    Frame `k` is the one whose time is nearest to `k / fps`, so that files with another or a variable frame
+    rate keep their pace. Frames that the decoder marks as corrupt are skipped.
 
     Args:
         path: The file.
-        fps: Frames a second that are wanted.
-        size: Their height and width.
+        fps: Frame rate of the result, in Hz.
+        size: Height and width of the result, in pixels.
 
     Yields:
-        When the file has this frame, in seconds since its first, and the frame: RGB, turned upright.
+        The frame's own time, in seconds since the first frame, and the frame: RGB, upright.
 
     Raises:
-        MediaError: The file is missing or holds no video, or the stream cannot be decoded any further.
+        MediaError: The file is missing or is not a video, or the stream cannot be decoded any further.
     """
     _check_exists(path, "video")
-    with _video_errors(path), av.open(str(path)) as container:
-        if not container.streams.video:
-            raise MediaError(f"{path}: holds no video")
+    with _open_video(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         count, last, step = 0, None, 1 / fps
@@ -235,7 +242,7 @@ def stream_video(
 
 
 def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Whole frames, each later than the one before, with seconds since the first."""
+    """Yields intact frames with strictly increasing times, in seconds since the first."""
     start, previous = None, -math.inf
     step = 1 / float(stream.average_rate or 25)
     for frame in container.decode(stream):
@@ -248,13 +255,13 @@ def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
         yield time - start, frame
 
 
-def _shown_size(frame: av.VideoFrame, stream) -> tuple[int, int]:
+def _displayed_size(frame: av.VideoFrame, stream) -> tuple[int, int]:
     width = round(frame.width * float(stream.sample_aspect_ratio or 1))
     return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
 
 
 def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Scaled to a height and width, then turned as the file's display matrix says."""
+    """Scales a frame to a height and width after rotation, and rotates it by the file's display matrix."""
     turns = round(frame.rotation / 90) % 4
     height, width = size[::-1] if turns % 2 else size
     array = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
@@ -262,18 +269,22 @@ def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> UInt8[np.ndarray, "
 
 
 @contextmanager
-def _video_errors(path: str | Path) -> Iterator[None]:
+def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """Opens a file that has a video stream; decoding errors become a MediaError."""
     try:
-        yield
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: has no video stream")
+            yield container
     except (av.FFmpegError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{path}: not a video that can be read ({reason})") from error
+        raise MediaError(f"{path}: not a readable video ({reason})") from error
 
 
-def jpeg(picture: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:
-    """A picture as the bytes of a JPEG file."""
+def encode_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:
+    """Returns the image as the bytes of a JPEG file."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="JPEG", quality=quality)
+    Image.fromarray(image).save(file, format="JPEG", quality=quality)
     return file.getvalue()
 
 
@@ -282,29 +293,29 @@ def write_video(
     frames: UInt8[np.ndarray, "T H W 3"],
     fps: int,
     *,
-    sound: str | Path | None = None,
+    audio: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
-    """Writes an mp4 (h264, aac) that any player plays; whole, or not at all.
+    """Writes an mp4 (H.264, AAC), atomically.
 
     Args:
-        path: Where to; an existing file is replaced.
-        frames: The video. A side of odd length is doubled at its edge, for h264 has none.
-        fps: Frames a second.
-        sound: A file whose sound the video carries, cut to its length or followed by silence.
-        lossless: Keep every pixel; `read_video` gives back the same bytes, but few players show it.
+        path: Output file; an existing file is replaced.
+        frames: RGB. Odd sides are extended by one repeated row or column, because H.264 needs even sides.
+        fps: Frames per second.
+        audio: File whose audio is added, cut to the length of the video or padded with silence.
+        lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: The folder cannot be written to, or the sound not be read.
+        MediaError: The folder is not writable, or the audio is not readable.
     """
     frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")
     waveform = None
-    if sound is not None:
+    if audio is not None:
         seconds = len(frames) / fps
-        waveform, _ = _decode_sound(sound, rate=_SOUND_RATE, layout="stereo", seconds=seconds)
-        samples = round(seconds * _SOUND_RATE)
+        waveform, _ = _decode_audio(audio, rate=_VIDEO_AUDIO_RATE, layout="stereo", seconds=seconds)
+        samples = round(seconds * _VIDEO_AUDIO_RATE)
         waveform = np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
-    with whole_or_nothing(path) as partial:
+    with atomic_write(path) as partial:
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
             codec, pixels, quality = (
@@ -312,24 +323,25 @@ def write_video(
                 if lossless
                 else ("libx264", "yuv420p", {"crf": "16"})
             )
-            video = container.add_stream(codec, rate=fps, options=quality)
-            video.height, video.width = frames.shape[1:3]
-            video.pix_fmt = pixels
-            audio = None if waveform is None else container.add_stream("aac", rate=_SOUND_RATE)
-            if audio is not None:
-                audio.layout, audio.bit_rate = "stereo", 192_000
+            video_stream = container.add_stream(codec, rate=fps, options=quality)
+            video_stream.height, video_stream.width = frames.shape[1:3]
+            video_stream.pix_fmt = pixels
+            audio_stream = None if waveform is None else container.add_stream("aac", rate=_VIDEO_AUDIO_RATE)
+            if audio_stream is not None:
+                audio_stream.layout, audio_stream.bit_rate = "stereo", 192_000
             for frame in frames:
-                container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(video.encode(None))
-            if audio is not None:
-                _encode_sound(container, audio, waveform)
+                container.mux(video_stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(video_stream.encode(None))
+            if audio_stream is not None:
+                _encode_audio(container, audio_stream, waveform)
 
 
-def _encode_sound(container, stream, waveform: Float32[np.ndarray, "2 samples"]) -> None:
+def _encode_audio(container, stream, waveform: Float32[np.ndarray, "2 samples"]) -> None:
     for start in range(0, waveform.shape[1], 1024):
         piece = np.ascontiguousarray(waveform[:, start : start + 1024])
         frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="stereo")
-        frame.sample_rate, frame.pts, frame.time_base = _SOUND_RATE, start, Fraction(1, _SOUND_RATE)
+        frame.sample_rate, frame.pts = _VIDEO_AUDIO_RATE, start
+        frame.time_base = Fraction(1, _VIDEO_AUDIO_RATE)
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
 
@@ -342,10 +354,10 @@ def write_contact_sheet(
     columns: int = 6,
     rows: int = 2,
 ) -> None:
-    """Writes one picture of frames picked evenly from a video, each with its time.
+    """Writes a PNG with evenly spaced frames of a video, each labelled with its time.
 
     Raises:
-        MediaError: The folder cannot be written to.
+        MediaError: The folder is not writable.
     """
     picked = np.unique(np.linspace(0, len(frames) - 1, columns * rows).round().astype(int))
     side = 192
@@ -362,40 +374,8 @@ def write_contact_sheet(
         tiles.append(tile)
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-    with whole_or_nothing(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(sheet).save(partial, format="PNG")
-
-
-def check_writable(path: str | Path) -> None:
-    """Makes the folder of an output and tries to write there, before any work is done for it.
-
-    Raises:
-        MediaError: The folder cannot be made or written to, or a folder lies where the file should.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise MediaError(f"{path}: is a folder; give the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
-
-
-@contextmanager
-def whole_or_nothing(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when all went well and vanishes otherwise."""
-    path = Path(path)
-    check_writable(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_exists(path: str | Path, kind: str) -> None:

@@ -1,13 +1,13 @@
-"""Meshes, and which dimension of which array is cut along which mesh axis.
+"""The device mesh, and the mesh axis along which each dimension of each array is sharded.
 
-Activations of the transformer are `[B, S, F, D]`, and the `context` axis cuts space, never frames. Audio
-(and identity, and expression) attention happens within a latent frame, so a device that holds all frames
-of its patch of the picture needs nothing from others for it; self-attention alone talks across devices
-(`models/context_attention.py`). Space comes first so that flattening space and frame moves nothing, and so
+Activations of the transformer are `[B, S, F, D]`, and the `context` axis shards space, never frames.
+Attention to audio (and to faces and expressions) stays within a latent frame, so a device that holds all
+frames of its patch of the image needs no communication for it; only self-attention crosses devices
+(`models/context_attention.py`). Space comes before frames so that flattening the two moves no data, and so
 that padding of space to a multiple of the axis is one suffix that key lengths can mask.
 
-Parameters are cut by one ordered table over their paths. Gradients, the optimizer's moments and running means
-have the same paths with something before them, so that the same table cuts them alike.
+Parameters are sharded by one ordered table over their paths. Gradients, the optimizer's moments and moving
+averages have the same paths with a prefix, so that the same table shards them alike.
 """
 
 import math
@@ -24,37 +24,37 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, Int, Leaf
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
-ContextParallelism = Literal["auto", "gather", "all_to_all", "ring"]
-"""How self-attention crosses the context axis: `models/context_attention.py`."""
+ContextParallelism = Literal["auto", "gather", "all_to_all"]
+"""Strategy of self-attention across the context axis: `models/context_attention.py`."""
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),  # fsdp cuts parameters; for activations it is more data parallelism
+    "batch": ("data", "fsdp"),  # fsdp shards parameters; for activations it is more data parallelism
     "space": "context",
-    "rows": ("context", "tensor"),  # a VAE has no heads to cut: all devices of a clip share its rows
-    "heads": "tensor",  # of an MLP: its hidden units
-    # Of parameters alone, and for memory alone: a layer is gathered when its turn comes. Along `context` too
-    # would save more, but TPUs' compiler then adds up where it should gather, twice the bytes; along `data`
-    # they would come from slices that are far apart.
+    "rows": ("context", "tensor"),  # a VAE has no heads to shard: all devices of a clip shard its rows
+    "heads": "tensor",  # also the hidden units of MLPs
+    # FSDP: parameters only; each layer is all-gathered just before use. Sharding along `context` too would
+    # save more memory, but the TPU compiler then all-reduces instead of all-gathering, which sends twice the
+    # bytes; along `data` the gathers would cross slices.
     "embed": "fsdp",
     None: None,
 }
 """Logical dimension -> mesh axes."""
 
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # Convolutions are small, and what they read is cut by rows: every device needs all of them.
+    # Convolutions are small, and their inputs are sharded by rows: every device needs the whole kernel.
     (r"(^|/)(encoder|decoder|moments|latents_in|shortcut)/", ()),
     (r"conv\w*/", ()),
-    # Columns of one head stay together, and so do rows of what reads heads.
+    # Columns of one head stay together, and so do rows that read one head.
     (r"\b(query|key|value|gate|mlp_in)/kernel$", ("embed", "heads")),
     (r"\b(query|key|value|gate|mlp_in)/bias$", ("heads",)),
     (r"\b(query|key)_norm/scale$", ("heads",)),
     (r"\b(out|mlp_out)/kernel$", ("heads", "embed")),
-    # A LoRA's A and B like the kernel that they lie beside, but for the rank, which is cut for memory.
+    # A and B of a LoRA are sharded as their kernel is; the rank is small.
     (r"\b(out|mlp_out)/dot_general/lora_a$", ("heads", "embed")),
     (r"\b(out|mlp_out)/dot_general/lora_b$", (None, "embed")),
     (r"lora_a$", ("embed", None)),
@@ -62,24 +62,24 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"lora_b$", ("embed", None)),
     (r"\bposition/embedding$", ()),
     (r"(kernel|embedding)$", ("embed", None)),
-    # Biases, norms, modulation, tokens, counters: next to nothing.
+    # Biases, norms, modulation, tokens, counters: negligible.
     (r"", ()),
 )
-"""Path of a parameter (searched for; the first found counts) -> its last dimensions. What comes before them,
-the axis of layers, is not cut."""
+"""Pattern of a parameter's path (the first that is found decides) -> logical names of its last dimensions.
+The dimensions before them, such as the axis of stacked layers, are not sharded."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share what; one of the numbers may be -1, for all that are left.
+    """Mesh axis sizes; one may be -1 to take the remaining devices.
 
     Attributes:
-        data: Copies of everything, each with clips of its own. Spans slices, if there are several.
-        fsdp: Devices with clips of their own that share parameters and what the optimizer keeps.
-        context: Devices that share a clip, each with a part of the picture.
-        tensor: Devices that share attention's heads and the MLP's hidden units.
-        context_parallelism: How those of `context` exchange what self-attention needs; by default the way
-            that sends least and fits.
+        data: Data parallelism with replicated parameters. Spans slices, if there are several.
+        fsdp: Data parallelism with sharded parameters and optimizer state.
+        context: Devices that share a clip, each with a part of the image.
+        tensor: Devices that share attention heads and hidden units of MLPs.
+        context_parallelism: How the devices of `context` exchange what self-attention needs; `auto` selects
+            the strategy that sends least and fits.
     """
 
     data: int = 1
@@ -90,29 +90,30 @@ class MeshConfig:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Sizes by axis, as `make_mesh` takes them."""
+        """Sizes by axis, the arguments of `make_mesh`."""
         return {name: getattr(self, name) for name in MESH_AXES}
 
 
-def join_processes() -> None:
-    """Makes this process one of several, before anything else asks for devices.
+def init_distributed() -> None:
+    """Initialises `jax.distributed`; must be called before any other use of devices.
 
-    On TPU pods, under SLURM, MPI, and Kubernetes' job sets, JAX finds the others by itself. Elsewhere the
-    environment tells: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+    On TPU pods, under SLURM, MPI and Kubernetes' job sets, JAX detects the other processes. Elsewhere it
+    reads the environment: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID.
 
     Raises:
-        ConfigError: Nothing tells where the others are.
+        ConfigError: Neither gives the address of the other processes.
     """
-    told = {
+    numbers = {
         name: int(os.environ[variable])
         for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
         if variable in os.environ
     }
     try:
-        jax.distributed.initialize(**told)
+        jax.distributed.initialize(**numbers)
     except ValueError as error:
         raise ConfigError(
-            f"other processes cannot be found ({error}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            f"cannot find the other processes ({error}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID"
         ) from None
 
@@ -125,85 +126,85 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over the given devices, by default as many of the first ones as it needs.
+    """Makes a mesh over the given devices, by default over the first ones, as many as it needs.
 
     Raises:
-        ConfigError: The sizes do not fit the devices.
+        ConfigError: The sizes do not fit the number of devices.
     """
     sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor), strict=True))
     asked = "mesh of " + ", ".join(f"{name} {size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ConfigError(f"{asked}: sizes are at least 1, and one of them may be -1")
+        raise ConfigError(f"{asked}: sizes must be at least 1, and one may be -1")
     known = math.prod(size for size in sizes.values() if size != -1)
     if devices is None:
         devices = jax.devices() if -1 in sizes.values() else jax.devices()[:known]
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     if math.prod(shape) != len(devices):
         raise ConfigError(f"{asked}: does not fit {len(devices)} devices")
-    # jax.make_mesh would make Explicit axes; the compiler's own propagation is what is wanted here.
+    # jax.make_mesh makes Explicit axes by default; here the compiler propagates shardings.
     return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices so that neighbours in the mesh are neighbours in the machine."""
+    """Arranges devices so that neighbours in the mesh are physical neighbours."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
-        raise ConfigError(f"mesh: data is {shape[0]}; {slices} slices need a multiple of {slices}")
+        raise ConfigError(f"mesh: data ({shape[0]}) must be a multiple of the number of slices ({slices})")
     within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def in_host_memory() -> AbstractContextManager:
-    """Where arrays go that are made in it: not to a device, if JAX may use the host at all."""
+    """A context in which new arrays are placed in host memory, if JAX has a CPU backend."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS names devices alone
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return nullcontext()
 
 
 def axis_size(name: str) -> int:
-    """Size of an axis of the mesh in force (`jax.set_mesh`); 1 without a mesh."""
+    """Size of an axis of the current mesh (`jax.set_mesh`); 1 without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
 
 
 def constrain(x: Array, *dimensions: str | None) -> Array:
-    """Fixes how an activation is cut, by the logical names of its dimensions; nothing without a mesh."""
+    """Constrains the sharding of an activation by logical names of its dimensions; no-op without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(*dimensions))
 
 
 def partition(*dimensions: str | None) -> PartitionSpec:
-    """How an array of these logical dimensions is cut.
+    """Returns the partition of an array with these logical dimensions.
 
     Raises:
-        ValueError: Two of them would be cut along the same mesh axis.
+        ValueError: Two dimensions map to the same mesh axis.
     """
     axes = [RULES[name] for name in dimensions]
     used = [axis for entry in axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
     if len(set(used)) < len(used):
-        raise ValueError(f"dimensions {dimensions} collide: they are cut along {used}")
+        raise ValueError(f"dimensions {dimensions} collide: they are sharded along {used}")
     return PartitionSpec(*axes)
 
 
-def whole(tree: Leaf) -> Leaf:
-    """Puts all of every array on every device of the mesh in force; nothing without a mesh."""
+def replicate(tree: Leaf) -> Leaf:
+    """Replicates every array on all devices of the current mesh; no-op without a mesh."""
     return tree if jax.sharding.get_abstract_mesh().empty else jax.device_put(tree, PartitionSpec())
 
 
 def parameter_partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How a parameter, or whatever is kept for one, is cut.
+    """Returns the partition of a parameter, or of its gradient, moments or average.
 
     Args:
-        path: Its names, joined by `/`.
-        shape: Its sizes; a dimension that its axes do not divide is left whole.
-        mesh: Whose axes count.
+        path: Names joined by `/`.
+        shape: Shape; a dimension that its mesh axes do not divide is not sharded.
+        mesh: The mesh.
     """
     logical = next(dimensions for pattern, dimensions in PARAMETERS if re.search(pattern, path))
     if len(logical) > len(shape):
-        raise ValueError(f"{path}: has {len(shape)} dimensions, its rule is for {len(logical)} or more")
+        raise ValueError(f"{path}: has {len(shape)} dimensions, but its rule needs {len(logical)} or more")
     axes = partition(*[None] * (len(shape) - len(logical)), *logical)
     return PartitionSpec(
         *(entry if size % _size(entry, mesh) == 0 else None for entry, size in zip(axes, shape, strict=True))
@@ -211,7 +212,7 @@ def parameter_partition(path: str, shape: Sequence[int], mesh: Mesh) -> Partitio
 
 
 def parameter_shardings(tree: Leaf, mesh: Mesh) -> Leaf:
-    """A sharding for every array of a tree of parameters, gradients, or an optimizer's state."""
+    """Returns the sharding of every array in a tree of parameters, gradients or optimizer state."""
 
     def sharding(path: tuple, leaf: Leaf) -> NamedSharding:
         return NamedSharding(mesh, parameter_partition(_path(path), leaf.shape, mesh))
@@ -219,14 +220,14 @@ def parameter_shardings(tree: Leaf, mesh: Mesh) -> Leaf:
     return jax.tree.map_with_path(sharding, tree)
 
 
-def share(network: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """A network whose parameters are cut for the mesh; of abstract ones that is only noted."""
-    graphdef, state = nnx.split(network)
+def shard_module(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """Returns the module with sharded parameters; abstract parameters get their shardings as annotations."""
+    graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, place(state, parameter_shardings(state, mesh)))
 
 
 def place(tree: Leaf, shardings: Leaf) -> Leaf:
-    """Puts arrays where their shardings say; of `jax.ShapeDtypeStruct`s it is only noted."""
+    """Moves arrays to their shardings; `jax.ShapeDtypeStruct`s get them as annotations."""
 
     def put(leaf: Leaf, sharding: NamedSharding) -> Leaf:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -237,43 +238,45 @@ def place(tree: Leaf, shardings: Leaf) -> Leaf:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How every array of a batch is cut: along its leading axis."""
+    """Sharding of every array of a batch: along its leading axis."""
     return NamedSharding(mesh, partition("batch"))
 
 
-def rows_of_this_process(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " R"]:
-    """Which examples of a batch this process' devices need; processes that share a clip need the same.
+def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " R"]:
+    """Returns the rows of a global batch that this process loads; processes that share a clip load the same.
 
     Raises:
-        ConfigError: The batch cannot be shared evenly.
+        ConfigError: The batch cannot be sharded evenly.
     """
-    sharing = _size(RULES["batch"], mesh)
-    if batch_size % sharing:
-        raise ConfigError(f"a batch of {batch_size} cannot be shared by {sharing} (mesh: data x fsdp)")
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
+    shards = _size(RULES["batch"], mesh)
+    if batch_size % shards:
+        raise ConfigError(
+            f"batch_size ({batch_size}) must be a multiple of data x fsdp of the mesh ({shards})"
+        )
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def assemble_batch(
+def make_global_batch(
     local: Mapping[str, np.ndarray], rows: Int[np.ndarray, " R"], batch_size: int, mesh: Mesh
 ) -> dict[str, Array]:
-    """Global arrays of what each process has read.
+    """Makes global arrays from the rows that each process has loaded.
 
     Args:
-        local: By name, the examples `rows`, in that order.
-        rows: From `rows_of_this_process`.
-        batch_size: Examples in the batch of all processes.
-        mesh: Over all processes.
+        local: Arrays by name, with the examples `rows` in that order.
+        rows: Result of `process_rows`.
+        batch_size: Examples in the global batch.
+        mesh: Mesh of all processes.
     """
 
-    def assemble(value: np.ndarray) -> Array:
-        def part(place: tuple[slice, ...]) -> np.ndarray:
-            return value[np.searchsorted(rows, np.arange(batch_size)[place[0]])]
+    def make_global(value: np.ndarray) -> Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            return value[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
 
         shape = (batch_size, *value.shape[1:])
-        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
 
-    return {name: assemble(value) for name, value in local.items()}
+    return {name: make_global(value) for name, value in local.items()}
 
 
 def _size(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
@@ -281,6 +284,6 @@ def _size(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
 
 
 def _path(path: tuple) -> str:
-    """As in `nnx.to_flat_state`: a variable is a leaf there, and not what holds the `value`."""
+    """Path as in `nnx.to_flat_state`, where a variable is a leaf and does not contain a `value`."""
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
     return "/".join(names[:-1] if names[-1] == "value" else names)

@@ -1,11 +1,20 @@
-"""Shapes and types of every signature are checked at run time in all tests."""
+"""Every test checks the shapes and types of all signatures at run time."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Sharding is tested on pretended devices; everything else runs on the first of them.
+# Tests of sharding use eight virtual devices; all other tests run on the first of them.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("fantasy_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def highest_precision():
+    """Matrix products in full float32, on TPUs and GPUs too."""
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -1,6 +1,6 @@
-"""The official files at full size, as holes: names and shapes of the manifests, zeros that take no disk.
+"""The official files at full size as sparse files: shapes of the manifests, zeros that take no disk space.
 
-Run as a program it imports all of them and tells the peak of anonymous memory:
+As a program it imports all of them and prints the peak of anonymous memory:
 
     python tests/full_size.py FOLDER [--dtype float32] [--only fantasytalking]
 """
@@ -26,7 +26,7 @@ def tensors(manifest):
 
 
 def sparse_safetensors(path, shapes):
-    """Float32, all zeros."""
+    """A file of float32 zeros."""
     header, end = {}, 0
     for key, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)
@@ -38,10 +38,10 @@ def sparse_safetensors(path, shapes):
 
 
 def sparse_pickle(path, shapes, dtype, nested=False):
-    """As torch.save writes it, without the data."""
+    """A file of torch.save, without data."""
     import torch
 
-    # Memory that is asked for and never touched does not exist.
+    # Memory that is allocated and never written to takes no space.
     values = {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, shape in shapes.items()}
     if nested:
         parts = {key.split(".")[0] for key in values}
@@ -54,7 +54,7 @@ def sparse_pickle(path, shapes, dtype, nested=False):
 
 
 def official(folder):
-    """The folder of Wan2.1-I2V-14B, with a tokenizer of bytes."""
+    """The folder of Wan2.1-I2V-14B, with a byte tokenizer."""
     folder.mkdir(parents=True)
     shapes = tensors("wan2.1_i2v_14b_dit")
     names = [f"diffusion_pytorch_model-{i + 1:05}-of-{SHARDS:05}.safetensors" for i in range(SHARDS)]
@@ -75,13 +75,13 @@ def official(folder):
 
 
 def adapter(path):
-    """The FantasyTalking file, nested as it is hosted."""
+    """The file of FantasyTalking, nested like the hosted one."""
     sparse_pickle(path, tensors("fantasytalking_model"), "float32", nested=True)
     return path
 
 
 def peak_anonymous(arguments):
-    """Runs convert_weights.py; gives its exit code and the most anonymous memory that it had, in bytes."""
+    """Runs convert_weights.py; returns its exit code and its peak of anonymous memory in bytes."""
     command = [sys.executable, str(ROOT / "convert_weights.py"), *map(str, arguments)]
     program = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     peak, status = 0, Path(f"/proc/{program.pid}/status")

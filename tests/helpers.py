@@ -1,4 +1,4 @@
-"""What several tests need: references, random parameters, and how far two arrays are apart."""
+"""References, small models with random parameters, and measures of difference, for several tests."""
 
 from pathlib import Path
 
@@ -8,21 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fantasy_jax.convert.components import recognise
 from fantasy_jax.convert.files import open_weights
-from fantasy_jax.convert.rules import (
-    Rule,
-    TensorSpec,
-    assign,
-    export,
-    flat_parameters,
-    load,
-    make_plan,
-)
+from fantasy_jax.convert.rules import Rule, TensorSpec, assign, export, flat_parameters, load, make_plan
+from fantasy_jax.diffusion.guidance import GuidanceBranch
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
 from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.registry import component_of
+from fantasy_jax.weights.detect import detect
 
 DATA = Path(__file__).parent / "data"
 REFERENCES = (
@@ -48,14 +43,54 @@ TINY_WAN = WanConfig(
 TINY_AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=3)
 
 
+def tiny_transformer(config: WanConfig = TINY_WAN, **adapters) -> WanTransformer:
+    """A small transformer with these adapters, by name; all of its parameters are random and none is zero."""
+    return randomise(nnx.eval_shape(lambda: WanTransformer(config, adapters=adapters, rngs=nnx.Rngs(0))))
+
+
+def abstract(network, config, **types) -> nnx.Module:
+    """A network without memory for its parameters."""
+    return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0), **types))
+
+
+def tiny_inputs(
+    config: WanConfig = TINY_WAN, batch: int = 2, size: tuple[int, int, int] = (3, 4, 6), **adapters
+) -> tuple[jax.Array, ClipInputs]:
+    """Random noise, and random inputs of clips.
+
+    Args:
+        config: Sizes of the transformer.
+        batch: Clips.
+        size: Latent frames, rows and columns.
+        adapters: Shapes of one clip's inputs of adapters, by name.
+    """
+    shapes = {
+        "noise": (*size, config.latent_channels),
+        "first_frame": (*size, config.condition_channels),
+        "text": (5, config.text_dim),
+        "negative_text": (3, config.text_dim),
+        "image": (9, config.image_dim),
+    }
+    keys = iter(jax.random.split(jax.random.key(1), len(shapes) + len(adapters)))
+    noise, *base = (jax.random.normal(next(keys), (batch, *shape)) for shape in shapes.values())
+    features = {name: jax.random.normal(next(keys), (batch, *shape)) for name, shape in adapters.items()}
+    return noise, ClipInputs(*base, features)
+
+
+def only_branch(index: int) -> tuple[GuidanceBranch, ...]:
+    """The three branches of FantasyTalking's guidance in one step, all weight on one of them."""
+    groups = (("text", "audio"), ("audio",), ())
+    return tuple(GuidanceBranch(dropped, (float(i == index),)) for i, dropped in enumerate(groups))
+
+
 def run_convert_weights(capsys, *arguments) -> tuple[int, str, str]:
-    """The command as users have it: exit code, standard output, standard error."""
+    """Runs `convert_weights.py` in this process; returns exit code, standard output and standard error."""
     import convert_weights
     from fantasy_jax import cli
 
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
-    return exit_.value.code, *capsys.readouterr()
+    return stopped.value.code, *capsys.readouterr()
 
 
 def relative(value, reference) -> float:
@@ -66,14 +101,24 @@ def relative(value, reference) -> float:
 
 
 def randomise(module: nnx.Module, seed: int = 0, scale: float = 0.15) -> nnx.Module:
-    """Makes every parameter random, so that none is zero and none equal by chance; scales stay around one."""
+    """Makes every parameter random and different from zero, in place; scales stay around one."""
+    assign(module, _random_values(module, seed, scale))
+    return module
+
+
+def random_network(config, seed: int = 0, scale: float = 0.15, dtype=jnp.float32) -> nnx.Module:
+    """The network with these sizes, every parameter random and different from zero."""
+    component = component_of(config)
+    values = _random_values(component.abstract(config), seed, scale)
+    return component.build(config, dtype, {path: value.astype(dtype) for path, value in values.items()})
+
+
+def _random_values(module: nnx.Module, seed: int, scale: float) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    values = {
+    return {
         path: (scale * random.standard_normal(value.shape) + path.endswith("scale")).astype(np.float32)
         for path, value in sorted(flat_parameters(module).items())
     }
-    assign(module, values)
-    return module
 
 
 def fill(module: nnx.Module, rules: list[Rule], tensors: dict, ignore=()) -> nnx.Module:
@@ -95,7 +140,7 @@ def to_torch(module: nnx.Module, rules: list[Rule]) -> dict:
 
 def reference_transformer(name: str = "fantasytalking_dit", dtype=jnp.float32) -> WanTransformer:
     """The reference's transformer with its audio adapter."""
-    modules = {found.component.name: found.load(dtype) for found in recognise(open_weights(DATA / name))}
+    modules = {found.component.name: found.load(dtype) for found in detect(open_weights(DATA / name))}
     transformer = modules["wan2.1_i2v_dit"]
     transformer.adapters["audio"] = modules["fantasytalking"]
     return transformer
@@ -111,27 +156,24 @@ def reference_outputs(name: str = "fantasytalking_dit") -> dict[str, np.ndarray]
     return _activations(name, "output.")
 
 
-def reference_conditions(model: WanTransformer, inputs: dict, *, text: str = "text", scale=1.0, clip=False):
-    """What the reference's transformer listens to; audio by frame, or by clip."""
-    conditions = model.conditions(inputs[text], inputs["clip_features"])
-    adapter, features = model.adapters["audio"], inputs["audio_features"]
+def reference_conditions(
+    model: WanTransformer, inputs: dict, *, text: str = "text", scale=1.0, attention: str = "frame"
+):
+    """The conditions of the reference's transformer."""
     num_frames = 4 * inputs["latents"].shape[1] - 3
-    audio = (
-        adapter.clip_level(features, num_frames, scale=scale)
-        if clip
-        else adapter.frame_level(features, num_frames, scale=scale)
-    )
-    return conditions | {"audio": audio}
+    adapter, features = model.adapters["audio"], inputs["audio_features"]
+    audio = adapter.condition(features, num_frames, scale=scale, attention=attention)
+    return model.conditions(inputs[text], inputs["clip_features"]) | {"audio": audio}
 
 
 def layer(stack: nnx.Module, index: int) -> nnx.Module:
-    """One of stacked layers."""
+    """One layer of a stack."""
     graphdef, state = nnx.split(stack)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], state))
 
 
 def transformers_umt5(config: UMT5Config):
-    """transformers' encoder of these sizes."""
+    """transformers' UMT5 encoder of these sizes."""
     from transformers import UMT5Config as TheirConfig
     from transformers import UMT5EncoderModel
 
@@ -150,7 +192,7 @@ def transformers_umt5(config: UMT5Config):
 
 
 def transformers_clip_vision(config: CLIPVisionConfig):
-    """transformers' tower of these sizes."""
+    """transformers' CLIP image encoder of these sizes."""
     from transformers import CLIPVisionConfig as TheirConfig
     from transformers import CLIPVisionModel
 
@@ -168,7 +210,7 @@ def transformers_clip_vision(config: CLIPVisionConfig):
 
 
 def disturb(model):
-    """Moves all parameters of a PyTorch module off their initial values; gives the module."""
+    """Adds noise to all parameters of a PyTorch module in place, so that none is zero or one."""
     import torch
 
     with torch.no_grad():

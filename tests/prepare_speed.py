@@ -1,6 +1,6 @@
-"""How long preparation takes without networks: `python tests/prepare_speed.py VIDEO FACE_MODEL POSE_MODEL`.
+"""CPU time of the preparation without networks: `python tests/prepare_speed.py VIDEO FACE_MODEL POSE_MODEL`.
 
-Seconds of processor time, user and system, for a second of video at 512 x 512 and 23 frames a second.
+Prints seconds of CPU time, user and system, per second of video at 512 x 512 pixels and 23 frames per second.
 """
 
 import os
@@ -11,23 +11,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from fantasy_jax.data.landmarks import LandmarkConfig
-from fantasy_jax.data.prepare import cutting, stages, store
-from fantasy_jax.data.prepare.config import PrepareConfig
-from fantasy_jax.data.prepare.scan import Source
+from fantasy_jax.prepare import analysis, cutting, stages, store
+from fantasy_jax.prepare.config import PrepareConfig
+from fantasy_jax.prepare.scan import SourceVideo
+from fantasy_jax.preprocessing.landmarks import LandmarkConfig
+from fantasy_jax.video import VideoConfig
 
-PARTS = {"faces": "track_faces", "bodies": "track_bodies", "lip masks": "lip_mask", "crop": "_crop"}
+PARTS = {"faces": "track_faces", "bodies": "track_bodies", "lip masks": "lip_mask", "crop": "crop_around"}
 
 
 def main(video: str, face_model: str, pose_model: str) -> None:
     landmarks = LandmarkConfig(face_model=face_model, pose_model=pose_model)
-    task = stages.Task(PrepareConfig(landmarks=landmarks), fps=23, num_frames=81)
+    clips_like = VideoConfig(height=512, width=512, num_frames=81, fps=23)
+    task = analysis.PrepareTask(PrepareConfig(landmarks=landmarks), clips_like)
     spent = dict.fromkeys([*PARTS, "decoding and cuts"], 0.0)
-    source = Source(video, Path(video).name, "0" * 64)
+    source = SourceVideo(video, Path(video).name, "0" * 64)
     with stages.mediapipe_detectors(task.config) as detectors, ExitStack() as patched:
         for name, function in PARTS.items():
             patched.enter_context(
-                patch.object(stages, function, timed(getattr(stages, function), spent, name))
+                patch.object(analysis, function, timed(getattr(analysis, function), spent, name))
             )
         work = Path(patched.enter_context(tempfile.TemporaryDirectory()))
         wall, before = time.perf_counter(), cpu()
@@ -43,7 +45,7 @@ def main(video: str, face_model: str, pose_model: str) -> None:
     spent["the rest"] = total - sum(spent.values())
     for name, value in spent.items():
         print(f"{name:<20} {value / seconds:.3f}")
-    print(f"{'all':<20} {total / seconds:.3f}, by the clock {wall / seconds:.3f}")
+    print(f"{'all':<20} {total / seconds:.3f}, wall-clock time {wall / seconds:.3f}")
 
 
 def timed(function, spent, name):

@@ -1,34 +1,40 @@
-"""Which audio each latent frame hears, and that it hears nothing else."""
+"""The audio window of each latent frame, and that a frame attends to its own window only."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import layer, randomise, reference_inputs, reference_outputs, reference_transformer, relative
+from helpers import (
+    TINY_AUDIO,
+    abstract,
+    layer,
+    randomise,
+    reference_inputs,
+    reference_outputs,
+    reference_transformer,
+    relative,
+)
 
-from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig, split_windows, window_ranges
+from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.condition import Condition
+from fantasy_jax.models.windows import split_windows, window_ranges
 
-pytestmark = pytest.mark.networks
+pytestmark = [pytest.mark.usefixtures("highest_precision"), pytest.mark.networks]
 
-CONFIG = AudioAdapterConfig(feature_width=12, token_width=16, width=24, num_heads=2, num_layers=1)
+CONFIG = replace(TINY_AUDIO, num_layers=1)
 NUM_FRAMES, NUM_TOKENS = 17, 35
 
-# Audio tokens of clips at 23, 24, 25 and 30 frames a second, and where rounding and truncation differ.
+# Tokens per video frame at 23, 24, 25 and 30 frames per second, and where rounding and truncation differ.
 RATES = (50 / 23, 50 / 24, 2, 5 / 3, 1.4, 2.8)
 CLIPS = [(int(num_frames * rate), num_frames) for num_frames in (5, 9, 17, 49, 81, 201) for rate in RATES]
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def adapter():
-    return randomise(nnx.eval_shape(lambda: AudioAdapter(CONFIG, rngs=nnx.Rngs(0))))
+    return randomise(abstract(AudioAdapter, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def features():
 @pytest.fixture(scope="module")
 def queries():
     """`[B, S, F, N, K]`."""
-    return jax.random.normal(jax.random.key(1), (2, 6, 5, CONFIG.num_heads, 12))
+    return jax.random.normal(jax.random.key(1), (2, 6, 5, CONFIG.num_heads, CONFIG.width // CONFIG.num_heads))
 
 
 def test_windows_are_the_official_ones():
@@ -49,8 +55,8 @@ def test_windows_are_the_official_ones():
     windows, lengths = split_windows(tokens, window_ranges(tokens.shape[1], NUM_FRAMES, expand=4))
     assert np.array_equal(windows, outputs["audio_windows"])
     assert np.array_equal(lengths, outputs["audio_window_lengths"])
-    # From the features on, through projection and norm.
-    condition = reference_transformer().adapters["audio"].frame_level(inputs["audio_features"], NUM_FRAMES)
+    # From the features, through projection and norm.
+    condition = reference_transformer().adapters["audio"].condition(inputs["audio_features"], NUM_FRAMES)
     assert relative(condition.tokens, outputs["audio_windows"]) < 2e-6
     assert np.array_equal(condition.lengths[0], outputs["audio_window_lengths"])
 
@@ -70,16 +76,16 @@ def test_a_clip_of_81_frames_has_the_published_windows():
 
 
 @pytest.mark.parametrize(("num_tokens", "num_frames"), CLIPS)
-def test_windows_move_with_the_frames_and_leave_no_token_out(num_tokens, num_frames):
+def test_windows_follow_the_frames_and_cover_every_token(num_tokens, num_frames):
     rate = num_tokens / num_frames
     ranges = window_ranges(num_tokens, num_frames, expand=4)
     assert len(ranges) == (num_frames - 1) // 4 + 1
     assert np.unique(ranges[:, 1] - ranges[:, 0]).tolist() == [2 * int(2 * rate) + 8]
     steps = np.diff(ranges[1:, 0])
     assert np.all(np.abs(steps - 4 * rate) < 1)
-    heard = np.unique(np.concatenate([np.arange(first, last + 1) for first, last in ranges]))
-    assert set(range(num_tokens)) <= set(heard.tolist())
-    # Every frame hears what is spoken during its own four video frames; the first is one video frame.
+    covered = np.unique(np.concatenate([np.arange(first, last + 1) for first, last in ranges]))
+    assert set(range(num_tokens)) <= set(covered.tolist())
+    # Every window contains the audio of the frame's own four video frames; the first is one video frame.
     for i, (first, last) in enumerate(ranges):
         begin, end = (0, rate) if i == 0 else (rate * (4 * i - 3), rate * (4 * i + 1))
         assert first <= begin
@@ -102,56 +108,68 @@ def test_padding_is_zeros_on_the_right(num_tokens, num_frames):
         assert np.array_equal(windows[:, i], expected)
 
 
-def test_padding_is_not_heard(adapter, features, queries):
-    hear = layer(adapter.layers, 0)
-    condition = adapter.frame_level(features, NUM_FRAMES)
+@pytest.fixture
+def attend(adapter):
+    """Attention of the first block to a condition."""
+    return layer(adapter.layers, 0)
+
+
+def test_padding_is_masked(adapter, features, queries, attend):
+    condition = adapter.condition(features, NUM_FRAMES)
     padding = jnp.arange(condition.tokens.shape[2]) >= condition.lengths[..., None]
     assert 0 < padding.sum() < padding.size
     garbage = Condition(jnp.where(padding[..., None], 1e4, condition.tokens), condition.lengths)
-    expected = hear(queries, condition)
-    np.testing.assert_array_equal(hear(queries, garbage), expected)
-    assert relative(hear(queries, Condition(condition.tokens)), expected) > 1e-2  # the lengths do it
+    expected = attend(queries, condition)
+    np.testing.assert_array_equal(attend(queries, garbage), expected)
+    assert relative(attend(queries, Condition(condition.tokens)), expected) > 1e-2  # lengths matter
 
 
-def test_each_frame_hears_its_own_window_and_nothing_else(adapter, features, queries):
-    hear = layer(adapter.layers, 0)
+def test_each_frame_attends_to_its_own_window_only(adapter, features, queries, attend):
     ranges = window_ranges(NUM_TOKENS, NUM_FRAMES, expand=4)
-    expected = hear(queries, adapter.frame_level(features, NUM_FRAMES))
+    expected = attend(queries, adapter.condition(features, NUM_FRAMES))
     for token in (0, 6, 17, NUM_TOKENS - 1):
         changed = features.at[:, token].add(1.0)
-        result = hear(queries, adapter.frame_level(changed, NUM_FRAMES))
+        result = attend(queries, adapter.condition(changed, NUM_FRAMES))
         differs = np.any(result != expected, axis=(0, 1, 3, 4))
         assert differs.tolist() == [first <= token <= last for first, last in ranges]
 
 
-def test_at_clip_level_everybody_hears_everything(adapter, features, queries):
-    hear = layer(adapter.layers, 0)
-    condition = adapter.clip_level(features, NUM_FRAMES)
+def test_a_window_is_widened_on_both_sides(adapter, features, queries, attend):
+    for expand in (0, 2):
+        ranges = window_ranges(NUM_TOKENS, NUM_FRAMES, expand=expand)
+        expected = attend(queries, adapter.condition(features, NUM_FRAMES, expand=expand))
+        result = attend(queries, adapter.condition(features.at[:, 17].add(1.0), NUM_FRAMES, expand=expand))
+        differs = np.any(result != expected, axis=(0, 1, 3, 4))
+        assert differs.tolist() == [first <= 17 <= last for first, last in ranges]
+
+
+def test_at_clip_level_every_token_attends_to_the_whole_clip(adapter, features, queries, attend):
+    condition = adapter.condition(features, NUM_FRAMES, attention="clip")
     assert condition.tokens.shape == (2, NUM_TOKENS, CONFIG.token_width)
-    expected = hear(queries, condition)
+    expected = attend(queries, condition)
     for token in (0, NUM_TOKENS // 2, NUM_TOKENS - 1):
-        result = hear(queries, adapter.clip_level(features.at[:, token].add(1.0), NUM_FRAMES))
+        changed = features.at[:, token].add(1.0)
+        result = attend(queries, adapter.condition(changed, NUM_FRAMES, attention="clip"))
         assert np.all(np.any(result != expected, axis=(3, 4)))
 
 
-def test_scales_may_differ_in_a_batch(adapter, features, queries):
-    hear = layer(adapter.layers, 0)
-    expected = hear(queries, adapter.frame_level(features, NUM_FRAMES))
+def test_scales_may_differ_in_a_batch(adapter, features, queries, attend):
+    expected = attend(queries, adapter.condition(features, NUM_FRAMES))
     scales = jnp.array([0.0, 2.5])
-    result = hear(queries, adapter.frame_level(features, NUM_FRAMES, scale=scales))
+    result = attend(queries, adapter.condition(features, NUM_FRAMES, scale=scales))
     assert not result[0].any()
     assert relative(result[1], 2.5 * expected[1]) < 1e-7
 
 
-def test_a_frame_beyond_the_audio_hears_silence(adapter, features, queries):
-    condition = adapter.frame_level(features[:, :3], NUM_FRAMES)
+def test_a_frame_without_audio_is_finite(adapter, features, queries, attend):
+    condition = adapter.condition(features[:, :3], NUM_FRAMES)
     late = Condition(condition.tokens, condition.lengths.at[:, -1].set(0))
-    assert np.isfinite(layer(adapter.layers, 0)(queries, late)).all()
+    assert np.isfinite(attend(queries, late)).all()
 
 
-def test_values_start_from_zero_and_keys_do_not():
-    fresh = AudioAdapter(CONFIG, rngs=nnx.Rngs(0)).layers
-    assert fresh.key.kernel[...].any(axis=(1, 2)).all()
-    assert not fresh.value.kernel[...].any()
-    assert fresh.key.bias is None
-    assert fresh.key_norm is None
+def test_values_are_zero_initialised_and_keys_are_not():
+    layers = AudioAdapter(CONFIG, rngs=nnx.Rngs(0)).layers
+    assert layers.key.kernel[...].any(axis=(1, 2)).all()
+    assert not layers.value.kernel[...].any()
+    assert layers.key.bias is None
+    assert layers.key_norm is None

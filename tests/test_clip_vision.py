@@ -1,4 +1,4 @@
-"""CLIP's vision tower against the official outputs, transformers, and the full-size file's shapes."""
+"""CLIP's vision tower against the official outputs, transformers, and the shapes of the full-size file."""
 
 import json
 from fnmatch import fnmatchcase
@@ -13,17 +13,13 @@ from safetensors.numpy import load_file
 
 from fantasy_jax.convert import clip_vision as table
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
-from fantasy_jax.data.preprocessing import clip_pixels
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from fantasy_jax.preprocessing.images import clip_image_preprocess
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 FOLDERS = ("clip_vision", "clip_vision_small_activations")
 TINY = CLIPVisionConfig(image_size=42, patch_size=14, dim=32, mlp_ratio=3, num_heads=4, num_layers=4)
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def reference(folder):
@@ -42,16 +38,16 @@ def test_parity_with_the_official_tower(folder):
     image = jnp.asarray(arrays["input.image"].transpose(0, 2, 3, 1))
     expected = arrays["output.pixel_values"].transpose(0, 2, 3, 1)
 
-    assert relative(clip_pixels(image, config.image_size), expected) < 2e-6
+    assert relative(clip_image_preprocess(image, config.image_size), expected) < 2e-6
     encode = nnx.jit(lambda model, pixels: model(pixels))
     assert relative(encode(model, jnp.asarray(expected)), arrays["output.features"]) < 2e-6
-    whole = encode(model, clip_pixels(image, config.image_size))
-    assert relative(whole, arrays["output.features"]) < 2e-6
+    features = encode(model, clip_image_preprocess(image, config.image_size))
+    assert relative(features, arrays["output.features"]) < 2e-6
 
 
 @pytest.mark.networks
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_export_gives_the_file_back(folder):
+def test_export_round_trip(folder):
     config, weights, model = reference(folder)
     exported = dict(export(table.official_rules(config), jax.device_get(flat_parameters(model))))
     unused = {k for k in weights if any(fnmatchcase(k, p) for p in table.ignored_keys(config))}
@@ -61,7 +57,7 @@ def test_export_gives_the_file_back(folder):
 
 
 @pytest.mark.networks
-def test_full_size_file_fits():
+def test_full_size_file_matches():
     tensors = json.loads((DATA / "manifests/clip_xlm_roberta_vit_h14.json").read_text())["tensors"]
     source = {key: TensorSpec(tuple(shape), np.dtype(np.float32)) for key, shape in tensors.items()}
     source["textual.head.0.weight"] = TensorSpec((1024, 1024), np.dtype(np.float32))
@@ -78,7 +74,7 @@ def test_full_size_file_fits():
 
 
 @pytest.mark.networks
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_is_close_to_float32():
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     small, full = CLIPVisionModel(TINY, rngs=nnx.Rngs(0), **types), CLIPVisionModel(TINY, rngs=nnx.Rngs(0))
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
@@ -96,7 +92,7 @@ def transformers_model():
 
 
 def official_keys(model):
-    """Our spelling of each of transformers' keys: official, with what is fused there left in three parts."""
+    """The official name of each key of transformers, with query, key and value not fused."""
     renames = {
         "vision_model.": "",
         "embeddings.class_embedding": "visual.cls_embedding",

@@ -1,8 +1,9 @@
-"""Weights files of every kind, sound and not, and the commands that read them."""
+"""Weight files of all kinds, valid and damaged, and the commands that read them."""
 
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -12,26 +13,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA
+from helpers import DATA, run_convert_weights
 from safetensors.numpy import load_file, save_file
 
 import convert_weights
-from fantasy_jax import cli
-from fantasy_jax.convert.files import WeightsError, open_weights
+from fantasy_jax.convert.files import open_weights
+from fantasy_jax.errors import WeightsError
 
 MANIFESTS = DATA / "manifests"
 
 
 @pytest.fixture
 def command(capsys):
-    """Runs convert_weights.py; gives exit code, standard output and standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(lambda: convert_weights.main([str(x) for x in arguments]), "convert_weights.py")
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+    """Runs convert_weights.py; returns exit code, standard output and standard error."""
+    return lambda *arguments: run_convert_weights(capsys, *arguments)
 
 
 @pytest.fixture
@@ -65,7 +60,7 @@ def write_shards(folder, tensors, *, index=None):
 
 
 def nested(tensors):
-    """As torch.save wants it: a dictionary of dictionaries, bfloat16 by way of float32, which is exact."""
+    """A dictionary of dictionaries of PyTorch tensors."""
     import torch
 
     groups = {}
@@ -80,7 +75,7 @@ def nested(tensors):
 
 
 def manifest(tmp_path, name, **changes):
-    """A manifest of the test data with tensors changed, or with None taken out."""
+    """A manifest of the test data with some tensors changed, or with None removed."""
     content = json.loads((MANIFESTS / f"{name}.json").read_text())
     content["tensors"].update(changes)
     content["tensors"] = {key: shape for key, shape in content["tensors"].items() if shape is not None}
@@ -99,7 +94,6 @@ def test_a_safetensors_file_and_its_folder(tmp_path, tensors):
         weights = open_weights(path)
         assert_holds(weights, tensors)
         assert weights.config == {"dim": 3}
-        assert isinstance(weights.read("a.weight"), np.memmap)
 
 
 def test_shards_by_their_folder_or_index(tmp_path, tensors):
@@ -136,11 +130,17 @@ def test_parameters_and_eight_bit_floats_of_a_pickle(tmp_path):
         np.testing.assert_array_equal(weights.read(key), np.array([0.5, -2], dtype), strict=True)
 
 
+def test_eight_bit_floats_of_safetensors(tmp_path):
+    values = {"e4": np.array([0.5, -2], jnp.float8_e4m3fn), "e5": np.array([0.5, -2], jnp.float8_e5m2)}
+    save_file(values, tmp_path / "weights.safetensors")
+    assert_holds(open_weights(tmp_path), values)
+
+
 def test_a_manifest_has_shapes_and_no_values():
     weights = open_weights(MANIFESTS / "umt5_xxl_encoder.json")
     assert weights.specs["token_embedding.weight"].shape == (256384, 4096)
     assert weights.specs["token_embedding.weight"].dtype == jnp.bfloat16
-    with pytest.raises(WeightsError, match=r"a manifest holds .* no values such as norm\.weight"):
+    with pytest.raises(WeightsError, match=r"norm\.weight"):
         weights.read("norm.weight")
 
 
@@ -148,7 +148,7 @@ def test_a_manifest_has_shapes_and_no_values():
 
 
 def broken_file(kind, tmp_path, tensors):
-    """Makes a file with one fault; gives its path and what the message must say."""
+    """Writes a damaged file, and returns its path."""
     path = tmp_path / "weights.safetensors"
     save_file(tensors, path)
     content = path.read_bytes()
@@ -160,19 +160,18 @@ def broken_file(kind, tmp_path, tensors):
         path.write_bytes(b"")
     elif kind == "header damaged":
         path.write_bytes(content[:20] + b"\xff" * 20 + content[40:])
-    return path, "damaged or cut off"
+    return path
 
 
 @pytest.mark.parametrize("kind", ["data cut off", "header cut off", "empty", "header damaged"])
 def test_damaged_safetensors(tmp_path, tensors, command, kind):
-    path, message = broken_file(kind, tmp_path, tensors)
+    path = broken_file(kind, tmp_path, tensors)
     code, out, err = command("inspect", path)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert str(path) in err
-    assert message in err
+    assert f"{path}: damaged" in err
 
 
-def test_a_safetensors_type_that_is_not_known(tmp_path):
+def test_a_safetensors_dtype_that_is_not_supported(tmp_path):
     header = json.dumps({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
     with pytest.raises(WeightsError, match="F4"):
@@ -184,23 +183,20 @@ def test_an_index_that_names_a_missing_shard(tmp_path, tensors, command):
     (tmp_path / "model-1.safetensors").unlink()
     code, _, err = command("inspect", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
-    assert "names model-1.safetensors, which is not there" in err
+    assert "model-1.safetensors" in err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda names: names | {"gone": "model-0.safetensors"}, r"model-0\.safetensors lacks gone"),
-        (lambda names: {k: v for k, v in names.items() if k != "a.half"}, r"unnamed by the index, a\.half"),
-        (
-            lambda names: dict.fromkeys(names, "model-0.safetensors"),
-            r"model-0\.safetensors lacks a\.half and 2",
-        ),
-        (lambda names: names | {"a.half": 3}, "no entry 'weight_map' of file names"),
-        (lambda names: list(names), "no entry 'weight_map' of file names"),
+        (lambda names: names | {"gone": "model-0.safetensors"}, "gone"),
+        (lambda names: {k: v for k, v in names.items() if k != "a.half"}, r"a\.half"),
+        (lambda names: dict.fromkeys(names, "model-0.safetensors"), r"a\.half"),
+        (lambda names: names | {"a.half": 3}, "weight_map"),
+        (lambda names: list(names), "weight_map"),
     ],
 )
-def test_an_index_that_does_not_tell_the_truth(tmp_path, tensors, change, message):
+def test_an_index_that_does_not_match_its_files(tmp_path, tensors, change, message):
     names = write_shards(tmp_path, tensors)
     write_shards(tmp_path, tensors, index=change(names))
     with pytest.raises(WeightsError, match=message):
@@ -210,30 +206,31 @@ def test_an_index_that_does_not_tell_the_truth(tmp_path, tensors, change, messag
 def test_several_files_without_an_index_are_ambiguous(tmp_path, tensors):
     write_shards(tmp_path, tensors)
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(WeightsError, match=r"holds model-0\.safetensors, model-1\.safetensors"):
+    with pytest.raises(WeightsError, match=r"model-0\.safetensors, model-1\.safetensors"):
         open_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "word"),
     [
-        ("x.json", "{", "not JSON"),
-        ("x.json", "[]", "holds list"),
-        ("x.json", "{}", "is no manifest"),
-        ("x.json", '{"tensors": ["a"]}', "is no manifest"),
-        ("x.json", '{"tensors": {"a": "wide"}}', "is no manifest"),
-        ("x.json", '{"dtype": "float33", "tensors": {}}', "is no manifest"),
-        ("x.model.safetensors.index.json", "[]", "holds list"),
-        ("x.npz", "", "no known kind of weights"),
-        ("x.pth", "", "not a file of tensors alone, or damaged"),
-        ("x.pth", "not a pickle at all", "not a file of tensors alone, or damaged"),
+        ("x.json", "{", "JSON"),
+        ("x.json", "[]", "list"),
+        ("x.json", "{}", "manifest"),
+        ("x.json", '{"tensors": ["a"]}', "manifest"),
+        ("x.json", '{"tensors": {"a": "wide"}}', "manifest"),
+        ("x.json", '{"dtype": "float33", "tensors": {}}', "manifest"),
+        ("x.model.safetensors.index.json", "[]", "list"),
+        ("x.npz", "", "unknown"),
+        ("x.pth", "", "damaged"),
+        ("x.pth", "not a pickle at all", "damaged"),
     ],
 )
-def test_files_that_are_something_else(tmp_path, command, name, content, message):
+def test_files_that_are_something_else(tmp_path, command, name, content, word):
     (tmp_path / name).write_text(content)
     code, out, err = command("inspect", tmp_path / name)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert name in err
+    assert word in err
 
 
 def test_a_truncated_pickle(tmp_path, tensors, command):
@@ -244,11 +241,11 @@ def test_a_truncated_pickle(tmp_path, tensors, command):
     path.write_bytes(path.read_bytes()[:-400])
     code, _, err = command("inspect", path)
     assert (code, err.count("\n")) == (2, 1)
-    assert "or damaged" in err
+    assert f"{path}: damaged" in err
 
 
 class Harmful:
-    """Unpickling it makes a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -263,7 +260,7 @@ def test_a_harmful_pickle_runs_nothing(tmp_path, command, writer):
 
     marker, path = tmp_path / "ran", tmp_path / "weights.pth"
     pickle.loads(pickle.dumps(Harmful(marker)))
-    assert marker.exists(), "the harm would be real"
+    assert marker.exists(), "unpickling it has an effect"
     marker.rmdir()
 
     content = {"weight": torch.ones(2), "harm": Harmful(marker)}
@@ -273,20 +270,20 @@ def test_a_harmful_pickle_runs_nothing(tmp_path, command, writer):
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
     code, out, err = command("inspect", path)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "not a file of tensors alone" in err
+    assert str(path) in err
     assert not marker.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": {"b": 3}}, r"holds int at a\.b"),
-        ({"a": "text"}, "holds str at a"),
-        ([1, 2], "holds list at the top"),
-        ({"model_state": 1.5}, "holds float at the top"),
+        ({"a": {"b": 3}}, r"a\.b is int"),
+        ({"a": "text"}, "a is str"),
+        ([1, 2], "list"),
+        ({"model_state": 1.5}, "float"),
     ],
 )
-def test_a_pickle_of_harmless_things_that_are_no_tensors(tmp_path, content, message):
+def test_a_pickle_of_other_values_than_tensors(tmp_path, content, message):
     import torch
 
     torch.save(content, tmp_path / "x.pth")
@@ -298,7 +295,7 @@ def test_tensors_that_would_get_the_same_key(tmp_path):
     import torch
 
     torch.save({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match=r"a\.b is there twice"):
+    with pytest.raises(WeightsError, match=r"a\.b"):
         open_weights(tmp_path / "x.pth")
 
 
@@ -306,14 +303,14 @@ def test_a_sparse_tensor_is_refused(tmp_path):
     import torch
 
     torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="holds Tensor at a, not named plain tensors"):
+    with pytest.raises(WeightsError, match="dense"):
         open_weights(tmp_path / "x.pth")
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(WeightsError, match=r"pip install 'fantasy_jax\[convert\]'"):
+    with pytest.raises(WeightsError, match=r"fantasy_jax\[convert\]"):
         open_weights(tmp_path / "x.pth")
 
 
@@ -340,11 +337,11 @@ def test_full_size_files_map_completely(command, name, component, count, size):
     assert f"parameters  {json.loads(path.read_text())['parameters']:,}\n" in out
     assert f"bytes       {size}" in out
     assert out.endswith("complete\n")
-    assert ("not needed" in out) == (component == "clip_vision")
+    assert ("ignored" in out) == (component == "clip_vision")
 
 
 @pytest.mark.networks
-def test_inspect_lists_every_fault_of_a_file(tmp_path, command):
+def test_inspect_lists_every_problem_of_a_file(tmp_path, command):
     path = manifest(
         tmp_path,
         "wan2.1_i2v_14b_dit",
@@ -360,21 +357,21 @@ def test_inspect_lists_every_fault_of_a_file(tmp_path, command):
     )
     code, out, _ = command("inspect", path)
     assert code == 1
-    for line in (
-        "missing: nothing fills blocks/mlp_in/bias[7] [13824]",
-        "missing: nothing fills patch_out/bias [64]",
-        "unexpected: blocks.40.ffn.0.bias is layer 40, but blocks/mlp_in/bias has 40",
-        "unexpected: blocks.0.self_attn.q.scale [1] has no place in the model",
-        "wrong shape: blocks.3.modulation is [6, 1, 5120], but blocks/modulation[3] takes [1, 6, 5120]",
-        "wrong shape: text_embedding.0.weight is [4096, 5120], but text_in/kernel takes [5120, 4096]",
-        "doubly mapped: blocks.1.ffn.0.bias, blocks.01.ffn.0.bias all go to blocks/mlp_in/bias[1]",
+    for kind, name in (
+        ("missing", "blocks/mlp_in/bias[7]"),
+        ("missing", "patch_out/bias"),
+        ("unexpected", "blocks.40.ffn.0.bias"),
+        ("unexpected", "blocks.0.self_attn.q.scale"),
+        ("wrong shape", "blocks.3.modulation"),
+        ("wrong shape", "text_embedding.0.weight"),
+        ("ambiguous", "blocks.01.ffn.0.bias"),
     ):
-        assert f"  {line}\n" in out
+        assert re.search(rf"^  {kind}: .*{re.escape(name)}", out, re.MULTILINE)
     assert out.endswith("INCOMPLETE  7 problems\n")
 
 
 @pytest.mark.networks
-def test_inspect_tells_where_every_tensor_goes(command):
+def test_inspect_lists_the_parameter_of_every_tensor(command):
     code, out, _ = command("inspect", MANIFESTS / "fantasytalking_model.json", "--map")
     assert code == 0
     assert out.count(" -> ") == 83
@@ -383,26 +380,27 @@ def test_inspect_tells_where_every_tensor_goes(command):
 
 
 @pytest.mark.networks
-def test_two_networks_in_one_file_are_told_apart_and_strangers_are_reported(tmp_path, command):
+def test_two_networks_in_one_file_are_detected_and_other_tensors_are_reported(tmp_path, command):
     code, out, _ = command("inspect", DATA / "fantasytalking_dit")
     assert code == 0
     assert "component   wan2.1_i2v_dit, official keys, sizes of config.json" in out
     assert "component   fantasytalking, official keys, sizes of config.json" in out
 
-    folder = tmp_path / "stranger"
+    folder = tmp_path / "unknown"
     shutil.copytree(DATA / "fantasytalking_dit", folder)
     weights = load_file(folder / "weights.safetensors")
     save_file(weights | {"portrait.weight": np.zeros(2)}, folder / "weights.safetensors")
     code, out, _ = command("inspect", folder)
     assert code == 1
-    assert "unexpected: portrait.weight [2] has no place in the model" in out
+    assert "unexpected: portrait.weight [2]" in out
 
 
-def test_another_model_is_not_recognised(tmp_path, tensors, command):
+def test_another_model_is_not_detected(tmp_path, tensors, command):
     save_file(tensors, tmp_path / "x.safetensors")
     code, _, err = command("inspect", tmp_path / "x.safetensors")
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds no network that is known (wan2.1_i2v_dit, fantasytalking, " in err
+    assert "(wan2.1_i2v_dit, fantasytalking, " in err
+    assert "miniature" not in err
 
 
 @pytest.mark.networks
@@ -410,17 +408,17 @@ def test_sizes_come_from_presets_that_fit_or_are_named(tmp_path, command):
     path = manifest(tmp_path, "fantasytalking_model", **{"proj_model.proj.weight": [2048, 1024]})
     code, _, err = command("inspect", path)
     assert (code, err.count("\n")) == (2, 1)
-    assert "fits no preset of fantasytalking (fantasytalking)" in err
+    assert "config.json" in err
     code, out, _ = command("inspect", path, "--preset", "fantasytalking")
     assert code == 1
-    assert "wrong shape: proj_model.proj.weight is [2048, 1024]" in out
+    assert "wrong shape: proj_model.proj.weight" in out
     code, _, err = command("inspect", path, "--preset", "nonesuch")
     assert (code, err.count("\n")) == (2, 1)
-    assert "has no preset 'nonesuch'; there is fantasytalking" in err
+    assert "nonesuch" in err
 
 
 @pytest.mark.networks
-def test_a_config_of_another_program_beside_the_file_does_no_harm(tmp_path, command):
+def test_a_config_of_another_program_beside_the_file_is_ignored(tmp_path, command):
     # The official folder's own config.json gives the transformer's sizes under other names.
     content = json.loads((MANIFESTS / "wan2.1_i2v_14b_dit.json").read_text())["tensors"]
     (tmp_path / "config.json").write_text('{"model_type": "i2v", "dim": 5120, "model": "Wan"}')
@@ -433,14 +431,14 @@ def test_a_config_of_another_program_beside_the_file_does_no_harm(tmp_path, comm
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(8 + len(encoded) + offset)  # a hole of 61 GiB takes no disk
+        file.truncate(8 + len(encoded) + offset)  # a sparse file of 61 GiB
     code, out, _ = command("inspect", path)
     assert code == 0
     assert "sizes of wan2.1_i2v_14b" in out
     assert open_weights(path).read("head.head.bias").sum() == 0
 
 
-# verify: what cannot run. That networks agree, and that a tampered reference fails, is in test_parity.py.
+# verify: references that cannot run; comparisons are in test_parity.py
 
 
 def reference(tmp_path, name, keep):
@@ -455,21 +453,15 @@ def reference(tmp_path, name, keep):
 def test_verify_of_a_missing_folder_and_of_an_unknown_component(tmp_path, command):
     folder = tmp_path / "wan_vae"
     shutil.copytree(DATA / "wan_vae", folder)
-    (folder / "config.json").write_text('{"component": "stranger"}')
-    for path, message in (
-        (tmp_path / "gone", "no such file or folder"),
-        (folder, "the component 'stranger'"),
-    ):
+    (folder / "config.json").write_text('{"component": "unknown"}')
+    for path, word in ((tmp_path / "gone", "gone"), (folder, "unknown")):
         code, out, err = command("verify", "--reference", path)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert message in err
+        assert word in err
 
 
-@pytest.mark.parametrize(
-    ("lost", "message"),
-    [("input.", "lacks 'input.waveform'"), ("output.", "holds no output.* to compare with")],
-)
-def test_verify_of_a_reference_that_lacks_something(tmp_path, command, lost, message):
+@pytest.mark.parametrize(("lost", "message"), [("input.", "input.waveform"), ("output.", "output.*")])
+def test_verify_of_a_reference_that_lacks_arrays(tmp_path, command, lost, message):
     folder = reference(tmp_path, "wav2vec2", lambda key: not key.startswith(lost))
     code, _, err = command("verify", "--reference", folder)
     assert (code, err.count("\n")) == (2, 1)
@@ -485,7 +477,7 @@ def test_a_reference_need_not_hold_every_output(tmp_path, command, name, lost, c
     folder = reference(tmp_path, name, lambda key: lost not in key)
     code, out, _ = command("verify", "--reference", folder)
     assert code == 0
-    assert f"{compared} outputs compared, 0 beyond their limit" in out
+    assert f"{compared} outputs compared, 0 above" in out
 
 
 def test_verify_of_weights_that_do_not_fit(tmp_path, command):
@@ -496,7 +488,7 @@ def test_verify_of_weights_that_do_not_fit(tmp_path, command):
     save_file(weights, folder / "weights.safetensors")
     code, _, err = command("verify", "--reference", folder)
     assert (code, err.count("\n")) == (2, 1)
-    assert "missing: nothing fills" in err
+    assert f"{folder}/weights.safetensors: missing: " in err
     assert "(and 1 more)" in err
 
 
@@ -526,8 +518,9 @@ def test_the_program_itself():
 
     shown = run("--help")
     assert shown.returncode == 0
-    assert "python convert_weights.py verify --reference" in shown.stdout
+    assert "convert_weights.py verify --reference" in shown.stdout
     assert run("inspect", MANIFESTS / "wan2.1_vae.json").returncode == 0
     failed = run("inspect", "nowhere.safetensors")
     assert failed.returncode == 2
-    assert failed.stderr == "convert_weights.py: error: nowhere.safetensors: no such file or folder\n"
+    assert failed.stderr.startswith("convert_weights.py: error: nowhere.safetensors: ")
+    assert failed.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""ArcFace against PyTorch and onnxruntime on random weights, and the faces that it is given."""
+"""ArcFace against PyTorch and onnxruntime, with random weights, and its file formats."""
 
 import dataclasses
 import json
@@ -13,23 +13,20 @@ from flax import nnx
 from helpers import fill, relative, run_convert_weights
 
 from fantasy_jax.convert import arcface as table
-from fantasy_jax.convert.components import recognise
-from fantasy_jax.convert.files import WeightsError, open_weights
+from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import export, export_entries, flat_parameters
+from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.models.face_encoder import IRESNET50, FaceEncoder, FaceEncoderConfig
-from fantasy_jax.weights import load_network
+from fantasy_jax.weights.detect import detect
+from fantasy_jax.weights.loading import load_network
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 TINY = FaceEncoderConfig(depths=(2, 1, 3, 1), widths=(4, 6, 8, 10), embedding=12, image_size=32)
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def torch_iresnet(config):
-    """The official module, spelled anew with its names: parameters and statistics all random."""
+    """The official module, rewritten with its names; parameters and statistics are random."""
     import torch
     from torch import nn
 
@@ -66,12 +63,12 @@ def torch_iresnet(config):
             self.fc = nn.Linear(channels * config.feature_size**2, config.embedding)
             self.features = nn.BatchNorm1d(config.embedding)
 
-        def places(self, x):
+        def features_of(self, x):
             x = self.prelu(self.bn1(self.conv1(x)))
             return self.bn2(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
         def forward(self, x):
-            return self.features(self.fc(torch.flatten(self.places(x), 1)))
+            return self.features(self.fc(torch.flatten(self.features_of(x), 1)))
 
     torch.manual_seed(0)
     model = IResNet().eval()
@@ -96,13 +93,13 @@ def faces():
 
 
 def by_torch(model, faces):
-    """Embedding, and features by place."""
+    """Embeddings and features of PyTorch."""
     import torch
 
     with torch.no_grad():
         pixels = torch.from_numpy(faces.transpose(0, 3, 1, 2).copy())
-        places = model.places(pixels).numpy()
-        return model(pixels).numpy(), places.transpose(0, 2, 3, 1).reshape(len(faces), -1, places.shape[1])
+        features = model.features_of(pixels).numpy().transpose(0, 2, 3, 1)
+        return model(pixels).numpy(), features.reshape(len(faces), -1, features.shape[-1])
 
 
 def ours(model):
@@ -115,12 +112,12 @@ encode = nnx.jit(lambda model, pixels: model(pixels))
 
 
 def onnx_file(model, path, **options):
-    """As insightface exports: norms behind convolutions go into them, and names become numbers."""
+    """Exports as insightface does: norms after convolutions are fused into them, names become numbers."""
     import torch
 
     pixels = torch.zeros(1, 3, TINY.image_size, TINY.image_size)
     names = {"input_names": ["input.1"], "dynamic_axes": {"input.1": {0: "batch"}}}
-    with warnings.catch_warnings():  # PyTorch's newer exporter fuses nothing
+    with warnings.catch_warnings():  # the newer exporter of PyTorch fuses nothing
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(model, (pixels,), path, dynamo=False, opset_version=11, **names, **options)
     path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
@@ -140,22 +137,22 @@ def test_parity_with_pytorch(official, faces):
     assert result[1].shape == (2, 4, 10)
 
 
-def test_the_onnx_file_is_the_same_network(official, graph, faces):
+def test_parity_with_onnxruntime(official, graph, faces):
     import onnx
     import onnxruntime
 
     kinds = [node.op_type for node in onnx.load(graph).graph.node]
-    assert kinds.count("BatchNormalization") == sum(TINY.depths) + 2, "the others are fused"
+    assert kinds.count("BatchNormalization") == sum(TINY.depths) + 2  # the others are fused
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     (embedding,) = session.run(None, {"input.1": faces.transpose(0, 3, 1, 2)})
-    (found,) = recognise(open_weights(graph))
+    (found,) = detect(open_weights(graph))
     result = encode(found.load(), jnp.asarray(faces))
     assert relative(result[0], embedding) < 2e-6
     assert relative(result[1], by_torch(official, faces)[1]) < 2e-6
 
 
-def test_an_onnx_file_whose_norms_are_not_fused(tmp_path):
-    """And in which tensors are equal: the exporter keeps them once."""
+def test_onnx_file_without_fused_norms(tmp_path):
+    """Two of its tensors are equal; the exporter stores them once."""
     import torch
 
     model = torch_iresnet(TINY)
@@ -163,12 +160,12 @@ def test_an_onnx_file_whose_norms_are_not_fused(tmp_path):
     block.bn1.load_state_dict(block.bn3.state_dict())
     preserve = torch.onnx.TrainingMode.PRESERVE
     path = onnx_file(model, tmp_path / "plain.onnx", training=preserve, do_constant_folding=False)
-    (found,) = recognise(open_weights(path))
+    (found,) = detect(open_weights(path))
     for key, value in export(found.rules, flat_parameters(found.load())):
         np.testing.assert_array_equal(value, model.state_dict()[key].numpy(), err_msg=key)
 
 
-def test_export_gives_the_file_back(official):
+def test_export_round_trip(official):
     wanted = {k: v for k, v in official.state_dict().items() if not k.endswith("num_batches_tracked")}
     exported = dict(export(table.official_rules(TINY), flat_parameters(ours(official))))
     assert exported.keys() == wanted.keys()
@@ -177,7 +174,7 @@ def test_export_gives_the_file_back(official):
 
 
 def _subtract(graph):
-    """As MXNet's exports normalise pixels."""
+    """Normalisation of pixels, as in exports of MXNet."""
     import onnx
 
     graph.node.insert(0, onnx.helper.make_node("Sub", ["input.1", "mean"], ["centred"]))
@@ -202,37 +199,34 @@ def _nothing(graph):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "word"),
     [
-        (_subtract, "has a node Sub, which no IResNet that PyTorch exports has"),
-        (_stride, "conv1 has stride 2, IResNet's 1"),
-        (_epsilon, "its norms add 2.0e-05, IResNet's 1.0e-05"),
-        (
-            _no_prelu,
-            "has BatchNormalization, Conv, Conv in a row, where IResNet has BatchNormalization, Conv, ",
-        ),
-        (_nothing, "has nothing in a row, where IResNet has Conv, PRelu"),
+        (_subtract, "Sub"),
+        (_stride, "stride"),
+        (_epsilon, "2.0e-05"),
+        (_no_prelu, "BatchNormalization"),
+        (_nothing, "PRelu"),
     ],
 )
-def test_another_graph_is_refused(graph, tmp_path, change, told):
+def test_another_graph_is_an_error(graph, tmp_path, change, word):
     import onnx
 
     model = onnx.load(graph)
     change(model.graph)
     onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(WeightsError, match=f"other.onnx: {told}"):
+    with pytest.raises(WeightsError, match=f"other.onnx: .*{word}"):
         open_weights(tmp_path / "other.onnx")
 
 
-def test_a_damaged_onnx_file(graph, tmp_path):
+def test_a_damaged_onnx_file_is_an_error(graph, tmp_path):
     path = tmp_path / "cut.onnx"
     path.write_bytes(graph.read_bytes()[:5000])
-    with pytest.raises(WeightsError, match=r"cut.onnx: damaged, or not ONNX \(.*\); fetch it again"):
+    with pytest.raises(WeightsError, match=r"cut\.onnx"):
         open_weights(path)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pth"])
-def test_the_command_imports_either_file(official, graph, tmp_path, capsys, kind):
+def test_the_command_imports_both_kinds_of_files(official, graph, tmp_path, capsys, kind):
     import torch
 
     path = tmp_path / f"face.{kind}"
@@ -240,9 +234,9 @@ def test_the_command_imports_either_file(official, graph, tmp_path, capsys, kind
     shutil.copy(graph.with_name("config.json"), tmp_path)
     code, out, _ = run_convert_weights(capsys, "import", "--arcface", path, "--output", tmp_path / "store")
     assert code == 0
-    assert "face_encoder: 0.00 GiB of float32" in out, "whatever the type of the others"
+    assert "float32" in out  # whatever the type of the other networks
     stored = flat_parameters(load_network(tmp_path / "store/face_encoder", TINY, dtype=jnp.float32))
-    for place, value in flat_parameters(recognise(open_weights(path))[0].load()).items():
+    for place, value in flat_parameters(detect(open_weights(path))[0].load()).items():
         np.testing.assert_array_equal(stored[place], value, err_msg=place)
 
 
@@ -253,26 +247,25 @@ def test_the_command_imports_either_file(official, graph, tmp_path, capsys, kind
         pytest.param("iresnet100", FaceEncoderConfig(), 65.2, marks=pytest.mark.slow),
     ],
 )
-def test_full_sizes_are_told_apart(tmp_path, preset, config, million):
+def test_full_sizes_are_detected(tmp_path, preset, config, million):
     encoder = nnx.eval_shape(lambda: FaceEncoder(config, rngs=nnx.Rngs(0)))
     entries = export_entries(table.official_rules(config), flat_parameters(encoder))
     whole = {path: np.broadcast_to(np.int8(0), x.shape) for path, x in flat_parameters(encoder).items()}
     shapes = {x.key: list(x.transform.inverse(x.place(whole[x.path])).shape) for x in entries}
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({"tensors": shapes}))
-    (found,) = recognise(open_weights(path))
+    (found,) = detect(open_weights(path))
     assert (found.preset, found.config) == (preset, config)
     assert not found.plan()[1].problems
     count = sum(x.size for x in jax.tree.leaves(nnx.state(encoder, nnx.Param)))
-    assert count == pytest.approx(million * 1e6, rel=2e-3), "as insightface's backbones"
-    # One that lacks a block is not taken for a smaller one.
+    assert count == pytest.approx(million * 1e6, rel=2e-3)  # of insightface's backbones
+    # A file that lacks a block is not detected as a smaller network.
     gone = f"layer3.{config.depths[2] - 1}."
     path.write_text(json.dumps({"tensors": {k: x for k, x in shapes.items() if not k.startswith(gone)}}))
-    assert recognise(open_weights(path))[0].plan()[1].problems
+    assert detect(open_weights(path))[0].plan()[1].problems
 
 
-def test_it_can_be_trained_on_faces(faces):
-    """Statistics of the batch are used and recorded, as PyTorch does."""
+def test_training_uses_and_records_batch_statistics(faces):
     import torch
 
     model = torch_iresnet(TINY)
@@ -290,11 +283,11 @@ def test_it_can_be_trained_on_faces(faces):
     assert relative(alone[0], encode(encoder, jnp.asarray(faces))[0][0]) < 1e-5
 
 
-def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match="image_size is 40; 4 stages cannot halve it"):
+def test_wrong_sizes_are_errors():
+    with pytest.raises(ConfigError, match="image_size"):
         FaceEncoderConfig(image_size=40)
-    with pytest.raises(ValueError, match="each stage needs both"):
+    with pytest.raises(ConfigError, match="depths"):
         FaceEncoderConfig(depths=(1, 2))
     encoder = nnx.eval_shape(lambda: FaceEncoder(TINY, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="faces are 48 x 48; the encoder takes 32 x 32"):
+    with pytest.raises(ValueError, match="48 x 48"):
         nnx.eval_shape(lambda encoder: encoder(jnp.zeros((1, 48, 48, 3))), encoder)

@@ -1,61 +1,91 @@
-"""Training on top of stored weights: what is frozen stays, what is trained is stored beside it."""
+"""Training on top of stored weights: frozen networks are referred to, trained ones are stored beside them."""
 
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 
-import fantasy_jax
-from fantasy_jax.config import ConfigError, build, load_config
-from fantasy_jax.data.encoded import encode_dataset
-from fantasy_jax.data.motion import MOTION_FILE, MotionNormaliser
-from fantasy_jax.data.synthetic import SyntheticConfig, prepare
-from fantasy_jax.models.lora import LoRAConfig
-from fantasy_jax.pipeline import ModelConfig, SampleConfig
-from fantasy_jax.sharding import MeshConfig
+from configs.tiny import get_config, small_model
+from fantasy_jax.config import build
+from fantasy_jax.data.encoded import encode_dataset, features
+from fantasy_jax.data.records import write_dataset
+from fantasy_jax.errors import ConfigError, WeightsError
+from fantasy_jax.miniature.synthetic import SyntheticConfig, write_clips
+from fantasy_jax.models.lora import LoRAConfig, lora_of
+from fantasy_jax.pipelines.config import SampleConfig, read_pipeline, write_pipeline
+from fantasy_jax.pipelines.talking import BUNDLED as WEIGHTS
+from fantasy_jax.preprocessing.motion import MOTION_FILE, MotionNormaliser
+from fantasy_jax.sharding import MeshConfig, make_mesh
+from fantasy_jax.system.networks import abstract_networks
 from fantasy_jax.training.finetune import finetune
 from fantasy_jax.training.loop import LoopConfig
+from fantasy_jax.training.objective import StageConfig
 from fantasy_jax.training.optim import OptimizerConfig
+from fantasy_jax.training.parameters import ALL_TRAINED, trainable
 from fantasy_jax.training.stages import StagesConfig
-from fantasy_jax.training.talking import TalkingStageConfig
-from fantasy_jax.weights import StoredNetworks
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.store import record_hashes
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS = Path(fantasy_jax.__file__).parent / "assets/tiny"
+NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)])
 
 
 @pytest.fixture(scope="module")
 def settings():
-    config = load_config(str(ROOT / "configs/tiny.py"))
-    stage = TalkingStageConfig(
-        steps=2,
+    """Arguments of `finetune`: two steps of each stage for the adapters alone, on a mesh of four devices."""
+    config = get_config()
+    stage = StageConfig(
+        num_steps=2,
         batch_size=2,
         parameters=(("^adapters/", "trained"), ("", "frozen")),
-        saved=("self_attention",),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup=1, average=0.5),
+        remat_save_names=("self_attention",),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1, ema_decay=0.5),
     )
     return {
-        "model": build(ModelConfig, config.model, "model"),
+        "model": small_model(),
+        "video": build(VideoConfig, config.video, "video"),
         "sampling": build(SampleConfig, config.sample, "sample"),
         "config": StagesConfig(
-            loop=LoopConfig(show_every=0, validate_every=0, workers=0),
+            loop=LoopConfig(sample_every=0, validate_every=0, num_workers=0),
             mesh=MeshConfig(fsdp=2, context=2),
-            clip_stage=stage,
-            frame_stage=replace(stage, audio="frame", lip_probability=0.8),
+            stages=(stage, replace(stage, audio_attention="frame", lip_mask_probability=0.8)),
         ),
     }
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, settings):
-    folder = tmp_path_factory.mktemp("records")
-    clips = prepare(SyntheticConfig(train_clips=8, test_clips=8), folder)
-    MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)]).save(folder / MOTION_FILE)
-    return encode_dataset(StoredNetworks(WEIGHTS, settings["model"]), clips, folder, {})
+    """Encoded clips, with the metadata that `prepare` writes."""
+    folder, video = tmp_path_factory.mktemp("records"), settings["video"]
+    clips = write_clips(SyntheticConfig(train_clips=8, test_clips=8), video, folder)
+    NORMALISER.save(folder / MOTION_FILE)
+    metadata = {"video": video, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
+    return encode_dataset(stored_networks(WEIGHTS, settings["model"]), clips, folder, metadata)
+
+
+def linked_store(folder, *copied):
+    """A store of links to the bundled weights, but copies of some networks."""
+    folder.mkdir()
+    for source in WEIGHTS.iterdir():
+        target = folder / source.name
+        if source.name not in copied:
+            target.symlink_to(source.resolve())
+            continue
+        target.mkdir()
+        for part in source.iterdir():
+            (target / part.name).symlink_to(part.resolve())
+    return folder
+
+
+def change_record(network):
+    """Changes the hash of a network's record."""
+    record = network / "component.json"
+    content = json.loads(record.read_text())
+    record.unlink()
+    record.write_text(json.dumps(content | {"note": "another"}))
 
 
 def values(network):
@@ -63,76 +93,132 @@ def values(network):
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
 
 
+def changed_parameters(store, model):
+    """Paths of the transformer's parameters that differ from the bundled weights, and all paths."""
+    stores = (stored_networks(folder, model) for folder in (WEIGHTS, store))
+    before, after = (values(networks["transformer"]) for networks in stores)
+    assert before.keys() == after.keys()
+    return {path for path, value in after.items() if not np.array_equal(value, before[path])}, set(after)
+
+
 @pytest.mark.slow
 def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, encoded):
     store = finetune(WEIGHTS, encoded, tmp_path, **settings)
     assert not (store / "audio_adapter").is_symlink()
-    assert (store / "motion_adapter" / MOTION_FILE).read_text() == (
-        encoded.parents[1] / MOTION_FILE
-    ).read_text()
+    assert MotionNormaliser.load(store / "motion_adapter" / MOTION_FILE) == NORMALISER
+    assert read_pipeline(store, "FantasyTalkingPipeline") == (settings["video"], settings["sampling"])
     assert (store / "transformer").is_symlink()
     assert (store / "transformer").resolve() == (WEIGHTS / "transformer").resolve()
-    stores = (StoredNetworks(folder, settings["model"]) for folder in (WEIGHTS, store))
-    before, after = (values(networks.transformer()) for networks in stores)
-    changed = {path for path, value in after.items() if not np.array_equal(value, before[path])}
-    assert changed == {path for path in after if path.startswith("adapters/")}
-    # Frozen weights are not in checkpoints, but the hash of their record is.
-    about = json.loads((tmp_path / "frame_stage/checkpoints/2/about/metadata").read_text())
+    changed, paths = changed_parameters(store, settings["model"])
+    assert changed == {path for path in paths if path.startswith("adapters/")}
+    # Checkpoints do not hold frozen weights, but the hashes of their records.
+    about = json.loads((tmp_path / "stage_2/checkpoints/2/about/metadata").read_text())
     assert set(about["settings"]["weights"]) == {path.name for path in WEIGHTS.iterdir() if path.is_dir()}
-    kept = (tmp_path / "frame_stage/checkpoints/2/state/_METADATA").read_text()
+    kept = (tmp_path / "stage_2/checkpoints/2/state/_METADATA").read_text()
     assert "adapters" in kept
     assert "self_attention" not in kept
-    # What is complete is not done again; other weights are not gone on with.
+    # A complete run is not trained again; a run of other weights is not resumed.
     assert finetune(WEIGHTS, encoded, tmp_path, **settings) == store
-    other = tmp_path / "other"
-    other.mkdir()
-    for folder in WEIGHTS.iterdir():
-        (other / folder.name).symlink_to(folder.resolve())
-    (other / "vae").unlink()
-    (other / "vae").mkdir()
-    for path in (WEIGHTS / "vae").iterdir():
-        (other / "vae" / path.name).symlink_to(path.resolve())
-    record = other / "vae/component.json"
-    content = json.loads(record.read_text())
-    record.unlink()
-    record.write_text(json.dumps(content | {"note": "another"}))
-    with pytest.raises(ConfigError, match="was begun with another weights"):
+    other = linked_store(tmp_path / "other", "text_encoder")
+    change_record(other / "text_encoder")
+    with pytest.raises(ConfigError, match="weights"):
         finetune(other, encoded, tmp_path, **settings)
 
 
 @pytest.mark.slow
-def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_looked_at(tmp_path, settings, encoded):
+def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_path, settings, encoded):
     rules = (("^adapters/", "frozen"), ("^blocks/.*kernel$", "lora"), ("", "frozen"))
     config = settings["config"]
-    stages = {
-        name: replace(getattr(config, name), parameters=rules) for name in ("clip_stage", "frame_stage")
-    }
-    loop = replace(config.loop, show_every=2, show_videos=True, validate_every=1)
-    lora = LoRAConfig(rank=3, alpha=6.0)
-    sampling = replace(settings["sampling"], steps=2)
-    trained = {"config": replace(config, loop=loop, lora=lora, **stages), "sampling": sampling}
-    store = finetune(WEIGHTS, encoded, tmp_path, **settings | trained)
+    config = replace(
+        config,
+        stages=tuple(replace(stage, parameters=rules) for stage in config.stages),
+        loop=replace(config.loop, sample_every=2, sample_videos=True, validate_every=1),
+        lora=LoRAConfig(rank=3, alpha=6.0),
+    )
+    sampling = replace(settings["sampling"], num_inference_steps=2)
+    store = finetune(WEIGHTS, encoded, tmp_path, **settings | {"config": config, "sampling": sampling})
     assert (store / "transformer").is_symlink()
     assert (store / "audio_adapter").is_symlink()
     assert not (store / "lora").is_symlink()
-    before, after = (StoredNetworks(folder, settings["model"]).transformer() for folder in (WEIGHTS, store))
-    before, after = values(before), values(after)
-    changed = {path for path, value in after.items() if not np.array_equal(value, before[path])}
-    assert changed == {path for path in after if re.match("blocks/.*kernel$", path)}
-    # Both stages went on with one LoRA, and a further run goes on with it.
-    kept = (tmp_path / "frame_stage/checkpoints/2/state/_METADATA").read_text()
+    changed, paths = changed_parameters(store, settings["model"])
+    assert changed == {path for path in paths if re.match("blocks/.*kernel$", path)}
+    beside = stored_networks(store, settings["model"], merge_lora=False)["transformer"]
+    assert lora_of(beside).config.rank == 3
+    # Both stages train one LoRA.
+    kept = (tmp_path / "stage_2/checkpoints/2/state/_METADATA").read_text()
     assert "lora_a" in kept
     assert "audio" not in kept
-    assert {path.suffix for path in (tmp_path / "frame_stage/samples/000002").iterdir()} == {".mp4", ".wav"}
-    (events,) = (tmp_path / "clip_stage").glob("events*")
-    assert b"clip_stage/validation/at_0.9/loss_at_lips" in events.read_bytes()
+    assert {path.suffix for path in (tmp_path / "stage_2/samples/000002").iterdir()} == {".mp4", ".wav"}
+    (events,) = (tmp_path / "stage_1").glob("events*")
+    assert b"stage_1/validation/at_0.9/loss_at_lips" in events.read_bytes()
 
 
-def test_a_state_for_adapters_alone(settings):
-    from fantasy_jax.training.parameters import EVERYTHING, trained
+def write_records(folder, metadata):
+    """A dataset of one record, without the inputs of any adapter."""
+    record = {"latents": np.zeros((2, 3), np.float16)}
+    splits = {split: [record] for split in ("train", "test")}
+    return write_dataset("encoded_clips", folder, lambda: features(record), splits, metadata)
 
-    model = nnx.eval_shape(lambda: StoredNetworks(WEIGHTS, settings["model"]).transformer())
-    adapters = trained((("^adapters/", "trained"), ("", "frozen")))
+
+VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
+OTHER_NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.4, 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"video": replace(VIDEO, height=96)}, ("video.height", "96", "64")),
+        ({"video": replace(VIDEO, num_frames=21)}, ("video.num_frames", "21", "17")),
+        ({"video": replace(VIDEO, fps=23)}, ("video.fps", "23", "25")),
+        ({"vae": "0123abcd"}, ("vae", "0123abcd", record_hashes(WEIGHTS)["vae"])),
+        ({"motion": OTHER_NORMALISER}, ("motion.low", str(OTHER_NORMALISER.low[0]), str(NORMALISER.low[0]))),
+    ],
+)
+def test_config_error_for_records_that_were_made_otherwise(tmp_path, settings, metadata, named):
+    weights = linked_store(tmp_path / "weights", "motion_adapter")
+    NORMALISER.save(weights / "motion_adapter" / MOTION_FILE)
+    agreeing = {"video": VIDEO, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
+    records = write_records(tmp_path, agreeing | metadata)
+    with pytest.raises(ConfigError) as caught:
+        finetune(weights, records, tmp_path / "run", **settings)
+    assert all(part in str(caught.value) for part in (str(records), *named))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_error_for_records_without_the_inputs_of_an_adapter(tmp_path, settings):
+    """Records whose metadata agree are refused only for what they lack."""
+    weights = linked_store(tmp_path / "weights", "motion_adapter")
+    NORMALISER.save(weights / "motion_adapter" / MOTION_FILE)
+    metadata = {"video": VIDEO, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
+    with pytest.raises(ConfigError, match="audio"):
+        finetune(weights, write_records(tmp_path, metadata), tmp_path / "run", **settings)
+
+
+def test_a_store_of_another_pipeline_is_refused(tmp_path, settings):
+    weights = linked_store(tmp_path / "weights")
+    (weights / "pipeline.json").unlink()
+    write_pipeline(weights, "OtherPipeline", VIDEO, SampleConfig())
+    with pytest.raises(WeightsError, match="OtherPipeline"):
+        finetune(weights, tmp_path / "records", tmp_path / "run", **settings)
+
+
+def test_a_store_of_another_model_is_refused(tmp_path, settings):
+    model = settings["model"]
+    other = model.replace(text_encoder=replace(model.text_encoder, num_layers=7))
+    with pytest.raises(WeightsError, match="text_encoder"):
+        finetune(WEIGHTS, tmp_path / "records", tmp_path / "run", **settings | {"model": other})
+
+
+def test_the_state_of_adapters_alone(settings):
+    mesh = MeshConfig(fsdp=1)
+    model = abstract_networks(settings["model"], make_mesh(**mesh.axes), mesh)["transformer"]
+    adapters = trainable((("^adapters/", "trained"), ("", "frozen")))
     assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(model, adapters))} == {"adapters"}
-    everything = len(nnx.to_flat_state(nnx.state(model, trained(EVERYTHING))))
+    everything = len(nnx.to_flat_state(nnx.state(model, trainable(ALL_TRAINED))))
     assert everything == len(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+
+def test_config_error_for_no_stages():
+    with pytest.raises(ConfigError, match="stages"):
+        StagesConfig(stages=())

@@ -1,4 +1,4 @@
-"""Batches are a function of the step: not of where a run begins, nor of how many processes read."""
+"""The data loader: batches depend on the step only, not on where a run starts or how many processes read."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from fantasy_jax.data.loader import batches
 
 
 class Numbers:
-    """Records that are their own number."""
+    """Records that hold their own index."""
 
     def __len__(self):
         return 10
@@ -19,11 +19,13 @@ class Numbers:
 
 
 def jitter(record, rng):
-    return record | {"chance": rng.uniform()}
+    return record | {"random": rng.uniform()}
 
 
-def read(start, count, *, workers=0, seed=3, source=None):
-    loader = batches(source or Numbers(), jitter, batch_size=4, start=start, workers=workers, seed=seed)
+def read(start, count, *, num_workers=0, seed=3, source=None):
+    loader = batches(
+        source or Numbers(), jitter, batch_size=4, start=start, num_workers=num_workers, seed=seed
+    )
     return [next(loader) for _ in range(count)]
 
 
@@ -31,35 +33,34 @@ def equal(one, other):
     return all(
         np.array_equal(a[name], b[name])
         for a, b in zip(one, other, strict=True)
-        for name in ("number", "chance")
+        for name in ("number", "random")
     )
 
 
-def test_a_later_start_gives_what_would_have_come():
-    whole = read(0, 8)
-    assert equal(read(5, 3), whole[5:])
+def test_batches_do_not_depend_on_start():
+    assert equal(read(5, 3), read(0, 8)[5:])
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing():
-    whole = read(0, 8)
-    assert equal(read(0, 8, workers=1), whole)
-    assert equal(read(0, 8, workers=2), whole)
-    assert equal(read(3, 5, workers=2), whole[3:])
+def test_batches_do_not_depend_on_the_number_of_workers():
+    expected = read(0, 8)
+    assert equal(read(0, 8, num_workers=1), expected)
+    assert equal(read(0, 8, num_workers=2), expected)
+    assert equal(read(3, 5, num_workers=2), expected[3:])
 
 
-def test_every_record_comes_once_before_one_comes_twice():
+def test_every_epoch_has_every_record_once():
     numbers = np.concatenate([batch["number"] for batch in read(0, 10)])
     for epoch in numbers[:40].reshape(4, 10):
         assert sorted(epoch) == list(range(10))
     assert not np.array_equal(numbers[:10], numbers[10:20])
 
 
-def test_processes_read_the_rows_that_are_theirs():
-    whole = read(2, 3)
+def test_processes_read_their_rows_only():
+    expected = read(2, 3)
     for rows in ([0, 1], [3], [0, 2, 3]):
-        parts = batches(Numbers(), jitter, batch_size=4, start=2, workers=0, seed=3, rows=rows)
-        for batch in whole:
+        parts = batches(Numbers(), jitter, batch_size=4, start=2, num_workers=0, seed=3, rows=rows)
+        for batch in expected:
             part = next(parts)
             assert all(np.array_equal(part[name], batch[name][rows]) for name in batch)
 
@@ -73,15 +74,19 @@ class Damaged(Numbers):
         return super().__getitem__(index)
 
 
-def test_records_that_cannot_be_read_are_named_and_left_out(caplog):
-    seen = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])
-    assert set(seen) == {0, 1, 2, 5, 6, 8, 9}
-    assert "record 7 cannot be read (ValueError: checksum)" in caplog.text
-    assert "number 3, left out" in caplog.text
+def test_unreadable_records_are_logged_and_skipped(caplog):
+    indices = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])
+    assert set(indices) == {0, 1, 2, 5, 6, 8, 9}
+    logged = {record.message for record in caplog.records if record.name == "fantasy_jax.data.loader"}
+    assert len(logged) == 3
+    assert any("record 7" in message and "checksum" in message for message in logged)
     again = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])
-    assert np.array_equal(again, seen)
-    damaged = batches(Damaged(), jitter, batch_size=4, start=0, workers=0, seed=3, max_unreadable=2)
-    with pytest.raises(OSError, match="nor can 2 others"):
+    assert np.array_equal(again, indices)
+
+
+def test_too_many_unreadable_records_are_an_error():
+    damaged = batches(Damaged(), jitter, batch_size=4, start=0, num_workers=0, seed=3, max_unreadable=2)
+    with pytest.raises(OSError, match="record"):
         list(itertools.islice(damaged, 10))
 
 

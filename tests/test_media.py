@@ -1,4 +1,4 @@
-"""Pictures of every kind, sound of every kind, videos that play, and input that is neither."""
+"""Reading and writing of images, audio and video, and files that are unreadable."""
 
 import wave
 from fractions import Fraction
@@ -10,53 +10,54 @@ import soxr
 from PIL import Image
 
 from fantasy_jax import media
-from fantasy_jax.media import MediaError
+from fantasy_jax.errors import MediaError
+from fantasy_jax.files import check_writable
 
 COLOUR = (200, 120, 40)
 
 
-def picture(size=(12, 8)):
+def image(size=(12, 8)):
     return Image.new("RGB", size, COLOUR)
 
 
-def test_common_pictures_are_read_as_they_are(tmp_path):
+def test_common_images_are_read_unchanged(tmp_path):
     for name in ("p.png", "p.bmp", "p.tiff", "p.webp", "p.jpg"):
         options = {"lossless": True} if name.endswith("webp") else {}
-        picture().save(tmp_path / name, **options)
-        read = media.read_picture(tmp_path / name)
+        image().save(tmp_path / name, **options)
+        read = media.read_image(tmp_path / name)
         assert (read.mode, read.size) == ("RGB", (12, 8))
         assert np.abs(np.asarray(read).astype(int) - COLOUR).max() <= 2
 
 
-def test_unusual_pictures_are_handled(tmp_path):
+def test_unusual_images_are_converted(tmp_path):
     grey16 = np.full((8, 12), 32768, np.uint16)
     Image.fromarray(grey16).save(tmp_path / "grey16.png")
-    assert np.asarray(media.read_picture(tmp_path / "grey16.png"))[0, 0].tolist() == [128] * 3
+    assert np.asarray(media.read_image(tmp_path / "grey16.png"))[0, 0].tolist() == [128] * 3
     Image.new("L", (12, 8), 77).save(tmp_path / "grey.png")
-    assert np.asarray(media.read_picture(tmp_path / "grey.png"))[0, 0].tolist() == [77] * 3
-    picture().quantize(4).save(tmp_path / "palette.png")
-    assert np.asarray(media.read_picture(tmp_path / "palette.png"))[0, 0].tolist() == list(COLOUR)
+    assert np.asarray(media.read_image(tmp_path / "grey.png"))[0, 0].tolist() == [77] * 3
+    image().quantize(4).save(tmp_path / "palette.png")
+    assert np.asarray(media.read_image(tmp_path / "palette.png"))[0, 0].tolist() == list(COLOUR)
     half = Image.new("RGBA", (12, 8), (*COLOUR, 0))
     half.save(tmp_path / "transparent.png")
-    assert np.asarray(media.read_picture(tmp_path / "transparent.png"))[0, 0].tolist() == [255] * 3
+    assert np.asarray(media.read_image(tmp_path / "transparent.png"))[0, 0].tolist() == [255] * 3
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    picture().save(tmp_path / "turned.jpg", exif=exif)
-    assert media.read_picture(tmp_path / "turned.jpg").size == (8, 12)
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image().save(tmp_path / "turned.jpg", exif=exif)
+    assert media.read_image(tmp_path / "turned.jpg").size == (8, 12)
 
 
-def test_what_is_no_picture_is_one_line(tmp_path):
-    picture((400, 300)).save(tmp_path / "whole.png")
+def test_an_unreadable_image_is_a_one_line_error(tmp_path):
+    image((400, 300)).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     noisy.save(tmp_path / "noisy.jpg")
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "noisy.jpg").read_bytes()[:900])
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").touch()
     for name in ("missing.png", "cut.png", "cut.jpg", "text.png", "empty.png"):
         with pytest.raises(MediaError) as caught:
-            media.read_picture(tmp_path / name)
+            media.read_image(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
         assert "\n" not in str(caught.value)
 
@@ -67,7 +68,7 @@ def tone(rate, seconds=1.0, channels=1):
     return np.stack([left, 0.5 * left][:channels])
 
 
-def write_sound(path, samples, rate, codec, container_format=None):
+def write_audio(path, samples, rate, codec, container_format=None):
     """Encodes a waveform with a codec, as other programs would."""
     layout = "mono" if len(samples) == 1 else "stereo"
     with av.open(str(path), "w", format=container_format) as container:
@@ -92,7 +93,7 @@ def test_wav_of_any_rate_is_the_mean_of_its_channels_resampled(tmp_path, rate, c
         file.writeframes(samples.T.tobytes())
     mono = (samples / 32768).mean(axis=0).astype(np.float32)
     expected = mono if rate == 16000 else soxr.resample(mono, rate, 16000, quality="HQ")
-    read = media.read_sound(tmp_path / "tone.wav")
+    read = media.read_audio(tmp_path / "tone.wav")
     assert abs(read.size - 16000) <= 1
     assert np.abs(read[: expected.size] - expected).max() < 1e-6
 
@@ -107,15 +108,15 @@ def test_wav_of_any_rate_is_the_mean_of_its_channels_resampled(tmp_path, rate, c
     ],
 )
 def test_other_formats_are_the_same_tone(tmp_path, name, codec, rate):
-    write_sound(tmp_path / name, tone(rate, channels=2), rate, codec)
-    read = media.read_sound(tmp_path / name)
-    assert abs(read.size / 16000 - 1) < 0.08  # coders add some silence at the ends
+    write_audio(tmp_path / name, tone(rate, channels=2), rate, codec)
+    read = media.read_audio(tmp_path / name)
+    assert abs(read.size / 16000 - 1) < 0.08  # encoders add zeros at the ends
     spectrum = np.abs(np.fft.rfft(read[2000:14000] * np.hanning(12000)))
     assert abs(spectrum.argmax() * 16000 / 12000 - 330) < 3
     assert 0.2 < np.abs(read[4000:12000]).max() < 0.4
 
 
-def test_what_is_no_sound_is_one_line(tmp_path):
+def test_unreadable_audio_is_a_one_line_error(tmp_path):
     def wav(name, frames=b"", width=2):
         with wave.open(str(tmp_path / name), "wb") as file:
             file.setnchannels(1)
@@ -125,26 +126,26 @@ def test_what_is_no_sound_is_one_line(tmp_path):
 
     wav("header.wav")
     (tmp_path / "empty.wav").touch()
-    (tmp_path / "text.wav").write_text("not a sound, but long enough to look at")
-    media.write_video(tmp_path / "silent.mp4", np.zeros((5, 16, 16, 3), np.uint8), 25)
+    (tmp_path / "text.wav").write_text("not audio, but long enough to be examined")
+    media.write_video(tmp_path / "mute.mp4", np.zeros((5, 16, 16, 3), np.uint8), 25)
     samples = np.full((1, 1600), np.nan, np.float32)
-    write_sound(tmp_path / "nan.wav", samples, 16000, "pcm_f32le")
-    for name in ("missing.wav", "header.wav", "empty.wav", "text.wav", "silent.mp4", "nan.wav"):
+    write_audio(tmp_path / "nan.wav", samples, 16000, "pcm_f32le")
+    for name in ("missing.wav", "header.wav", "empty.wav", "text.wav", "mute.mp4", "nan.wav"):
         with pytest.raises(MediaError) as caught:
-            media.read_sound(tmp_path / name)
+            media.read_audio(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sound_seconds", [0.4, 0.68, 3.0])
+@pytest.mark.parametrize("audio_seconds", [0.4, 0.68, 3.0])
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
-def test_a_written_video_plays_with_sound_of_its_length(tmp_path, sound_seconds, size):
-    write_sound(tmp_path / "tone.wav", tone(44100, sound_seconds), 44100, "pcm_s16le")
+def test_a_written_video_has_audio_of_its_length(tmp_path, audio_seconds, size):
+    write_audio(tmp_path / "tone.wav", tone(44100, audio_seconds), 44100, "pcm_s16le")
     rows, columns = np.mgrid[: size[0], : size[1]]
     frames = np.stack([np.stack([rows * 4, columns * 4, rows * 0 + 9 * t], -1) for t in range(17)]).astype(
         np.uint8
     )
-    media.write_video(tmp_path / "v.mp4", frames, 25, sound=tmp_path / "tone.wav")
+    media.write_video(tmp_path / "v.mp4", frames, 25, audio=tmp_path / "tone.wav")
     with av.open(str(tmp_path / "v.mp4")) as container:
         video, audio = container.streams.video[0], container.streams.audio[0]
         assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
@@ -155,34 +156,34 @@ def test_a_written_video_plays_with_sound_of_its_length(tmp_path, sound_seconds,
     assert read.shape == (17, size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
     difference = read[:, : size[0], : size[1]].astype(float) - frames
     assert np.sqrt((difference**2).mean()) < 8
-    heard = media.read_sound(tmp_path / "v.mp4")
-    assert np.abs(heard[2000:5000]).max() > 0.2
+    read_back = media.read_audio(tmp_path / "v.mp4")
+    assert np.abs(read_back[2000:5000]).max() > 0.2
 
 
-def test_an_output_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_an_output_is_complete_or_absent(tmp_path, monkeypatch):
     target = tmp_path / "v.mp4"
     target.write_text("what was there before")
     with pytest.raises(MediaError):
-        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, sound=tmp_path / "missing.wav")
+        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, audio=tmp_path / "missing.wav")
 
     def encode_half(*arguments):
         raise RuntimeError("the power fails")
 
-    monkeypatch.setattr(media, "_encode_sound", encode_half)
-    write_sound(tmp_path / "tone.wav", tone(44100), 44100, "pcm_s16le")
-    with pytest.raises(RuntimeError, match="the power fails"):
-        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, sound=tmp_path / "tone.wav")
+    monkeypatch.setattr(media, "_encode_audio", encode_half)
+    write_audio(tmp_path / "tone.wav", tone(44100), 44100, "pcm_s16le")
+    with pytest.raises(RuntimeError, match="power"):
+        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, audio=tmp_path / "tone.wav")
     assert target.read_text() == "what was there before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tone.wav", "v.mp4"]
 
 
-def test_outputs_that_cannot_be_written(tmp_path):
+def test_an_unwritable_output_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(MediaError, match="cannot be written"):
-        media.check_writable(tmp_path / "file" / "v.mp4")
-    with pytest.raises(MediaError, match="is a folder"):
-        media.check_writable(tmp_path)
-    media.check_writable(tmp_path / "new" / "folder" / "v.mp4")
+    with pytest.raises(MediaError, match="file"):
+        check_writable(tmp_path / "file" / "v.mp4")
+    with pytest.raises(MediaError, match="folder"):
+        check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "folder" / "v.mp4")
     assert (tmp_path / "new" / "folder").is_dir()
 
 
@@ -197,14 +198,14 @@ def test_a_contact_sheet_shows_frames_in_order(tmp_path):
     assert shades[-1] == 8 * 29
 
 
-def write_timed(path, times, *, size=(32, 48), sound_from=None):
-    """A video whose frames, each brighter than the one before, have these times in hundredths of a second."""
+def write_timed(path, times, *, size=(32, 48), audio_from=None):
+    """Writes frames of increasing brightness at these times, in hundredths of a second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=100, options={"crf": "0", "bf": "0"})
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 100)
-        audio = (
-            container.add_stream("pcm_s16le", rate=16000, layout="mono") if sound_from is not None else None
+        audio_stream = (
+            container.add_stream("pcm_s16le", rate=16000, layout="mono") if audio_from is not None else None
         )
         for number, time in enumerate(times):
             pixels = np.full((*size, 3), 8 * (number % 32), np.uint8)
@@ -212,20 +213,20 @@ def write_timed(path, times, *, size=(32, 48), sound_from=None):
             frame.pts, frame.time_base = time, Fraction(1, 100)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-        if audio is not None:
+        if audio_stream is not None:
             samples = np.full((1, 16000), 1000, np.int16)
             frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-            frame.pts, frame.time_base = round(sound_from * 16000), Fraction(1, 16000)
+            frame.pts, frame.time_base = round(audio_from * 16000), Fraction(1, 16000)
             frame.sample_rate = 16000
-            container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
+            container.mux(audio_stream.encode(frame))
+            container.mux(audio_stream.encode(None))
 
 
 def shades(frames):
     return [round(float(frame.mean()) / 8) for frame in frames]
 
 
-def test_a_video_is_streamed_at_another_rate_by_the_times_of_its_frames(tmp_path):
+def test_a_video_is_resampled_to_another_rate_by_frame_times(tmp_path):
     write_timed(tmp_path / "even.mkv", range(0, 80, 4))  # 25 a second
     times, frames = zip(*media.stream_video(tmp_path / "even.mkv", 25, (32, 48)), strict=True)
     assert shades(frames) == list(range(20))
@@ -243,23 +244,23 @@ def test_a_video_is_streamed_at_another_rate_by_the_times_of_its_frames(tmp_path
 
 def test_a_streamed_video_is_scaled(tmp_path):
     write_timed(tmp_path / "v.mkv", range(0, 20, 4))
-    assert media.probe_video(tmp_path / "v.mkv") == media.VideoInfo(32, 48, has_sound=False)
+    assert media.probe_video(tmp_path / "v.mkv") == media.VideoInfo(32, 48, has_audio=False)
     ((_, frame), *_) = media.stream_video(tmp_path / "v.mkv", 25, (16, 24))
     assert frame.shape == (16, 24, 3)
     (tmp_path / "text.mp4").write_text("not a video")
-    with pytest.raises(MediaError, match="not a video that can be read"):
+    with pytest.raises(MediaError, match="text"):
         media.probe_video(tmp_path / "text.mp4")
-    with pytest.raises(MediaError, match="no such video"):
+    with pytest.raises(MediaError, match="missing"):
         list(media.stream_video(tmp_path / "missing.mp4", 25, (16, 24)))
 
 
-@pytest.mark.parametrize("sound_from", [0.0, 0.25])
-def test_a_soundtrack_begins_with_the_video(tmp_path, sound_from):
-    write_timed(tmp_path / "v.mkv", range(0, 200, 4), sound_from=sound_from)
-    sound = media.read_soundtrack(tmp_path / "v.mkv")
-    assert abs(np.flatnonzero(sound)[0] / 16000 - sound_from) < 0.002
-    write_timed(tmp_path / "late.mkv", range(50, 250, 4), sound_from=sound_from)
-    assert abs(media.read_soundtrack(tmp_path / "late.mkv").size / 16000 - (0.5 + sound_from)) < 0.002
+@pytest.mark.parametrize("audio_from", [0.0, 0.25])
+def test_an_audio_track_starts_with_the_video(tmp_path, audio_from):
+    write_timed(tmp_path / "v.mkv", range(0, 200, 4), audio_from=audio_from)
+    track = media.read_audio_track(tmp_path / "v.mkv")
+    assert abs(np.flatnonzero(track)[0] / 16000 - audio_from) < 0.002
+    write_timed(tmp_path / "late.mkv", range(50, 250, 4), audio_from=audio_from)
+    assert abs(media.read_audio_track(tmp_path / "late.mkv").size / 16000 - (0.5 + audio_from)) < 0.002
 
 
 def test_a_lossless_video_keeps_every_pixel(tmp_path):

@@ -1,4 +1,4 @@
-"""Rotary positions and the timestep's sinusoid against float64."""
+"""Rotary position embeddings and the timestep's sinusoidal embedding against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,21 @@ def sinusoid_in_float64(timestep, width):
 
 
 def rotated_in_complex128(x):
-    """The official form: neighbouring channels are a complex number, turned by frame, row or column."""
+    """The official form: adjacent channels are a complex number, rotated by frame, row or column."""
     head_width = x.shape[-1]
     third = 2 * (head_width // 6)
-    turns = []
+    rotations = []
     for length, width in ((FRAMES, head_width - 2 * third), (ROWS, third), (COLUMNS, third)):
-        turns.append(
+        rotations.append(
             np.exp(1j * np.outer(np.arange(length), 1 / 10_000.0 ** (np.arange(0, width, 2) / width)))
         )
-    by_frame, by_row, by_column = turns
+    by_frame, by_row, by_column = rotations
     factors = np.empty((ROWS, COLUMNS, FRAMES, head_width // 2), np.complex128)
     for row, column, frame in np.ndindex(factors.shape[:3]):
         factors[row, column, frame] = np.concatenate([by_frame[frame], by_row[row], by_column[column]])
     pairs = x.astype(np.float64).reshape(*x.shape[:-1], -1, 2)
-    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * factors.reshape(1, -1, FRAMES, 1, head_width // 2)
-    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    rotated = (pairs[..., 0] + 1j * pairs[..., 1]) * factors.reshape(1, -1, FRAMES, 1, head_width // 2)
+    return np.stack([rotated.real, rotated.imag], axis=-1).reshape(x.shape)
 
 
 def random_heads(head_width, dtype=np.float32):
@@ -44,7 +44,7 @@ def random_heads(head_width, dtype=np.float32):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("width", [32, 256])
-def test_sinusoid_has_float32s_own_precision(compiled, width):
+def test_sinusoid_is_precise_in_float32(compiled, width):
     rng = np.random.default_rng(0)
     fractional = rng.uniform(0, 1000, 4096).astype(np.float32)
     timestep = np.concatenate([fractional, [0, 12.5, 999.75, 1000], np.arange(1001)]).astype(np.float32)
@@ -54,7 +54,7 @@ def test_sinusoid_has_float32s_own_precision(compiled, width):
     assert np.abs(np.asarray(result) - sinusoid_in_float64(timestep, width)).max() < 1e-6
 
 
-def test_a_sinusoid_made_in_float32_would_not_pass():
+def test_a_plain_float32_sinusoid_is_not_precise():
     timestep = np.random.default_rng(0).uniform(0, 1000, 4096).astype(np.float32)
     angle = timestep[:, None] * (10_000.0 ** (-np.arange(128) / 128)).astype(np.float32)
     plain = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
@@ -62,7 +62,7 @@ def test_a_sinusoid_made_in_float32_would_not_pass():
 
 
 @pytest.mark.parametrize("head_width", [24, 128, 20, 22])  # 22 and 20 do not divide into equal thirds
-def test_rotation_is_the_official_one(head_width):
+def test_rotation_equals_the_official_one(head_width):
     x = random_heads(head_width)
     rotated = rotate(x, *rotary_table(FRAMES, ROWS, COLUMNS, head_width))
     assert relative(rotated, rotated_in_complex128(np.asarray(x))) < 1e-7
@@ -83,7 +83,7 @@ def test_rotation_keeps_norms_and_the_first_token():
     assert relative(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1)) < 1e-7
 
 
-def test_rotation_happens_in_float32_whatever_the_type():
+def test_rotation_is_computed_in_float32_for_bfloat16():
     x = random_heads(24, jnp.bfloat16)
     table = rotary_table(FRAMES, ROWS, COLUMNS, 24)
     rotated = rotate(x, *table)

@@ -1,4 +1,4 @@
-"""On a mesh: what devices exchange, read off the compiled program, and that they compute what one does."""
+"""Computation on a mesh equals computation on one device, with only the collectives that are needed."""
 
 import functools
 import re
@@ -15,36 +15,34 @@ from flax import nnx
 from helpers import TINY_AUDIO, TINY_WAN, layer, randomise, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fantasy_jax.config import ConfigError, build, load_config
-from fantasy_jax.data.text import byte_tokenizer
-from fantasy_jax.diffusion.sampler import SamplerConfig, SamplerInputs, sample
+from fantasy_jax.config import build, load_config
+from fantasy_jax.diffusion.guidance import guidance_branches
+from fantasy_jax.diffusion.sampler import SamplerConfig, sample
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipeline import (
-    ModelConfig,
-    RandomNetworks,
-    encode_picture,
-    encode_text,
-    on_mesh,
-)
+from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import (
     MESH_AXES,
     MeshConfig,
-    assemble_batch,
     axis_size,
     batch_sharding,
     constrain,
+    make_global_batch,
     make_mesh,
     parameter_partition,
     parameter_shardings,
     partition,
-    rows_of_this_process,
-    share,
+    process_rows,
 )
-from fantasy_jax.training.talking import TalkingStageConfig, talking_loss
+from fantasy_jax.system.encoders import encode_audio, encode_image, encode_text
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import abstract_networks, random_networks
+from fantasy_jax.training.objective import StageConfig, velocity_objective
 
-pytestmark = pytest.mark.networks
+pytestmark = [pytest.mark.usefixtures("highest_precision"), pytest.mark.networks]
 
 CONFIG = replace(TINY_WAN, num_heads=4, num_layers=2)
 AUDIO = replace(TINY_AUDIO, num_heads=4, num_layers=2)
@@ -54,7 +52,8 @@ MESHES = [
     for sizes in [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 2, 1)]
 ]
 CONTEXT_MESHES = [{"context": 4}, {"context": 4, "data": 2}]
-EVEN, UNEVEN = (4, 6), (5, 3)  # 24 tokens of space, and 15, which four devices cannot share evenly
+EVEN, UNEVEN = (4, 6), (5, 3)  # 24 tokens of space, and 15, which do not divide into four
+GUIDANCE = guidance_branches(2, 5.0, 4.5)
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*?^}", re.MULTILINE | re.DOTALL)
 COLLECTIVE = re.compile(
@@ -63,16 +62,10 @@ COLLECTIVE = re.compile(
 )
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def make_transformer(dtype=jnp.float32):
+def make_transformer(config=CONFIG, audio=AUDIO, dtype=jnp.float32):
     def make():
-        adapters = {"audio": AudioAdapter(AUDIO, rngs=nnx.Rngs(0), dtype=dtype)}
-        return WanTransformer(CONFIG, adapters=adapters, rngs=nnx.Rngs(0), dtype=dtype)
+        adapters = {"audio": AudioAdapter(audio, rngs=nnx.Rngs(0), dtype=dtype)}
+        return WanTransformer(config, adapters=adapters, rngs=nnx.Rngs(0), dtype=dtype)
 
     return randomise(nnx.eval_shape(make))
 
@@ -84,13 +77,8 @@ def transformer():
 
 @pytest.fixture(scope="module")
 def wide_transformer():
-    """Of eight heads, which eight devices can share."""
-
-    def make():
-        adapters = {"audio": AudioAdapter(replace(AUDIO, width=64, num_heads=8), rngs=nnx.Rngs(0))}
-        return WanTransformer(replace(CONFIG, dim=64, num_heads=8), adapters=adapters, rngs=nnx.Rngs(0))
-
-    return randomise(nnx.eval_shape(make))
+    """A transformer with eight heads, one for each of eight devices."""
+    return make_transformer(replace(CONFIG, dim=64, num_heads=8), replace(AUDIO, width=64, num_heads=8))
 
 
 def draw(*shape, seed=0):
@@ -98,7 +86,7 @@ def draw(*shape, seed=0):
 
 
 def model_inputs(rows, columns, batch=BATCH):
-    """Latents of `rows * columns` tokens a frame, and everything to listen to."""
+    """Latents of `rows * columns` tokens per frame, and all conditions."""
     size = (batch, FRAMES, 2 * rows, 2 * columns)
     return {
         "latents": draw(*size, 16),
@@ -110,15 +98,20 @@ def model_inputs(rows, columns, batch=BATCH):
     }
 
 
-def run_model(model, inputs, clip_level=False):
-    adapter, audio = model.adapters["audio"], inputs["audio"]
+def sampler_inputs(rows, columns, batch):
+    """Noise and inputs of clips, the same as `model_inputs`."""
+    noise, first_frame, _, text, image, audio = model_inputs(rows, columns, batch).values()
+    return noise, ClipInputs(first_frame, text, 2 * text, image, {"audio": audio})
+
+
+def run_model(model, inputs, attention="frame"):
     conditions = model.conditions(inputs["text"], inputs["image"])
-    conditions["audio"] = adapter.clip_level(audio, 9) if clip_level else adapter.frame_level(audio, 9)
+    conditions["audio"] = model.adapters["audio"].condition(inputs["audio"], 9, attention=attention)
     return model(inputs["latents"], inputs["first_frame"], inputs["timestep"], conditions)
 
 
-def compile_block(transformer, mesh, rows, columns, way, options=None):
-    """One block with its adapter under the mesh, its tokens cut as between blocks."""
+def compile_block(transformer, mesh, rows, columns, strategy, options=None):
+    """Compiles one block with its adapter, for tokens that are sharded as they are between blocks."""
     space = rows * columns
     padded = space + -space % axis_size("context")
     parts = layer(transformer.blocks, 0), layer(transformer.adapters["audio"].layers, 0)
@@ -133,69 +126,67 @@ def compile_block(transformer, mesh, rows, columns, way, options=None):
     rotary = tuple(draw(padded, FRAMES, HEAD_WIDTH // 2, seed=i) for i in (4, 5))
 
     def run(state, x, modulation, rotary, conditions):
-        block, hearer = nnx.merge(graphdef, state)
-        return block(x, modulation, rotary, space, conditions, {"audio": hearer}, way)
+        block, kv_layer = nnx.merge(graphdef, state)
+        return block(x, modulation, rotary, space, conditions, {"audio": kv_layer}, strategy)
 
-    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
-    x = jax.device_put(draw(BATCH, padded, FRAMES, CONFIG.dim), cut)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
+    x = jax.device_put(draw(BATCH, padded, FRAMES, CONFIG.dim), sharding)
     others = (state, draw(BATCH, 6, CONFIG.dim, seed=6), rotary, conditions)
     state, *others = jax.device_put(others, NamedSharding(mesh, PartitionSpec()))
-    compiled = jax.jit(run, out_shardings=cut).lower(state, x, *others).compile(options)
+    compiled = jax.jit(run, out_shardings=sharding).lower(state, x, *others).compile(options)
     return compiled, padded
 
 
-def exchanges(program, computations=None):
-    """Kind, type and element count of every collective of a program, or of some of its computations."""
+def collectives(program, computations=None):
+    """Counts the collectives of a program, or of some of its computations, by kind, type and size."""
     found = []
     for computation in COMPUTATION.finditer(program):
         if computations is None or computation[1] in computations:
             for result, kind in COLLECTIVE.findall(computation[0]):
-                shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)  # several, if they go to several devices
+                shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)  # several, for several devices
                 elements = sum(int(np.prod([int(n) for n in shape.split(",")])) for _, shape in shapes)
                 found.append((kind, shapes[0][0], elements))
     return Counter(found)
 
 
-def exchanged(way, padded, mesh, dtype="f32"):
-    """Keys and values, of all space or of one device's part; or every head's queries and results, too."""
+def expected_collectives(strategy, padded, mesh, dtype="f32"):
+    """Gathers keys and values of all space; or exchanges queries, keys, values and results."""
     batch = BATCH // (mesh.shape["data"] * mesh.shape["fsdp"])
-    whole = batch * padded * FRAMES * CONFIG.dim
-    part = whole // mesh.shape["context"]
+    gathered = batch * padded * FRAMES * CONFIG.dim
     return {
-        "gather": {("all-gather", dtype, whole): 2},
-        "all_to_all": {("all-to-all", dtype, part): 4},
-        "ring": {("collective-permute", dtype, part): 2},
-    }[way]
+        "gather": {("all-gather", dtype, gathered): 2},
+        "all_to_all": {("all-to-all", dtype, gathered // mesh.shape["context"]): 4},
+    }[strategy]
 
 
-@pytest.mark.parametrize("way", ["gather", "all_to_all", "ring"])
+@pytest.mark.parametrize("strategy", ["gather", "all_to_all"])
 @pytest.mark.parametrize("grid", [EVEN, UNEVEN])
 @pytest.mark.parametrize("sizes", CONTEXT_MESHES, ids=str)
-def test_a_block_exchanges_what_self_attention_needs_and_nothing_else(transformer, sizes, grid, way):
+def test_a_block_communicates_for_self_attention_only(transformer, sizes, grid, strategy):
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        compiled, padded = compile_block(transformer, mesh, *grid, way)
-    assert exchanges(compiled.as_text()) == exchanged(way, padded, mesh)
+        compiled, padded = compile_block(transformer, mesh, *grid, strategy)
+    assert collectives(compiled.as_text()) == expected_collectives(strategy, padded, mesh)
 
 
-def test_keys_are_gathered_after_they_are_rounded(tmp_path):
-    # Read before the CPU's compiler turns bfloat16 into float32.
+def test_keys_are_gathered_in_bfloat16(tmp_path):
+    # Dumped before the CPU compiler converts bfloat16 to float32.
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partition.*"}
     mesh = make_mesh(context=4)
     with jax.set_mesh(mesh):
-        _, padded = compile_block(make_transformer(jnp.bfloat16), mesh, *EVEN, "gather", options)
+        _, padded = compile_block(make_transformer(dtype=jnp.bfloat16), mesh, *EVEN, "gather", options)
     (partitioned,) = tmp_path.glob("*after_spmd-partitioning*")
-    assert exchanges(partitioned.read_text()) == exchanged("gather", padded, mesh, "bf16")
+    assert collectives(partitioned.read_text()) == expected_collectives("gather", padded, mesh, "bf16")
 
 
-@pytest.mark.parametrize(("grid", "clip_level"), [(EVEN, False), (UNEVEN, False), (UNEVEN, True)])
+@pytest.mark.parametrize(("grid", "attention"), [(EVEN, "frame"), (UNEVEN, "frame"), (UNEVEN, "clip")])
 @pytest.mark.parametrize("sizes", CONTEXT_MESHES, ids=str)
-def test_the_transformer_on_a_mesh_is_the_transformer(transformer, sizes, grid, clip_level):
+def test_transformer_on_a_mesh(transformer, sizes, grid, attention):
     graphdef, state = nnx.split(transformer)
     inputs = model_inputs(*grid)
 
     def run(state, inputs):
-        return run_model(nnx.merge(graphdef, state), inputs, clip_level)
+        return run_model(nnx.merge(graphdef, state), inputs, attention)
 
     expected = np.asarray(jax.jit(run)(state, inputs))
     mesh = make_mesh(**sizes)
@@ -206,14 +197,13 @@ def test_the_transformer_on_a_mesh_is_the_transformer(transformer, sizes, grid, 
     program = compiled.as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
     padded = -(-grid[0] * grid[1] // 4) * 4
-    assert exchanges(program, bodies) == exchanged("all_to_all", padded, mesh)
+    assert collectives(program, bodies) == expected_collectives("all_to_all", padded, mesh)
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "context": 2, "data": 2}], ids=str)
-def test_heads_can_be_cut_too(transformer, sizes):
+def test_heads_are_sharded_too(transformer, sizes):
     inputs = model_inputs(*UNEVEN)
-    forward = nnx.jit(run_model)
-    expected = np.asarray(forward(transformer, inputs))
+    expected = np.asarray(nnx.jit(run_model)(transformer, inputs))
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(transformer)
@@ -223,20 +213,33 @@ def test_heads_can_be_cut_too(transformer, sizes):
 
 
 @pytest.mark.parametrize("batch_branches", [True, False])
-def test_sampling_on_a_mesh_is_sampling(transformer, batch_branches):
-    inputs = model_inputs(*UNEVEN, batch=1)
-    heard = SamplerInputs(
-        inputs["first_frame"], inputs["text"], 2 * inputs["text"], inputs["image"], inputs["audio"]
-    )
-    config = SamplerConfig(steps=2, batch_branches=batch_branches)
-    expected = np.asarray(sample(transformer, inputs["latents"], heard, config))
+def test_sampling_with_replicated_parameters(transformer, batch_branches):
+    noise, inputs = sampler_inputs(*UNEVEN, batch=1)
+    config = SamplerConfig(num_inference_steps=2, batch_branches=batch_branches)
+    expected = np.asarray(sample(transformer, noise, inputs, config, guidance=GUIDANCE))
     mesh = make_mesh(context=4)
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(transformer)
-        state, heard, noise = jax.device_put(
-            (state, heard, inputs["latents"]), NamedSharding(mesh, PartitionSpec())
-        )
-        assert relative(sample(nnx.merge(graphdef, state), noise, heard, config), expected) < 5e-6
+        replicated = NamedSharding(mesh, PartitionSpec())
+        state, noise, inputs = jax.device_put((state, noise, inputs), replicated)
+        result = sample(nnx.merge(graphdef, state), noise, inputs, config, guidance=GUIDANCE)
+        assert relative(result, expected) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(5, 5), (5, 3)], ids=str)
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes.values())))
+def test_sampling_with_sharded_parameters(wide_transformer, sizes, grid):
+    noise, inputs = sampler_inputs(*grid, batch=8)
+    config = SamplerConfig(num_inference_steps=2)
+    expected = np.asarray(sample(wide_transformer, noise, inputs, config, guidance=GUIDANCE))
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(wide_transformer)
+        state = jax.device_put(state, parameter_shardings(state, mesh))
+        noise, inputs = jax.device_put((noise, inputs), batch_sharding(mesh))
+        result = sample(nnx.merge(graphdef, state), noise, inputs, config, guidance=GUIDANCE)
+        assert relative(result, expected) < 1e-5
 
 
 def training_batch(rows, columns):
@@ -254,18 +257,17 @@ def gradients_on_one_device(wide_transformer):
     return functools.cache(lambda grid: gradients(wide_transformer, training_batch(*grid), make_mesh()))
 
 
-def gradients(model, batch, mesh, way="auto"):
-    """Loss and gradients with parameters and batch cut as in training."""
-    model.context_parallelism = way
+def gradients(model, batch, mesh, strategy="auto"):
+    """Loss and gradients with parameters and batch sharded as in training."""
+    model.context_parallelism = strategy
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    config = TalkingStageConfig(audio="frame", lip_probability=0.5, outside_lips=0.1)
+    config = StageConfig(audio_attention="frame", lip_mask_probability=0.5, outside_lips=0.1)
     empty = np.zeros((1, 2, CONFIG.text_dim), np.float32)
-
     keys = jax.random.split(jax.random.key(0), len(batch["latents"]))
 
     def loss(params, batch):
         merged = nnx.merge(graphdef, params, rest)
-        return talking_loss(merged, batch, keys, config=config, empty_text=empty)[0]
+        return velocity_objective(merged, batch, keys, config=config, empty_text=empty)[0]
 
     with jax.set_mesh(mesh):
         shardings = parameter_shardings(params, mesh)
@@ -274,21 +276,17 @@ def gradients(model, batch, mesh, way="auto"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [(5, 5), (5, 3)], ids=str)
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes.values())))
-def test_training_on_a_mesh_is_training(wide_transformer, gradients_on_one_device, sizes, grid):
-    check_training(wide_transformer, gradients_on_one_device, sizes, grid, "auto")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["gather", "ring"])
-def test_training_across_context_is_training_whichever_way(wide_transformer, gradients_on_one_device, way):
-    check_training(wide_transformer, gradients_on_one_device, {"context": 8}, (5, 3), way)
-
-
-def check_training(transformer, on_one_device, sizes, grid, way):
-    expected_loss, expected = on_one_device(grid)
-    loss, found = gradients(transformer, training_batch(*grid), make_mesh(**sizes), way)
+@pytest.mark.parametrize(
+    ("sizes", "grid", "strategy"),
+    [
+        *((sizes, grid, "auto") for sizes in MESHES for grid in ((5, 5), (5, 3))),
+        ({"context": 8}, (5, 3), "gather"),
+    ],
+    ids=str,
+)
+def test_gradients_on_a_mesh(wide_transformer, gradients_on_one_device, sizes, grid, strategy):
+    expected_loss, expected = gradients_on_one_device(grid)
+    loss, found = gradients(wide_transformer, training_batch(*grid), make_mesh(**sizes), strategy)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     for (path, one), other in zip(
         jax.tree.flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True
@@ -296,29 +294,11 @@ def check_training(transformer, on_one_device, sizes, grid, way):
         assert relative(one, other) < 1e-5, jax.tree_util.keystr(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("grid", [(5, 5), (5, 3)], ids=str)
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes.values())))
-def test_guided_samples_on_a_mesh_are_guided_samples(wide_transformer, sizes, grid):
-    inputs = model_inputs(*grid, batch=8)
-    heard = SamplerInputs(
-        inputs["first_frame"], inputs["text"], 2 * inputs["text"], inputs["image"], inputs["audio"]
-    )
-    config = SamplerConfig(steps=2)
-    expected = np.asarray(sample(wide_transformer, inputs["latents"], heard, config))
-    mesh = make_mesh(**sizes)
-    with jax.set_mesh(mesh):
-        graphdef, state = nnx.split(wide_transformer)
-        state = jax.device_put(state, parameter_shardings(state, mesh))
-        noise, heard = jax.device_put((inputs["latents"], heard), batch_sharding(mesh))
-        assert relative(sample(nnx.merge(graphdef, state), noise, heard, config), expected) < 1e-5
-
-
 @pytest.fixture(scope="module")
 def networks():
-    """Random, of the debug configuration's sizes."""
+    """Random networks of the debug configuration's sizes."""
     config = load_config(str(Path(__file__).parent.parent / "configs/fantasy_talking_14b.py:debug"))
-    return RandomNetworks(build(ModelConfig, config.model, "model"), byte_tokenizer())
+    return random_networks(build(ModelConfig, config.model, "model"), byte_tokenizer())
 
 
 def encode_prompts(networks):
@@ -326,40 +306,32 @@ def encode_prompts(networks):
 
 
 def encode_portrait(networks):
-    return encode_picture(networks, draw(64, 48, 3).clip(-1, 1))
+    return encode_image(networks, draw(64, 48, 3).clip(-1, 1))
 
 
 def encode_speech(networks):
-    return networks.speech_encoder()(np.asarray(draw(8000)))
+    return encode_audio(networks["speech_encoder"], np.asarray(draw(8000)))
 
 
 @pytest.mark.parametrize("encode", [encode_prompts, encode_portrait, encode_speech])
-def test_encoders_on_a_mesh_are_the_encoders(networks, encode):
+def test_encoders_on_a_mesh(networks, encode):
     expected = np.asarray(encode(networks))
-    with on_mesh(networks, MeshConfig(fsdp=2, context=2, tensor=2)) as shared:
-        assert relative(encode(shared), expected) < 1e-5
+    with networks.on_mesh(MeshConfig(fsdp=2, context=2, tensor=2)) as sharded:
+        assert relative(encode(sharded), expected) < 1e-5
 
 
-def test_encoders_are_cut_by_the_table(networks):
-    mesh = make_mesh(fsdp=2, tensor=2)
-    text, picture, speech, vae = (
-        share(nnx.eval_shape(make), mesh)
-        for make in (
-            lambda: networks.text_encoder()[0],
-            networks.image_encoder,
-            lambda: networks.speech_encoder().model,
-            networks.vae,
-        )
-    )
+def test_encoders_are_sharded_by_the_table(networks):
+    config = MeshConfig(fsdp=2, tensor=2)
+    sharded = abstract_networks(networks.config, make_mesh(**config.axes), config)
     columns, rows = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")
-    assert text.blocks.query.kernel.sharding.spec == columns
-    assert text.blocks.mlp_out.kernel.sharding.spec == rows
-    assert picture.blocks.mlp_in.kernel.sharding.spec == columns
-    assert speech.layers.out.kernel.sharding.spec == rows
-    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(vae)))
+    assert sharded["text_encoder"].blocks.query.kernel.sharding.spec == columns
+    assert sharded["text_encoder"].blocks.mlp_out.kernel.sharding.spec == rows
+    assert sharded["image_encoder"].blocks.mlp_in.kernel.sharding.spec == columns
+    assert sharded["speech_encoder"].layers.out.kernel.sharding.spec == rows
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(sharded["vae"])))
 
 
-def test_parameters_are_cut_by_the_table(wide_transformer):
+def test_parameters_are_sharded_by_the_table(wide_transformer):
     mesh = make_mesh(fsdp=2, context=2, tensor=2)
     params = nnx.state(wide_transformer, nnx.Param)
     optimizer = optax.adam(1e-3)
@@ -372,52 +344,49 @@ def test_parameters_are_cut_by_the_table(wide_transformer):
     assert found["blocks/self_attention/query_norm/scale"] == PartitionSpec(None, "tensor")
     assert found["adapters/audio/layers/key/kernel"] == PartitionSpec(None, "fsdp", "tensor")
     assert found["blocks/modulation"] == PartitionSpec(None, None, None)
-    # Whatever is kept for a parameter is cut as it is.
-    kept = parameter_shardings(jax.eval_shape(optimizer.init, params), mesh)[0].mu
-    assert jax.tree.leaves(kept) == jax.tree.leaves(parameter_shardings(params, mesh))
+    # Moments of the optimizer are sharded as their parameters are.
+    moments = parameter_shardings(jax.eval_shape(optimizer.init, params), mesh)[0].mu
+    assert jax.tree.leaves(moments) == jax.tree.leaves(parameter_shardings(params, mesh))
 
 
-def test_what_does_not_divide_is_left_whole_and_what_collides_is_refused():
+def test_dimensions_that_do_not_divide_are_not_sharded():
     mesh = make_mesh(fsdp=8)
     assert parameter_partition("blocks/query/kernel", (2, 12, 8), mesh) == PartitionSpec(None, None, "tensor")
-    with pytest.raises(ValueError, match="collide: they are cut along"):
+
+
+def test_value_error_for_partitions():
+    with pytest.raises(ValueError, match="collide"):
         partition("batch", "embed")
-    with pytest.raises(ValueError, match="has 1 dimensions, its rule is for 2"):
-        parameter_partition("blocks/query/kernel", (12,), mesh)
+    with pytest.raises(ValueError, match="blocks/query/kernel"):
+        parameter_partition("blocks/query/kernel", (12,), make_mesh(fsdp=8))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"data": -1, "fsdp": -1}, "one of them may be -1"),
-        ({"context": 0}, "at least 1"),
-        ({"data": 3, "fsdp": -1}, "does not fit 8 devices"),
-        ({"data": 16}, "does not fit 8 devices"),
-    ],
+    "sizes", [{"data": -1, "fsdp": -1}, {"context": 0}, {"data": 3, "fsdp": -1}, {"data": 16}], ids=str
 )
-def test_a_mesh_that_cannot_be_is_refused(sizes, message):
-    with pytest.raises(ConfigError, match=message):
+def test_config_error_for_meshes(sizes):
+    with pytest.raises(ConfigError, match="mesh"):
         make_mesh(**sizes)
 
 
-def test_processes_read_what_their_devices_need():
+def test_processes_load_the_rows_of_their_devices():
     mesh = make_mesh(data=2, fsdp=2, context=2)
-    rows = rows_of_this_process(8, mesh)
+    rows = process_rows(8, mesh)
     assert rows.tolist() == list(range(8))
-    batch = assemble_batch({"x": np.arange(16).reshape(8, 2)}, rows, 8, mesh)
+    batch = make_global_batch({"x": np.arange(16).reshape(8, 2)}, rows, 8, mesh)
     assert np.array_equal(batch["x"], np.arange(16).reshape(8, 2))
     assert batch["x"].sharding == batch_sharding(mesh)
-    with pytest.raises(ConfigError, match="a batch of 6 cannot be shared by 4"):
-        rows_of_this_process(6, mesh)
+    with pytest.raises(ConfigError, match="batch_size"):
+        process_rows(6, mesh)
 
 
-def test_without_a_mesh_nothing_is_constrained():
+def test_without_a_mesh_nothing_is_sharded():
     x = draw(2, 3)
     assert axis_size("context") == 1
     assert constrain(x, "batch", "space") is x
 
 
-def test_a_mesh_takes_the_first_devices_it_needs():
+def test_a_mesh_takes_the_first_devices():
     mesh = make_mesh(context=2, data=2)
     assert mesh.axis_names == MESH_AXES
     assert mesh.devices.shape == (2, 1, 2, 1)

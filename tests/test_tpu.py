@@ -1,4 +1,4 @@
-"""What runs on TPUs, compiled for real slices by the real compiler, on a machine that has none."""
+"""Kernels and collectives of attention, compiled by libtpu for TPU slices that are not attached."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ PROGRAM = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
-from fantasy_jax.models.attention import attention, use_backend
+from fantasy_jax.models.attention import attention
 from fantasy_jax.sharding import make_mesh, partition
 
 slice_ = topologies.get_topology_desc(platform="tpu", topology_name="{topology}")
@@ -30,7 +30,7 @@ def total(q, k, v):
     return (attention(q, k, v, kv_lengths=jnp.array([4000, 3990])).astype(jnp.float32) ** 2).sum()
 
 q, k = array(4096, "batch", "space", "heads", None), array(4000, "batch", None, "heads", None)
-with jax.set_mesh(mesh), use_backend("splash"):
+with jax.set_mesh(mesh):
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k).compile()
 print(compiled.as_text().count("tpu_custom_call"), "kernels")
 """
@@ -38,10 +38,9 @@ print(compiled.as_text().count("tpu_custom_call"), "kernels")
 ACROSS = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding
-from fantasy_jax.models.attention import use_backend
 from fantasy_jax.models.context_attention import context_attention
 from fantasy_jax.performance.ahead import slice_devices
-from fantasy_jax.performance.collectives import exchanges
+from fantasy_jax.performance.collectives import collectives
 from fantasy_jax.sharding import make_mesh, partition
 
 mesh = make_mesh(data=2, context=4, devices=slice_devices("v5e:2x4"))
@@ -50,17 +49,17 @@ x = jax.ShapeDtypeStruct(
 )
 
 def total(q, k, v):
-    return (context_attention(q, k, v, kv_length=1000, way="{way}").astype(jnp.float32) ** 2).sum()
+    return (context_attention(q, k, v, kv_length=1000, strategy="{strategy}").astype(jnp.float32) ** 2).sum()
 
-with jax.set_mesh(mesh), use_backend("splash"):
+with jax.set_mesh(mesh):
     program = jax.jit(jax.grad(total, (0, 1, 2)), out_shardings=x.sharding).lower(x, x, x).compile().as_text()
-print({{kind: exchange.bytes for kind, exchange in exchanges(program).items()}})
+print({{kind: found.bytes for kind, found in collectives(program).items()}})
 print(program.count("tpu_custom_call"), "kernels")
 """
 
 
 def run(program):
-    """What a program prints in a process of its own."""
+    """Runs a program in a process of its own and returns the lines that it prints."""
     if not HAS_COMPILER:
         assert "CI" not in os.environ, "CI installs the extra `tpu`"
         pytest.skip("libtpu is not installed; pip install '.[tpu]'")
@@ -78,17 +77,26 @@ def test_splash_attention_compiles_for_a_slice(topology):
 
 
 @pytest.mark.parametrize(
-    ("way", "sent"),
+    ("strategy", "sent"),
     [
-        # Gradients of keys and values are added up where they belong, not everywhere.
+        # Gradients of keys and values are reduced to the shard that each device owns.
         ("gather", {"all-gather": 2.0, "reduce-scatter": 2.0}),
         ("all_to_all", {"all-to-all": 8 / 4}),
-        # Keys and values three steps forward and three backward; gradients three in float32, and one home.
-        ("ring", {"collective-permute": 2 * (3 + 3) / 4 + 2 * (3 * 2 + 1) / 4}),
     ],
 )
-def test_every_way_across_devices_compiles_for_a_slice(way, sent):
-    exchanged, kernels = run(ACROSS.format(way=way))
-    whole = 1024 * 4 * 128 * 2
-    assert ast.literal_eval(exchanged) == {kind: int(times * whole) for kind, times in sent.items()}
-    assert (int(kernels.split()[0]) >= 3) == (way != "ring")
+def test_every_strategy_compiles_for_a_slice(strategy, sent):
+    found, kernels = run(ACROSS.format(strategy=strategy))
+    sequence = 1024 * 4 * 128 * 2
+    assert ast.literal_eval(found) == {kind: int(times * sequence) for kind, times in sent.items()}
+    assert int(kernels.split()[0]) >= 3
+
+
+def test_chips_of_slices_are_known():
+    topologies = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
+    program = """
+from fantasy_jax.performance.ahead import slice_devices
+from fantasy_jax.performance.chips import chip_of
+print([chip_of(slice_devices(name)[0]).name for name in {names}])
+"""
+    (printed,) = run(program.format(names=list(topologies.values())))
+    assert ast.literal_eval(printed) == list(topologies)

@@ -1,4 +1,4 @@
-"""UMT5's encoder against the official outputs, transformers, and the full-size file's shapes."""
+"""UMT5's encoder against the official outputs, transformers, and the shapes of the full-size file."""
 
 import json
 
@@ -14,13 +14,9 @@ from fantasy_jax.convert import umt5 as table
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder, _position_buckets
 
+pytestmark = pytest.mark.usefixtures("highest_precision")
+
 TINY = UMT5Config(vocab_size=96, dim=24, dim_attn=40, dim_ffn=56, num_heads=5, num_layers=3, num_buckets=32)
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def reference(folder):
@@ -55,7 +51,7 @@ def test_parity_with_the_official_encoder(folder, limit):
 
 
 @pytest.mark.networks
-def test_export_gives_the_file_back():
+def test_export_round_trip():
     config, weights = reference("umt5_encoder")
     model = UMT5Encoder(config, rngs=nnx.Rngs(0))
     fill(model, table.official_rules(config), weights)
@@ -66,7 +62,7 @@ def test_export_gives_the_file_back():
 
 
 @pytest.mark.networks
-def test_full_size_file_fits():
+def test_full_size_file_matches():
     tensors = json.loads((DATA / "manifests/umt5_xxl_encoder.json").read_text())["tensors"]
     source = {key: TensorSpec(tuple(shape), np.dtype(np.float32)) for key, shape in tensors.items()}
     config = UMT5Config()
@@ -77,7 +73,7 @@ def test_full_size_file_fits():
 
 
 @pytest.mark.networks
-def test_what_lies_behind_the_length_is_not_seen():
+def test_padding_is_masked():
     model = UMT5Encoder(TINY, rngs=nnx.Rngs(0))
     ids, lengths, real = padded_batch(np.random.default_rng(0), TINY.vocab_size)
     encode = nnx.jit(lambda m, *x: m(*x))
@@ -88,7 +84,7 @@ def test_what_lies_behind_the_length_is_not_seen():
 
 
 @pytest.mark.networks
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_is_close_to_float32():
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     small, full = UMT5Encoder(TINY, rngs=nnx.Rngs(0), **types), UMT5Encoder(TINY, rngs=nnx.Rngs(0))
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
@@ -131,7 +127,7 @@ def test_to_transformers():
     assert_same(ours, theirs)
 
 
-def test_position_buckets_are_pytorchs():
+def test_position_buckets_equal_those_of_pytorch():
     import torch
 
     attention = transformers_model().encoder.block[0].layer[0].SelfAttention

@@ -1,4 +1,4 @@
-"""Parity with diffusers' Wan VAE, layer by layer and whole, weights going both ways.
+"""Parity with the Wan VAE of diffusers, per layer and as a whole, with the weights of either.
 
 Without PyTorch these tests fail; they are not skipped.
 """
@@ -13,19 +13,16 @@ from helpers import fill, randomise, relative, to_torch
 from fantasy_jax.convert import vae as vae_table
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("highest_precision"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 VAE_CONFIG = VAEConfig(dim=8)
 
 
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def new_vae():
-    """Ours, built by one compiled program: parameter by parameter it takes twenty seconds."""
+    """Our VAE, as one compiled program; initialising parameter by parameter takes twenty seconds."""
     return nnx.jit(lambda: WanVAE(VAE_CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))()
 
 
@@ -35,8 +32,8 @@ def torch_vae():
 
     torch.manual_seed(0)
     model = AutoencoderKLWan(base_dim=VAE_CONFIG.dim, z_dim=16).eval()
-    # PyTorch's own first weights make so narrow a decoder ill-conditioned: in float32 both programs are then
-    # 1.4e-6 and 2.1e-6 away from float64.
+    # PyTorch's default weights make such a narrow decoder ill-conditioned: in float32 both programs then
+    # differ by 1.4e-6 and 2.1e-6 from float64.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter) + name.endswith("gamma"))
@@ -63,35 +60,35 @@ def check_vae(ours, theirs):
         posterior = theirs.encode(first).latent_dist
         mean, log_variance = nnx.jit(lambda vae, x: vae.encode_moments(x))(ours, jnp.asarray(video()))
         assert relative(np.moveaxis(np.asarray(mean), -1, 1), posterior.mean) < 2e-6
-        # diffusers clamps the logarithm to [-30, 20], which these weights do not reach.
+        # diffusers clamps the log variance to [-30, 20]; it does not reach these limits here.
         assert relative(np.moveaxis(np.asarray(log_variance), -1, 1), posterior.logvar) < 2e-6
-        # Normalised latents of size one, as the transformer makes them; diffusers takes them unnormalised.
+        # Normalised latents, as the transformer generates them; diffusers takes them without normalisation.
         latents = np.random.default_rng(1).standard_normal((1, 3, 4, 6, 16)).astype(np.float32)
         original = latents * np.asarray(ours.latent_std) + np.asarray(ours.latent_mean)
         decoded = theirs.decode(torch.from_numpy(np.moveaxis(original, -1, 1).copy())).sample
     clamped = np.clip(
         np.asarray(nnx.jit(lambda vae, x: vae.decode(x))(ours, jnp.asarray(latents))), -1, 1
-    )  # diffusers clamps what it decodes
+    )  # diffusers clamps decoded videos
     assert relative(np.moveaxis(clamped, -1, 1), decoded) < 2e-6
 
 
 @pytest.mark.slow
-def test_vae_our_weights_in_diffusers(vaes):
+def test_our_weights_in_diffusers(vaes):
     check_vae(*vaes)
 
 
 @pytest.mark.slow
-def test_vae_diffusers_weights_in_ours():
+def test_weights_of_diffusers_in_ours():
     theirs = torch_vae()
     ours = fill(new_vae(), vae_table.diffusers_rules(VAE_CONFIG), theirs.state_dict())
     check_vae(ours, theirs)
 
 
-def test_vae_layer_by_layer(vaes):
+def test_every_layer(vaes):
     import torch
 
-    from fantasy_jax.models.rows import Rows
-    from fantasy_jax.models.vae import Downsample, FrameMemory, Upsample
+    from fantasy_jax.models.halo import Rows
+    from fantasy_jax.models.vae import CausalConvCache, Downsample, Upsample
 
     ours, theirs = vaes
     coders = (
@@ -107,7 +104,7 @@ def test_vae_layer_by_layer(vaes):
                 cached = isinstance(layer, (Downsample, Upsample))
                 given = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
                 expected = expected_layer(given, [None] * 4, [0]) if cached else expected_layer(given)
-            mine = layer(jnp.asarray(x), FrameMemory(None, Rows()))
+            mine = layer(jnp.asarray(x), CausalConvCache(None, Rows()))
             assert relative(np.moveaxis(np.asarray(mine), -1, 1), expected) < 2e-6, layer
 
 

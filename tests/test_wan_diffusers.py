@@ -1,42 +1,33 @@
-"""The transformer against diffusers', weights going both ways, layer by layer and whole.
+"""The transformer against diffusers', with weights converted in both directions.
 
-diffusers tells text from picture by the number of 512 text tokens, and makes the timestep's sinusoid in
-float32, which costs 2.4e-6 of the output: hence 5e-6 for what the timestep reaches, 2e-6 for the rest.
+diffusers separates text from image by the number of 512 text tokens. It computes the timestep's sinusoid in
+float32, which costs 2.4e-6 of the output: hence the limit 5e-6 for what the timestep reaches, and 2e-6 for
+the rest.
 """
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import fill, layer, randomise, relative, to_torch
+from helpers import TINY_WAN, abstract, fill, layer, relative, tiny_transformer, to_torch
 
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.convert.wan import diffusers_rules, official_rules
 from fantasy_jax.models.rope import rotary_table
-from fantasy_jax.models.wan import WanConfig, WanTransformer, _patchify
+from fantasy_jax.models.wan import WanTransformer, _patchify
 
-# diffusers and what it imports announce their own changes.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+# diffusers and its dependencies announce their own changes.
+pytestmark = [
+    pytest.mark.usefixtures("highest_precision"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
-CONFIG = WanConfig(
-    dim=96,
-    ffn_dim=160,
-    frequency_dim=32,
-    text_dim=40,
-    text_length=512,
-    image_dim=64,
-    num_heads=4,
-    num_layers=3,
-)
+CONFIG = replace(TINY_WAN, text_length=512)
 BATCH, FRAMES, ROWS, COLUMNS = 2, 3, 3, 5
 LIMIT, LAYER_LIMIT = 5e-6, 2e-6
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def make_theirs():
@@ -66,25 +57,20 @@ def make_theirs():
     return model.eval()
 
 
-def make_ours():
-    return randomise(nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0))))
-
-
-def transplanted():
-    """diffusers' weights in ours."""
+def from_diffusers():
+    """diffusers' weights in our transformer."""
     theirs = make_theirs()
-    empty = nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
-    return fill(empty, diffusers_rules(CONFIG), theirs.state_dict()), theirs
+    return fill(abstract(WanTransformer, CONFIG), diffusers_rules(CONFIG), theirs.state_dict()), theirs
 
 
-def exported():
-    """Our weights in diffusers'."""
-    ours, theirs = make_ours(), make_theirs()
+def to_diffusers():
+    """Our weights in diffusers' transformer."""
+    ours, theirs = tiny_transformer(CONFIG), make_theirs()
     theirs.load_state_dict(to_torch(ours, diffusers_rules(CONFIG)), strict=True)
     return ours, theirs
 
 
-@pytest.fixture(scope="module", params=[transplanted, exported], ids=["from diffusers", "to diffusers"])
+@pytest.fixture(scope="module", params=[from_diffusers, to_diffusers], ids=["from", "to"])
 def pair(request):
     return request.param()
 
@@ -104,7 +90,7 @@ def inputs():
 
 
 def run_theirs(model, inputs):
-    """The velocity, channels last, and what goes in and out of every layer."""
+    """The velocity, channels last, and inputs and outputs of every layer."""
     import torch
 
     seen = {}
@@ -161,7 +147,7 @@ def test_layer_by_layer(pair, inputs):
     assert relative(ours.time_out(nnx.silu(ours.time_in(sinusoid))), time) < LAYER_LIMIT
     assert relative(ours.time_modulation(nnx.silu(jnp.asarray(time.numpy()))), modulation) < LAYER_LIMIT
 
-    # Each block and the head on what theirs were given, so that nothing adds up.
+    # Each block and the head takes the input of theirs, so that errors do not accumulate.
     rotary = rotary_table(FRAMES, ROWS, COLUMNS, CONFIG.dim // CONFIG.num_heads)
     parts = jnp.asarray(modulation.numpy()).reshape(BATCH, 6, CONFIG.dim)
     for i in range(CONFIG.num_layers):
@@ -177,18 +163,17 @@ def test_layer_by_layer(pair, inputs):
 
 
 def test_the_official_and_the_diffusers_table_fill_the_same_parameters():
-    ours = make_ours()
+    ours = tiny_transformer(CONFIG)
     values = flat_parameters(ours)
     tensors = {}
     for rules in (official_rules(CONFIG), diffusers_rules(CONFIG)):
-        spelled = to_torch(ours, rules)
-        empty = nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
-        filled = flat_parameters(fill(empty, rules, spelled))
+        exported = to_torch(ours, rules)
+        filled = flat_parameters(fill(abstract(WanTransformer, CONFIG), rules, exported))
         assert filled.keys() == values.keys()
         assert all(np.array_equal(filled[path], values[path]) for path in values)
-        for key, tensor in spelled.items():
+        for key, tensor in exported.items():
             tensors.setdefault(key, []).append(tensor)
-    # The two spell most keys differently; where they do not, they mean the same tensor.
+    # Most keys differ between the two layouts; keys that are equal are of the same tensor.
     shared = {key: pair for key, pair in tensors.items() if len(pair) == 2}
     assert "patch_embedding.weight" in shared
     assert all(np.array_equal(*pair) for key, pair in shared.items())

@@ -1,4 +1,4 @@
-"""wav2vec2 against recorded outputs, transformers in both directions, and every spelling of its keys."""
+"""wav2vec2 against recorded outputs, against transformers, and all naming schemes of its keys."""
 
 import json
 
@@ -12,8 +12,11 @@ from safetensors.numpy import load_file
 
 from fantasy_jax.convert import wav2vec2 as table
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
-from fantasy_jax.data.preprocessing import normalise_waveform, wav2vec2_length
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from fantasy_jax.preprocessing.audio import normalise_waveform
+from fantasy_jax.video import wav2vec2_length
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 FOLDERS = ("wav2vec2", "wav2vec2_large_style")
 LARGE_STYLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
@@ -25,7 +28,7 @@ SIZES = {
     "conv_dim": (16,) * 7,
     "num_conv_pos_embedding_groups": 4,
 }
-# An odd kernel is padded alike on both sides, an even one is not.
+# The padding of an odd kernel is symmetric, that of an even one is not.
 STYLES = [{"num_conv_pos_embeddings": 8}, {"num_conv_pos_embeddings": 7, **LARGE_STYLE}]
 OLD_NAMES = {
     "parametrizations.weight.original0": "weight_g",
@@ -33,13 +36,7 @@ OLD_NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def fill_spelled(module, config, tensors):
+def fill_any(module, config, tensors):
     fill(module, table.official_rules(config, tensors), tensors, table.ignored_keys(config))
 
 
@@ -48,14 +45,14 @@ def reference(folder):
     return config, load_file(DATA / folder / "weights.safetensors")
 
 
-def respelled(tensors, prefix, old_weight_norm):
+def renamed(tensors, prefix, old_weight_norm):
     names = OLD_NAMES if old_weight_norm else {}
-    spelled = {}
+    result = {}
     for key, value in tensors.items():
         for new, old in names.items():
             key = key.replace(new, old)
-        spelled[prefix + key] = value
-    return spelled
+        result[prefix + key] = value
+    return result
 
 
 @pytest.mark.networks
@@ -63,7 +60,7 @@ def respelled(tensors, prefix, old_weight_norm):
 def test_parity_with_transformers_outputs(folder):
     config, weights = reference(folder)
     model = Wav2Vec2Model(config, rngs=nnx.Rngs(0))
-    fill_spelled(model, config, weights)
+    fill_any(model, config, weights)
     arrays = load_file(DATA / folder / "activations.safetensors")
     values = arrays["output.input_values"]
 
@@ -79,11 +76,11 @@ def test_parity_with_transformers_outputs(folder):
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("prefix", ["", "wav2vec2."])
 @pytest.mark.parametrize("old_weight_norm", [False, True])
-def test_every_spelling_loads_and_exports(folder, prefix, old_weight_norm):
+def test_every_naming_scheme_round_trips(folder, prefix, old_weight_norm):
     config, weights = reference(folder)
-    tensors = respelled(weights, prefix, old_weight_norm) | {"lm_head.bias": np.zeros(32, np.float16)}
+    tensors = renamed(weights, prefix, old_weight_norm) | {"lm_head.bias": np.zeros(32, np.float16)}
     model = Wav2Vec2Model(config, rngs=nnx.Rngs(0))
-    fill_spelled(model, config, tensors)
+    fill_any(model, config, tensors)
     parameters = jax.device_get(flat_parameters(model))
     exported = dict(export(table.official_rules(config, tensors), parameters))
     assert tensors.keys() - exported.keys() == {"lm_head.bias", f"{prefix}masked_spec_embed"}
@@ -101,7 +98,7 @@ def test_one_feature_every_320_samples():
 
 @pytest.mark.networks
 @pytest.mark.parametrize("style", STYLES)
-def test_bfloat16_stays_near_float32(style):
+def test_bfloat16_is_close_to_float32(style):
     config = Wav2Vec2Config(**SIZES, **style)
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     small, full = Wav2Vec2Model(config, rngs=nnx.Rngs(0), **types), Wav2Vec2Model(config, rngs=nnx.Rngs(0))
@@ -140,7 +137,7 @@ def test_from_transformers(style):
     theirs = transformers_model(style)
     config = Wav2Vec2Config(**SIZES, **style)
     ours = Wav2Vec2Model(config, rngs=nnx.Rngs(0))
-    fill_spelled(ours, config, theirs.state_dict())
+    fill_any(ours, config, theirs.state_dict())
     assert_same(ours, theirs)
 
 
@@ -172,7 +169,7 @@ def test_to_transformers(style):
     ],
     ids=["base-960h", "large"],
 )
-def test_full_size_fits_transformers(sizes, count):
+def test_full_size_matches_transformers(sizes, count):
     import torch
     from transformers import Wav2Vec2Config as TheirConfig
     from transformers import Wav2Vec2Model as TheirModel

@@ -1,1 +1,1 @@
-"""Weights between PyTorch's files and the networks here."""
+"""Readers of weight files, and the tables and rules that map their keys to our parameters."""

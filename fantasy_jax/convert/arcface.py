@@ -1,15 +1,14 @@
-"""Key names of ArcFace's IResNet in PyTorch, and the same read from the ONNX files that people have.
+"""Key names of ArcFace's IResNet in PyTorch, and a reader of its ONNX exports under these names.
 
 The files of insightface's packages (antelopev2's `glintr100.onnx`, buffalo_l's `w600k_r50.onnx`) are exports
-of the PyTorch module: the norm behind a convolution is multiplied into it, and what is left has numbers for
-names. The graph tells which tensor is which, so the file is given under the module's own names. A norm that
-is gone from the graph becomes one that adds what the convolution's bias was, and does nothing else.
+of the PyTorch module, in which norms after convolutions are folded into the convolutions and the tensors have
+numbers for names. The names are recovered from the graph. A norm that was folded becomes one that only adds
+the bias of the convolution.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,11 +18,11 @@ from fantasy_jax.models.face_encoder import FaceEncoderConfig
 Tensors = dict[str, np.ndarray]
 _EPSILON = 1e-5
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-"""PyTorch's names in the order of ONNX, and ours."""
+"""PyTorch's names in the order of ONNX's inputs, and ours."""
 
 
 def official_rules(config: FaceEncoderConfig) -> list[Rule]:
-    """Keys of `arcface_torch`'s backbone.pth."""
+    """Returns the key table of `arcface_torch`'s backbone.pth."""
     rules = [
         Rule("conv1.weight", "conv_in/kernel", CONV2D),
         *_norm("bn1", "norm_in"),
@@ -45,18 +44,8 @@ def official_rules(config: FaceEncoderConfig) -> list[Rule]:
 
 
 def ignored_keys(config: FaceEncoderConfig) -> tuple[str, ...]:
-    """How many batches a norm has seen, which nothing depends on."""
+    """Returns the pattern of counters that the network does not use."""
     return ("*num_batches_tracked",)
-
-
-def config_from_reference(reference: dict[str, Any]) -> FaceEncoderConfig:
-    """Sizes from a config.json beside the weights, under our own names."""
-    return FaceEncoderConfig(
-        depths=tuple(reference["depths"]),
-        widths=tuple(reference["widths"]),
-        embedding=reference["embedding"],
-        image_size=reference["image_size"],
-    )
 
 
 def _norm(source: str, target: str) -> list[Rule]:
@@ -64,7 +53,7 @@ def _norm(source: str, target: str) -> list[Rule]:
 
 
 def _places(config: FaceEncoderConfig) -> Transform:
-    """Features lie channel by channel there, and place by place here."""
+    """The order of flattened features: channels first in PyTorch, channels last here."""
     size, width = config.feature_size, config.widths[-1]
     apart = (config.embedding, width, size, size)
     return chain(
@@ -75,7 +64,7 @@ def _places(config: FaceEncoderConfig) -> Transform:
 
 @dataclass(eq=False)
 class _Layer:
-    """A node of the graph that has weights, or the sum behind a block."""
+    """A node of the graph that has weights, or the addition at the end of a block."""
 
     kind: str
     weights: list[np.ndarray]
@@ -84,7 +73,7 @@ class _Layer:
 
 
 def onnx_tensors(path: Path) -> Tensors:
-    """An IResNet's tensors under `arcface_torch`'s names, from its ONNX graph.
+    """Reads an IResNet's tensors from its ONNX graph, under `arcface_torch`'s names.
 
     Raises:
         ModuleNotFoundError: The package `onnx` is missing.
@@ -113,7 +102,7 @@ def onnx_tensors(path: Path) -> Tensors:
 
 
 def _layers(path: Path) -> list[_Layer]:
-    """The layers in the order in which they are computed; a norm behind a convolution belongs to it."""
+    """Returns the layers in order; a norm after a convolution or a linear layer is part of it."""
     import onnx
 
     graph = onnx.load(path).graph
@@ -123,13 +112,15 @@ def _layers(path: Path) -> list[_Layer]:
     for node in graph.node:
         attributes = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
         kind, given = node.op_type, node.input[0] if node.input else ""
-        # Tensors that are equal are kept once, and slopes get axes for rows and columns.
+        # Equal tensors are stored once, and slopes have additional axes for rows and columns.
         if kind in ("Identity", "Unsqueeze") and given in values:
             values[node.output[0]] = values[given]
         elif kind in ("Conv", "PRelu", "BatchNormalization", "Gemm", "Add"):
             weights = [values[name] for name in node.input[1:] if name in values]
             if abs(attributes.get("epsilon", _EPSILON) - _EPSILON) > 1e-9:
-                raise ValueError(f"its norms add {attributes['epsilon']:.1e}, IResNet's {_EPSILON:.1e}")
+                raise ValueError(
+                    f"the epsilon of its norms ({attributes['epsilon']:.1e}) must be {_EPSILON:.1e}"
+                )
             maker = makers.get(given)
             if kind == "BatchNormalization" and maker and maker.kind in ("Conv", "Gemm"):
                 maker.norm = weights
@@ -139,7 +130,7 @@ def _layers(path: Path) -> list[_Layer]:
             layers.append(_Layer(kind, weights, attributes.get("strides", [1])[0]))
             makers[node.output[0]] = layers[-1]
         elif kind not in ("Identity", "Constant", "Flatten", "Reshape", "Dropout"):
-            raise ValueError(f"has a node {kind}, which no IResNet that PyTorch exports has")
+            raise ValueError(f"has a node {kind}, which is not part of an IResNet")
     return layers
 
 
@@ -160,17 +151,17 @@ def _block(layers: list[_Layer], past: list[_Layer], prefix: str) -> Tensors:
 def _expect(layers: list[_Layer], kinds: list[str]) -> None:
     if (found := [layer.kind for layer in layers]) != kinds:
         raise ValueError(
-            f"has {', '.join(found) or 'nothing'} in a row, where IResNet has {', '.join(kinds)}"
+            f"has the nodes {', '.join(found) or 'none'} where an IResNet has {', '.join(kinds)}"
         )
 
 
 def _conv(layer: _Layer, name: str, norm: str, stride: int = 1) -> Tensors:
-    """A convolution and the norm behind it, which may have become the convolution's bias."""
+    """Tensors of a convolution and of the norm after it, which may be folded into the convolution's bias."""
     if layer.stride != stride:
-        raise ValueError(f"{name} has stride {layer.stride}, IResNet's {stride}")
+        raise ValueError(f"{name} has stride {layer.stride}, not {stride}")
     kernel, *bias = layer.weights
     if bias and layer.norm:
-        raise ValueError(f"{name} has a bias and a norm, IResNet's one of them")
+        raise ValueError(f"{name} has both a bias and a norm")
     return {
         f"{name}.weight": kernel,
         **_norm_tensors(layer.norm or _no_norm(len(kernel), *bias), norm),
@@ -178,7 +169,7 @@ def _conv(layer: _Layer, name: str, norm: str, stride: int = 1) -> Tensors:
 
 
 def _no_norm(width: int, bias: np.ndarray | None = None) -> list[np.ndarray]:
-    """Statistics of a norm that only adds a bias."""
+    """Parameters of a norm that only adds a bias."""
     zeros, ones = np.zeros(width, np.float32), np.ones(width, np.float32)
     return [ones, zeros if bias is None else bias, zeros, ones - np.float32(_EPSILON)]
 

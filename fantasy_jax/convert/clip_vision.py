@@ -1,4 +1,4 @@
-"""Key names of CLIP's vision tower."""
+"""Key names of CLIP's vision encoder."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from fantasy_jax.models.clip_vision import CLIPVisionConfig
 
 
 def official_rules(config: CLIPVisionConfig) -> list[Rule]:
-    """Keys of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`."""
+    """Returns the key table of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`."""
     block = "visual.transformer.{layer}"
     return [
         Rule("visual.cls_embedding", "class_token", reshape((1, 1, -1), (-1,))),
@@ -24,11 +24,11 @@ def official_rules(config: CLIPVisionConfig) -> list[Rule]:
 
 
 def transformers_rules(config: CLIPVisionConfig, prefix: str = "") -> list[Rule]:
-    """Keys of transformers' `CLIPVisionModel`, which diffusers' folders hold as `image_encoder`.
+    """Returns the key table of transformers' `CLIPVisionModel`, the `image_encoder` of diffusers' folders.
 
     Args:
         config: Sizes.
-        prefix: `vision_model.` in the hosted files, nothing in those that transformers 5 writes.
+        prefix: `vision_model.` in the hosted files, empty in files that transformers 5 writes.
     """
     block = f"{prefix}encoder.layers.{{layer}}"
     embeddings = f"{prefix}embeddings"
@@ -49,7 +49,7 @@ def transformers_rules(config: CLIPVisionConfig, prefix: str = "") -> list[Rule]
 
 
 def ignored_keys(config: CLIPVisionConfig) -> tuple[str, ...]:
-    """What the files hold besides: the text tower, and what lies behind the last block but one."""
+    """Returns patterns of the text encoder, and of the layers after the last block but one."""
     last = config.num_layers - 1
     return (
         *("textual.*", "log_scale", f"visual.transformer.{last}.*", "visual.post_norm.*", "visual.head"),
@@ -63,7 +63,7 @@ def ignored_keys(config: CLIPVisionConfig) -> tuple[str, ...]:
 
 
 def config_from_reference(reference: dict[str, Any]) -> CLIPVisionConfig:
-    """Sizes from a reference folder's config.json."""
+    """Returns the sizes from a reference's config.json."""
     names = ("image_size", "patch_size", "dim", "mlp_ratio", "num_heads", "num_layers")
     return CLIPVisionConfig(**{name: reference[name] for name in names})
 

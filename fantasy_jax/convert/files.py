@@ -1,4 +1,4 @@
-"""Weights files of every kind behind one interface: what a file holds, and one tensor at a time."""
+"""Weight files of all kinds behind one interface: all shapes and dtypes, and one tensor at a time."""
 
 import json
 import math
@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from fantasy_jax.convert.arcface import onnx_tensors
 from fantasy_jax.convert.rules import TensorSpec
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.files import atomic_write
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -34,25 +36,20 @@ _SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
+_FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 _INDEX = ".safetensors.index.json"
 
 
-class WeightsError(ValueError):
-    """A weights file that cannot be read; one line says which, what is wrong and what to do."""
-
-
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file, a folder or a manifest holds.
+    """The tensors of a file, a folder or a manifest.
 
     Attributes:
-        path: Where it lies.
-        specs: Shape and type of every tensor.
-        read: Gives one tensor by key; a manifest has none to give.
-        config: The config.json beside it, empty where there is none.
+        path: The file.
+        specs: Shape and dtype of every tensor by key.
+        read: Reads one tensor by key; raises a WeightsError for a manifest.
+        config: Content of the config.json beside it; empty if there is none.
     """
 
     path: Path
@@ -70,12 +67,12 @@ def open_weights(path: str | Path) -> WeightsFile:
     """Opens weights of any kind; reads names and shapes only.
 
     Args:
-        path: A .safetensors file, or the index of several; a .pth, .pt, .ckpt or .bin file, of which nothing
-            but tensors is ever unpickled; an .onnx file of ArcFace; a folder of one of these; or a JSON
-            manifest of names and shapes.
+        path: A .safetensors file or the index of several; a .pth, .pt, .ckpt or .bin file, of which only
+            tensors are unpickled; an .onnx file of ArcFace; a folder with one of these; or a JSON manifest of
+            names and shapes.
 
     Raises:
-        WeightsError: It is missing, damaged, of no known kind, or not complete.
+        WeightsError: The file is missing, damaged, incomplete or of an unknown kind.
     """
     path = Path(path)
     if not path.exists():
@@ -92,11 +89,11 @@ def open_weights(path: str | Path) -> WeightsFile:
         return _open_index(path)
     if path.suffix == ".json":
         return _open_manifest(path)
-    raise WeightsError(f"{path}: no known kind of weights; give .safetensors, .pth, .ckpt, .onnx or .json")
+    raise WeightsError(f"{path}: unknown kind of file; give .safetensors, .pth, .ckpt, .onnx or .json")
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files of weights behind what was opened: the file itself, or all shards of an index."""
+    """The files that an opened path consists of: the file itself, or all shards of an index."""
     if not path.name.endswith(_INDEX):
         return [path]
     return [path.parent / name for name in sorted(set(_read_json(path)["weight_map"].values()))]
@@ -108,116 +105,109 @@ def _open_folder(folder: Path) -> WeightsFile:
     weights = [file for file in candidates if file.name != "activations.safetensors"]
     if len(weights) != 1:
         names = ", ".join(file.name for file in weights) or "none"
-        raise WeightsError(f"{folder}: wants one weights file or an index of several, and holds {names}")
+        raise WeightsError(f"{folder}: must hold one weights file, or an index of several; found {names}")
     return open_weights(weights[0])
 
 
 def _open_index(path: Path) -> WeightsFile:
-    """Several files as one; each must hold exactly the tensors that the index says."""
+    """Opens several files as one; each must hold exactly the tensors that the index names."""
     index = _read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise WeightsError(f"{path}: is no index; it has no entry 'weight_map' of file names")
+        raise WeightsError(f"{path}: is not an index; it has no entry 'weight_map' of file names")
     shards = {}
     for name in sorted(set(index.values())):
         if not (path.parent / name).is_file():
-            raise WeightsError(f"{path}: names {name}, which is not there; fetch it again")
+            raise WeightsError(f"{path}: names {name}, which is missing; download it again")
         shards[name] = _open_safetensors(path.parent / name)
         named = {key for key in index if index[key] == name}
         if wrong := sorted(named ^ set(shards[name].specs)):
-            verb = "lacks" if wrong[0] in named else "holds, unnamed by the index,"
+            fault = "lacks" if wrong[0] in named else "holds a tensor that is not in the index,"
             more = f" and {len(wrong) - 1} more differ" * (len(wrong) > 1)
-            raise WeightsError(f"{path}: {name} {verb} {wrong[0]}{more}; fetch both again")
+            raise WeightsError(f"{path}: {name} {fault} {wrong[0]}{more}; download both again")
     specs = {key: shards[name].specs[key] for key, name in index.items()}
     return WeightsFile(path, specs, lambda key: shards[index[key]].read(key), _config_beside(path))
 
 
 def _open_safetensors(path: Path) -> WeightsFile:
     try:
-        # Opening checks that the header is sound and that the file is as long as it says.
-        with safe_open(path, framework="numpy"):
-            pass
-        header, start = _safetensors_header(path)
-    except (SafetensorError, ValueError, struct.error) as error:
-        raise WeightsError(f"{path}: damaged or cut off ({error}); fetch it again") from error
+        # Opening checks that the header is valid and that the file has the size that follows from it.
+        file = safe_open(path, framework="numpy")
+        slices = {key: file.get_slice(key) for key in file.offset_keys()}
+        header = {key: (slice_.get_dtype(), tuple(slice_.get_shape())) for key, slice_ in slices.items()}
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path}: damaged or truncated ({error}); download it again") from error
     specs = {}
-    for key, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise WeightsError(f"{path}: {key} is of type {entry['dtype']}, which cannot be read here")
-        specs[key] = TensorSpec(tuple(entry["shape"]), np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]))
+    for key, (dtype, shape) in header.items():
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise WeightsError(f"{path}: {key} has dtype {dtype}, which is not supported")
+        specs[key] = TensorSpec(shape, np.dtype(_SAFETENSORS_DTYPES[dtype]))
 
     def read(key: str) -> np.ndarray:
-        # Mapped by NumPy, for safetensors gives bfloat16 only to frameworks that have it.
-        spec, offset = specs[key], start + header[key]["data_offsets"][0]
-        return np.memmap(path, spec.dtype, "r", offset, spec.shape or (1,)).reshape(spec.shape)
+        if specs[key].dtype in _FLOAT8:  # which safetensors does not convert to NumPy
+            _import_torch(path)
+            with safe_open(path, framework="pt") as torch_file:
+                return _numpy(torch_file.get_tensor(key))
+        return file.get_tensor(key)
 
     return WeightsFile(path, specs, read, _config_beside(path))
-
-
-def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Names, types and places of a file's tensors, and where its data begin."""
-    with path.open("rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return header, 8 + size
 
 
 def write_safetensors(
     path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes a file tensor by tensor; it is there when it is complete, and not before.
+    """Writes a file one tensor at a time, whole or not at all.
+
+    (safetensors' own functions need all tensors in memory.)
 
     Args:
         path: The file.
-        specs: Shape and type of every tensor.
-        tensors: All of them, in that order.
+        specs: Shape and dtype of every tensor.
+        tensors: Keys and values of all tensors, in that order.
 
     Raises:
-        WeightsError: It cannot be written.
+        MediaError: The file cannot be written.
     """
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which PyTorch's loaders ask for
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for key, spec in specs.items():
         start, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
         header[key] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
-            for (key, value), wanted in zip(tensors, specs, strict=True):
-                if key != wanted or TensorSpec(value.shape, value.dtype) != specs[key]:
-                    raise ValueError(f"{key} is not the {wanted} that was announced")
-                file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for (key, value), expected in zip(tensors, specs, strict=True):
+            if key != expected or TensorSpec(value.shape, value.dtype) != specs[key]:
+                raise ValueError(f"{key} does not match the spec of {expected}")
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _open_pickle(path: Path) -> WeightsFile:
+    torch = _import_torch(path)
     try:
-        import torch
-    except ModuleNotFoundError as error:
-        message = f"{path}: reading it needs PyTorch; pip install 'fantasy_jax[convert]', or use safetensors"
-        raise WeightsError(message) from error
-    try:
-        # Tensors only: anything else in the pickle is refused before it could run. Files of before
-        # PyTorch 1.6 are no zip archives, and cannot be mapped.
+        # Only tensors are unpickled; anything else raises before it can run. Files older than PyTorch 1.6 are
+        # not zip archives and cannot be memory-mapped.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         tensors = _flatten(loaded)
         specs = {
             key: TensorSpec(tuple(tensor.shape), _numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
             for key, tensor in tensors.items()
         }
-    except Exception as error:  # torch raises whatever the zip, the pickle or the system does
-        raise WeightsError(f"{path}: not a file of tensors alone, or damaged ({_reason(error)})") from error
+    except Exception as error:  # torch raises any error of zip, pickle and the system
+        raise WeightsError(f"{path}: damaged, or not a file of tensors only ({_reason(error)})") from error
     return WeightsFile(path, specs, lambda key: _numpy(tensors[key]), _config_beside(path))
+
+
+def _import_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        message = f"{path}: needs PyTorch; pip install 'fantasy_jax[convert]'"
+        raise WeightsError(message) from error
+    return torch
 
 
 def _reason(error: Exception) -> str:
@@ -225,7 +215,7 @@ def _reason(error: Exception) -> str:
 
 
 def _flatten(loaded: Any) -> dict[str, Any]:
-    """Tensors of nested dictionaries under dotted keys; a wrapper called `model_state` is taken off."""
+    """Returns the tensors of nested dictionaries under dotted keys, without an outer `model_state`."""
     import torch
 
     tensors: dict[str, Any] = {}
@@ -235,9 +225,9 @@ def _flatten(loaded: Any) -> dict[str, Any]:
             for name, inner in value.items():
                 walk(inner, f"{key}.{name}" if key else str(name))
         elif not isinstance(value, torch.Tensor) or value.layout != torch.strided or not key:
-            raise TypeError(f"holds {type(value).__name__} at {key or 'the top'}, not named plain tensors")
+            raise TypeError(f"{key or 'the top level'} is {type(value).__name__}, not a named dense tensor")
         elif key in tensors:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"{key} occurs twice")
         else:
             tensors[key] = value
 
@@ -249,7 +239,7 @@ def _numpy(tensor: Any) -> np.ndarray:
     import torch
 
     tensor = tensor.detach()
-    # NumPy gets these through an integer of their width, for PyTorch does not hand them over.
+    # PyTorch does not convert these to NumPy; they are viewed as integers of the same width.
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -262,11 +252,11 @@ def _open_onnx(path: Path) -> WeightsFile:
     try:
         tensors = onnx_tensors(path)
     except ModuleNotFoundError as error:
-        raise WeightsError(f"{path}: reading it needs onnx; pip install 'fantasy_jax[convert]'") from error
+        raise WeightsError(f"{path}: needs onnx; pip install 'fantasy_jax[convert]'") from error
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except Exception as error:  # protobuf raises what it likes
-        raise WeightsError(f"{path}: damaged, or not ONNX ({_reason(error)}); fetch it again") from error
+    except Exception as error:  # protobuf's errors have no common base class
+        raise WeightsError(f"{path}: damaged, or not ONNX ({_reason(error)}); download it again") from error
     specs = {key: TensorSpec(value.shape, value.dtype) for key, value in tensors.items()}
     return WeightsFile(path, specs, tensors.__getitem__, _config_beside(path))
 
@@ -274,15 +264,15 @@ def _open_onnx(path: Path) -> WeightsFile:
 def _open_manifest(path: Path) -> WeightsFile:
     manifest = _read_json(path)
     try:
-        # The type may be followed by a remark: "float16 (.pth)".
+        # A remark may follow the dtype: "float16 (.pth)".
         dtype = np.dtype(manifest.get("dtype", "float32").split()[0])
         specs = {key: TensorSpec(tuple(map(int, x)), dtype) for key, x in manifest["tensors"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        message = f"{path}: is no manifest, which has an entry 'tensors' of names and shapes ({error!r})"
+        message = f"{path}: is not a manifest, which has an entry 'tensors' of names and shapes ({error!r})"
         raise WeightsError(message) from error
 
     def read(key: str) -> np.ndarray:
-        raise WeightsError(f"{path}: a manifest holds names and shapes, no values such as {key}")
+        raise WeightsError(f"{path}: a manifest has no values ({key}); give the file itself")
 
     return WeightsFile(path, specs, read, {})
 
@@ -296,7 +286,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not JSON ({error})") from error
+        raise WeightsError(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise WeightsError(f"{path}: holds {type(value).__name__}, not an object of names and values")
+        raise WeightsError(f"{path}: is a JSON {type(value).__name__}, not an object")
     return value

@@ -1,13 +1,11 @@
-"""Key names of the identity adapter. Nobody has published one: they are PyTorch's for our own modules."""
-
-from typing import Any
+"""Key names of the identity adapter: PyTorch's for our modules, as none has been published."""
 
 from fantasy_jax.convert.rules import LINEAR, Rule, affine, norm
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 
 
 def official_rules(config: IdentityAdapterConfig) -> list[Rule]:
-    """Keys of the exported file."""
+    """Returns the key table of the exported file."""
     block = "blocks.{layer}"
     linear = ("qkv", "out", "query", "key_value", "face_out", "mlp_in", "mlp_out")
     return [
@@ -20,8 +18,3 @@ def official_rules(config: IdentityAdapterConfig) -> list[Rule]:
         *norm("norm_out", "norm_out"),
         *(Rule(f"layers.{{layer}}.{x}.weight", f"layers/{x}/kernel", LINEAR) for x in ("key", "value")),
     ]
-
-
-def config_from_reference(reference: dict[str, Any]) -> IdentityAdapterConfig:
-    """Sizes from a config.json beside the weights, under our own names."""
-    return IdentityAdapterConfig(**reference)

@@ -1,13 +1,11 @@
-"""Key names of the motion adapter. Nobody has published one: they are PyTorch's for our own modules."""
-
-from typing import Any
+"""Key names of the motion adapter: PyTorch's for our modules, as none has been published."""
 
 from fantasy_jax.convert.rules import CONV1D, Rule, affine, norm
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
 
 
 def official_rules(config: MotionAdapterConfig) -> list[Rule]:
-    """Keys of the exported file."""
+    """Returns the key table of the exported file."""
     return [
         *(
             rule
@@ -18,8 +16,3 @@ def official_rules(config: MotionAdapterConfig) -> list[Rule]:
         *(Rule(f"conv{i}.weight", f"conv{i}/kernel", CONV1D) for i in (1, 2)),
         *(Rule(f"conv{i}.bias", f"conv{i}/bias") for i in (1, 2)),
     ]
-
-
-def config_from_reference(reference: dict[str, Any]) -> MotionAdapterConfig:
-    """Sizes from a config.json beside the weights, under our own names."""
-    return MotionAdapterConfig(**reference)

@@ -1,47 +1,48 @@
-"""The conversion engine: tables of rules that carry weights between PyTorch's key names and our modules.
+"""The conversion engine: tables of rules that map PyTorch's keys to the parameters of our modules, and back.
 
-A table is a list of `Rule(source, target, transform)`. Both sides are templates: `{name}` stands for an
-index. An index that the target does not repeat is the position in a stack of layers (axis 0 of the
+A table is a list of `Rule(source, target, transform)`. Both sides are templates, in which `{name}` stands for
+an index. An index that the target does not repeat is the position in a stack of layers (axis 0 of the
 target), so `blocks.{layer}.ffn.0.weight -> blocks/mlp_in/kernel` fills one array from all layers. Several
-keys can each fill a part of one array, as queries, keys and values do where we keep them fused.
+keys can each fill a part of one array, such as a fused projection of queries, keys and values.
 
-`make_plan` matches a table with the shapes of a file and of a module and finds every fault before a byte of
-weights is read: keys that no rule takes or that two rules take, parameters that nothing fills, layers
-missing from a stack, shapes that differ. The same table read backwards exports.
+`make_plan` matches a table against the shapes of a file and of a module. It finds all problems before any
+weights are read: keys that match no rule or several, parameters that nothing fills, missing layers, wrong
+shapes. The same table is used backwards for export.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.errors import ConversionError
 from fantasy_jax.typing import DType
 
 _INDEX = re.compile(r"\{(\w+)\}")
 
-
 STORED = nnx.Any(nnx.Param, nnx.BatchStat)
-"""What of a module is in files: its parameters, and the statistics that batch norms have recorded."""
+"""Variables of a module that weight files hold: parameters and the statistics of batch norms."""
 
 Parameter = jax.Array | jax.ShapeDtypeStruct
-"""A module's parameter, or its shape and type alone."""
+"""A parameter of a module, or its shape and dtype only."""
 
 Part = tuple[int, int]
-"""Which of how many equal parts of a last axis."""
+"""Index and number of equal parts of the last axis."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout and its inverse, on NumPy arrays; values are not touched, but for a LoRA's factor.
+    """A change of layout and its inverse, on NumPy arrays. Only that of a LoRA also changes values.
 
-    Both must keep to views where they can: shapes are found by running them on arrays of stride zero.
+    Both must return views where possible: shapes are computed by running them on arrays of stride zero.
     """
 
     name: str
@@ -50,19 +51,19 @@ class Transform:
 
 
 def permute(*axes: int) -> Transform:
-    """PyTorch's axis order to ours."""
+    """Permutes the axes; `axes` are those of PyTorch in our order."""
     return Transform(f"permute{axes}", lambda x: x.transpose(axes), lambda x: x.transpose(np.argsort(axes)))
 
 
 def reshape(source: Sequence[int], target: Sequence[int]) -> Transform:
-    """From one shape to another of the same size; -1 as in `numpy.reshape`."""
+    """Reshapes; -1 as in `numpy.reshape`."""
     return Transform(
         f"reshape{tuple(source)}{tuple(target)}", lambda x: x.reshape(target), lambda x: x.reshape(source)
     )
 
 
 def chain(first: Transform, second: Transform) -> Transform:
-    """One transform after another."""
+    """Applies `first`, then `second`."""
     return Transform(
         f"{first.name} {second.name}",
         lambda x: second.forward(first.forward(x)),
@@ -80,13 +81,13 @@ CONV3D = permute(2, 3, 4, 1, 0)
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table.
+    """One row of a table.
 
     Attributes:
         source: Key in the PyTorch file, for example `blocks.{layer}.norm3.weight`.
         target: Path in our module, for example `blocks/norm3/scale`.
         transform: Layout change from source to target.
-        part: `(index, count)`: fills only this one of equal parts of the target's last axis.
+        part: `(index, count)`: fills only this one of `count` equal parts of the target's last axis.
     """
 
     source: str
@@ -96,7 +97,7 @@ class Rule:
 
 
 def affine(source: str, target: str, weight: Transform = LINEAR, *, part: Part | None = None) -> list[Rule]:
-    """Weight and bias of a linear layer or a convolution."""
+    """Rules for weight and bias of a linear layer or a convolution."""
     return [
         Rule(f"{source}.weight", f"{target}/kernel", weight, part),
         Rule(f"{source}.bias", f"{target}/bias", part=part),
@@ -104,13 +105,13 @@ def affine(source: str, target: str, weight: Transform = LINEAR, *, part: Part |
 
 
 def norm(source: str, target: str) -> list[Rule]:
-    """Scale and bias of a norm."""
+    """Rules for scale and bias of a norm."""
     return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and type of a tensor in a file, without its values."""
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -118,7 +119,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One source tensor and the place it goes: all of `path`, its `layer`-th slice, or a part of either."""
+    """One source tensor and its place: all of the parameter `path`, one layer of it, or a part of either."""
 
     key: str
     path: str
@@ -127,7 +128,12 @@ class Entry:
     part: Part | None = None
 
     def place(self, value: np.ndarray, *, of_layer: bool = False) -> np.ndarray:
-        """Where in the array of all of `path`, or in its layer's alone, the tensor lies; a view."""
+        """Returns the place of the tensor as a view.
+
+        Args:
+            value: The parameter at `path`.
+            of_layer: Whether `value` is the layer's part of a stack only.
+        """
         value = value[... if self.layer is None or of_layer else self.layer]
         if self.part is None:
             return value
@@ -136,37 +142,55 @@ class Entry:
         return value[..., index * width : (index + 1) * width]
 
 
+ProblemKind = Literal["missing", "unexpected", "wrong shape", "ambiguous"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a file does not fit a module; `str()` is the message.
+
+    Attributes:
+        kind: A parameter is missing; a key matches no parameter; a shape is wrong; a key or a parameter is
+            mapped more than once.
+        key: Key in the file; empty for a parameter that is missing.
+        path: Path of the parameter, with its layer in a stack; empty where there is none.
+        detail: The rest of the message.
+        where: The file; empty where there is none.
+    """
+
+    kind: ProblemKind
+    key: str
+    path: str
+    detail: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where + ': ' if self.where else ''}{self.kind}: {self.detail}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a file fills a module.
 
     Attributes:
         entries: One for each source tensor that is used, in the order of the module's paths.
-        target: Shape and type of every parameter of the module by path.
-        ignored: Source keys that are known and not needed, by the pattern that names them.
-        problems: Everything that is wrong, one sentence each; empty if the file fits.
+        target: Shape and dtype of every parameter of the module by path.
+        ignored: Source keys that are not needed, each with the pattern that it matches.
+        problems: All problems; empty if the file fits.
     """
 
     entries: list[Entry]
     target: dict[str, Parameter]
     ignored: dict[str, str]
-    problems: list[str]
+    problems: list[Problem]
 
 
 Place = tuple[str, int | None, Part | None]
 """Path, layer and part that a tensor fills."""
 
 
-class ConversionError(ValueError):
-    """Weights that do not fit; the message lists all that is wrong, a line each."""
-
-    def __init__(self, problems: Sequence[str]):
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-
-
 def flat_parameters(module: nnx.Module) -> dict[str, Parameter]:
-    """All parameters of a module, or of its `nnx.eval_shape`, by path such as `blocks/norm3/scale`."""
+    """Returns all parameters of a module, or of its `nnx.eval_shape`, by path: `blocks/norm3/scale`."""
     flat = nnx.to_flat_state(nnx.state(module, STORED))
     return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
@@ -178,16 +202,16 @@ def make_plan(
     *,
     ignore: Sequence[str] = (),
 ) -> Plan:
-    """Matches a table with what a file holds and what a module needs; reads no weights.
+    """Matches a table against a file and a module; reads no weights.
 
     Args:
         rules: The table.
-        source: What the file holds.
-        target: What the module needs, from `flat_parameters`.
-        ignore: Shell patterns of source keys that are known and not needed.
+        source: Shapes of the file's tensors by key.
+        target: Parameters of the module, from `flat_parameters`.
+        ignore: Shell patterns of source keys that are not needed.
     """
     compiled = [(rule, _pattern(rule.source)) for rule in rules]
-    problems: list[str] = []
+    problems: list[Problem] = []
     ignored: dict[str, str] = {}
     filled: dict[Place, list[Entry]] = {}
     for key in source:
@@ -197,17 +221,18 @@ def make_plan(
         matches = [_entry(key, rule, match) for rule, regex in compiled if (match := regex.fullmatch(key))]
         if len(matches) > 1:
             paths = ", ".join(sorted({entry.path for entry in matches}))
-            problems.append(f"doubly mapped: {key} is taken by {len(matches)} rules, to {paths}")
+            problems.append(Problem("ambiguous", key, "", f"{key} matches {len(matches)} rules, for {paths}"))
         elif matches:
             entry = matches[0]
             filled.setdefault((entry.path, entry.layer, entry.part), []).append(entry)
         else:
-            problems.append(f"unexpected: {key} {list(source[key].shape)} has no place in the model")
+            detail = f"{key} {list(source[key].shape)} matches no parameter"
+            problems.append(Problem("unexpected", key, "", detail))
     entries: list[Entry] = []
     for path, spec in target.items():
         entries += _fill_one(path, spec, filled, source, problems)
     problems += [
-        f"unexpected: {entry.key} would go to {path}, which the model lacks"
+        Problem("unexpected", entry.key, path, f"{entry.key} is for {path}, which the model does not have")
         for (path, *_), group in filled.items()
         if path not in target
         for entry in group
@@ -234,9 +259,9 @@ def _fill_one(
     spec: Parameter,
     filled: Mapping[Place, list[Entry]],
     source: Mapping[str, TensorSpec],
-    problems: list[str],
+    problems: list[Problem],
 ) -> list[Entry]:
-    """The entries that fill one parameter; adds to `problems` what is missing, doubled or misshapen."""
+    """Returns the entries that fill one parameter, and appends to `problems`."""
     layers = [layer for filled_path, layer, _ in filled if filled_path == path]
     is_stack = any(layer is not None for layer in layers)
     wanted: Sequence[int | None] = range(spec.shape[0]) if is_stack else [None]
@@ -249,20 +274,27 @@ def _fill_one(
         shape = Entry("", path, layer, IDENTITY, part).place(whole).shape
         group = filled.get((path, layer, part), [])
         if not group:
-            problems.append(f"missing: nothing fills {place} {list(shape)}")
+            problems.append(Problem("missing", "", place, f"nothing fills {place} {list(shape)}"))
             continue
         if len(group) > 1:
-            problems.append(f"doubly mapped: {', '.join(e.key for e in group)} all go to {place}")
+            keys = ", ".join(e.key for e in group)
+            problems.append(Problem("ambiguous", group[0].key, place, f"{keys} are all for {place}"))
         entry = group[0]
         got = source[entry.key].shape
-        # Backwards too: a reshape forwards takes any shape of the same size.
+        # The inverse is checked, too: a reshape accepts any shape of the same size.
         expected = _shape_after(entry.transform.inverse, shape)
         if got != expected or _shape_after(entry.transform.forward, got) != shape:
-            wanted_shape = "no shape" if expected is None else list(expected)
-            problems.append(f"wrong shape: {entry.key} is {list(got)}, but {place} takes {wanted_shape}")
+            wanted_shape = "another" if expected is None else list(expected)
+            detail = f"{entry.key} has shape {list(got)}, {place} needs {wanted_shape}"
+            problems.append(Problem("wrong shape", entry.key, place, detail))
         entries.append(entry)
     problems += [
-        f"unexpected: {entry.key} is layer {layer}, but {path} has {spec.shape[0]}"
+        Problem(
+            "unexpected",
+            entry.key,
+            path,
+            f"{entry.key} is for layer {layer}, but {path} has {spec.shape[0]}",
+        )
         for (filled_path, layer, _), group in filled.items()
         if filled_path == path and layer not in wanted
         for entry in group
@@ -273,17 +305,22 @@ def _fill_one(
 def _shape_after(
     change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Shape after half a transform, found without memory; None where it does not even apply."""
+    """Returns the shape after one direction of a transform, without allocating; None if it does not apply."""
     try:
         return change(np.broadcast_to(np.int8(0), shape)).shape
     except ValueError:
         return None
 
 
-def check(plan: Plan) -> Plan:
-    """Raises ConversionError with all problems of a plan, or returns it."""
+def check(plan: Plan, where: str | Path = "") -> Plan:
+    """Returns a plan that has no problems; otherwise raises a ConversionError with all of them.
+
+    Args:
+        plan: The plan.
+        where: The file, for the messages.
+    """
     if plan.problems:
-        raise ConversionError(plan.problems)
+        raise ConversionError([replace(problem, where=str(where)) for problem in plan.problems])
     return plan
 
 
@@ -294,11 +331,14 @@ def load(
 
     Args:
         plan: A plan without problems.
-        read: Gives one source tensor by key.
-        dtype: Type of all parameters; None keeps what the module asks for.
+        read: Returns one source tensor by key.
+        dtype: Dtype of all parameters; None: that of the module's parameters.
 
     Returns:
-        The parameters by path, complete: a stack whose layers do not all arrive raises.
+        All parameters by path.
+
+    Raises:
+        ConversionError: The plan has problems.
     """
     check(plan)
     values: dict[str, np.ndarray] = {}
@@ -314,38 +354,47 @@ def load(
 def assign(
     module: nnx.Module, values: Mapping[str, np.ndarray | jax.Array], *, consume: bool = False
 ) -> None:
-    """Writes parameters by path into a module, in place; every one of them must be given.
+    """Sets all parameters of a module, in place.
 
     Args:
         module: The module, or its `nnx.eval_shape`.
-        values: All parameters.
-        consume: Take each out of `values`, a dict, as it is written.
+        values: All parameters by path.
+        consume: Whether each is removed from `values`, a dict, once it is set.
+
+    Raises:
+        ConversionError: A parameter is missing or unexpected.
     """
     state = nnx.state(module, STORED)
     flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     if flat.keys() != values.keys():
-        raise ConversionError([f"missing or unexpected: {p}" for p in sorted(flat.keys() ^ values.keys())])
+        raise ConversionError(
+            [
+                Problem("missing" if path in flat else "unexpected", "", path, path)
+                for path in sorted(flat.keys() ^ values.keys())
+            ]
+        )
     for path, variable in flat.items():
         variable.set_value(jnp.asarray(values.pop(path) if consume else values[path]))
     nnx.update(module, state)
 
 
 def export_entries(rules: Iterable[Rule], target: Mapping[str, Any]) -> Iterator[Entry]:
-    """Reads a table backwards: where in a module's parameters each tensor of the file lies.
+    """Yields the tensors of a file with their places in the module's parameters: the table used backwards.
 
     Args:
         rules: The table.
         target: Parameters, or their shapes, by path.
 
     Raises:
-        ConversionError: A parameter has no rule, or more than one.
+        ConversionError: A parameter matches no rule, or more than one.
     """
     compiled = [(rule, _pattern(rule.target)) for rule in rules]
     for path, value in target.items():
         matches = [(rule, m) for rule, regex in compiled if (m := regex.fullmatch(path))]
         parts = [rule.part for rule, _ in matches]
         if parts not in ([None], [(i, len(parts)) for i in range(len(parts))]) or not parts:
-            raise ConversionError([f"{path}: {len(matches)} rules export it, one is needed"])
+            kind = "ambiguous" if matches else "missing"
+            raise ConversionError([Problem(kind, "", path, f"{len(matches)} rules export {path}, not one")])
         for rule, match in matches:
             stacked = [n for n in _INDEX.findall(rule.source) if n not in match.groupdict()]
             for layer in range(value.shape[0]) if stacked else [None]:
@@ -357,6 +406,6 @@ def export_entries(rules: Iterable[Rule], target: Mapping[str, Any]) -> Iterator
 def export(
     rules: Iterable[Rule], values: Mapping[str, np.ndarray | jax.Array]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields source keys and tensors from parameters by path; errors as `export_entries`."""
+    """Yields keys and tensors of a file from parameters by path; raises as `export_entries`."""
     for entry in export_entries(rules, values):
         yield entry.key, entry.transform.inverse(entry.place(np.asarray(values[entry.path])))

@@ -7,7 +7,7 @@ from fantasy_jax.models.umt5 import UMT5Config
 
 
 def official_rules(config: UMT5Config) -> list[Rule]:
-    """Keys of `models_t5_umt5-xxl-enc-bf16.pth`."""
+    """Returns the key table of `models_t5_umt5-xxl-enc-bf16.pth`."""
     block = "blocks.{layer}"
     return [
         Rule("token_embedding.weight", "embed/embedding"),
@@ -26,7 +26,7 @@ def official_rules(config: UMT5Config) -> list[Rule]:
 
 
 def transformers_rules(config: UMT5Config) -> list[Rule]:
-    """Keys of transformers' `UMT5EncoderModel`, which diffusers' folders hold as `text_encoder`."""
+    """Returns the key table of transformers' `UMT5EncoderModel`, the `text_encoder` of diffusers' folders."""
     attention = "encoder.block.{layer}.layer.0"
     mlp = "encoder.block.{layer}.layer.1"
     return [
@@ -46,12 +46,12 @@ def transformers_rules(config: UMT5Config) -> list[Rule]:
 
 
 def ignored_keys(config: UMT5Config) -> tuple[str, ...]:
-    """Transformers' second name of `shared.weight`, for the same tensor."""
+    """Returns transformers' second key of the tensor `shared.weight`."""
     return ("encoder.embed_tokens.weight",)
 
 
 def config_from_reference(reference: dict[str, Any]) -> UMT5Config:
-    """Sizes from a reference folder's config.json."""
+    """Returns the sizes from a reference's config.json."""
     return UMT5Config(
         vocab_size=reference["vocab"],
         dim=reference["dim"],

@@ -1,7 +1,7 @@
 """Key names of Wan2.1's VAE.
 
-Both files number their layers one after another, and differ in where they start to count, so the rules are
-made by walking the module's own list of layers.
+Both layouts number the layers consecutively, with different groups, so the rules follow from the module's
+list of layers.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _RESIDUAL_DIFFUSERS = {"shortcut": "conv_shortcut"}
 
 
 def official_rules(config: VAEConfig) -> list[Rule]:
-    """Keys of `Wan2.1_VAE.pth`."""
+    """Returns the key table of `Wan2.1_VAE.pth`."""
 
     def layer_name(coder: str, position: int, count: int) -> str:
         if coder == "encoder":
@@ -41,7 +41,7 @@ def official_rules(config: VAEConfig) -> list[Rule]:
 
 
 def diffusers_rules(config: VAEConfig) -> list[Rule]:
-    """Keys of diffusers' `AutoencoderKLWan`."""
+    """Returns the key table of diffusers' `AutoencoderKLWan`."""
     middle_names = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
     stage = config.num_res_blocks + 2  # residual blocks and an upsampling
 
@@ -65,7 +65,7 @@ def diffusers_rules(config: VAEConfig) -> list[Rule]:
 
 
 def config_from_reference(reference: dict[str, Any]) -> VAEConfig:
-    """Sizes from a reference folder's config.json."""
+    """Returns the sizes from a reference's config.json."""
     return VAEConfig(
         dim=reference["dim"],
         latent_channels=reference["z_dim"],
@@ -120,12 +120,12 @@ def _layer_rules(layer: nnx.Module, source: str, target: str, residual: dict[str
 
 
 def _norm(source: str, target: str, dimensions: int) -> Rule:
-    """PyTorch keeps a norm's scale as `[C, 1, 1]` or `[C, 1, 1, 1]`."""
+    """Rule of a norm's scale, which is `[C, 1, 1]` or `[C, 1, 1, 1]` in PyTorch."""
     return Rule(f"{source}.gamma", f"{target}/scale", reshape((-1, *[1] * dimensions), (-1,)))
 
 
 def _pointwise(dimensions: int) -> Transform:
-    """A convolution of one position, `[D, C, 1, ...]`, is a linear layer, `[C, D]`."""
+    """A convolution of kernel size 1, `[D, C, 1, ...]`, is a linear layer, `[C, D]`."""
     squeeze = Transform(
         "squeeze", lambda x: x.reshape(x.shape[:2]), lambda x: x.reshape(*x.shape, *[1] * dimensions)
     )
@@ -135,4 +135,4 @@ def _pointwise(dimensions: int) -> Transform:
 _CONV_IN_FRAME = Transform(
     "conv_in_frame", lambda x: x.transpose(2, 3, 1, 0)[None], lambda x: x[0].transpose(3, 2, 0, 1)
 )
-"""`[D, C, r, c]` to `[1, r, c, C, D]`: a convolution within frames."""
+"""`[D, C, r, c]` to `[1, r, c, C, D]`: a 2D convolution as a 3D one."""

@@ -1,10 +1,10 @@
-"""Key names of Wan2.1's transformer, of a LoRA of it, and of the FantasyTalking adapter."""
+"""Key names of Wan2.1's transformer, of its LoRAs, and of the FantasyTalking audio adapter."""
 
 from typing import Any
 
 from fantasy_jax.convert.rules import (
     LINEAR,
-    ConversionError,
+    Problem,
     Rule,
     Transform,
     affine,
@@ -13,13 +13,14 @@ from fantasy_jax.convert.rules import (
     permute,
     reshape,
 )
+from fantasy_jax.errors import ConversionError
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.lora import LoRASizes
 from fantasy_jax.models.wan import WanConfig
 
 
 def official_rules(config: WanConfig) -> list[Rule]:
-    """Keys of the official file, which FantasyTalking, DiffSynth and ComfyUI read too."""
+    """Returns the key table of the official file, which FantasyTalking, DiffSynth and ComfyUI also read."""
     return [
         *affine("patch_embedding", "patch_in", weight=_patch(config)),
         *affine("text_embedding.0", "text_in"),
@@ -48,7 +49,7 @@ def official_rules(config: WanConfig) -> list[Rule]:
 
 
 def diffusers_rules(config: WanConfig) -> list[Rule]:
-    """Keys of diffusers' `WanTransformer3DModel`."""
+    """Returns the key table of diffusers' `WanTransformer3DModel`."""
     embedder = "condition_embedder"
     return [
         *affine("patch_embedding", "patch_in", weight=_patch(config)),
@@ -80,11 +81,11 @@ def diffusers_rules(config: WanConfig) -> list[Rule]:
 def audio_adapter_rules(
     config: AudioAdapterConfig, processor: str = "audio_processor.blocks.{layer}.cross_attn.processor"
 ) -> list[Rule]:
-    """Keys of `fantasytalking_model`: the safetensors file's, or the .ckpt's two dictionaries flattened.
+    """Returns the key table of `fantasytalking_model`, .safetensors or flattened .ckpt.
 
     Args:
         config: Sizes.
-        processor: What stands before the blocks' `k_proj` and `v_proj`; ComfyUI has no processor there.
+        processor: Prefix of the blocks' `k_proj` and `v_proj`; ComfyUI's has no `processor`.
     """
     return [
         Rule("proj_model.proj.weight", "projection/kernel", LINEAR),
@@ -95,19 +96,20 @@ def audio_adapter_rules(
 
 
 def lora_rules(config: LoRASizes) -> list[Rule]:
-    """Keys of a LoRA as ComfyUI and diffusers read it: official names behind `diffusion_model.`.
+    """Returns the key table of a LoRA for ComfyUI and diffusers: official keys after `diffusion_model.`.
 
     Source: diffusers, `loaders/lora_conversion_utils.py`, `_convert_non_diffusers_wan_lora_to_diffusers`;
-    ComfyUI, `comfy/lora.py`. B holds the factor alpha / rank in the file: with no `alpha` beside it, all
-    programs take it as it is.
+    ComfyUI, `comfy/lora.py`. In the file, B is multiplied by alpha / rank: without an entry `alpha`, all
+    programs use it unchanged.
 
     Raises:
-        ConversionError: A layer is none that these programs know.
+        ConversionError: These programs do not support a layer.
     """
     known = {rule.target: rule.source for rule in official_rules(WanConfig()) if rule.transform is LINEAR}
     scaled = Transform("scale", lambda b: b / config.scale, lambda b: b * config.scale)
     if unknown := [path for path, _ in config.layers if f"{path}/kernel" not in known]:
-        raise ConversionError([f"{path}: other programs know no LoRA of it" for path in unknown])
+        detail = "{} is not a layer of the official transformer"
+        raise ConversionError([Problem("unexpected", "", path, detail.format(path)) for path in unknown])
     rules = []
     for path, _ in config.layers:
         stem = f"diffusion_model.{known[f'{path}/kernel'].removesuffix('.weight')}"
@@ -117,7 +119,7 @@ def lora_rules(config: LoRASizes) -> list[Rule]:
 
 
 def config_from_reference(reference: dict[str, Any]) -> WanConfig:
-    """Sizes from the `model` entry of a reference folder's config.json (official argument names)."""
+    """Returns the sizes from a reference's config.json, whose `model` has the official argument names."""
     model = reference["model"]
     return WanConfig(
         latent_channels=model["out_dim"],
@@ -135,7 +137,7 @@ def config_from_reference(reference: dict[str, Any]) -> WanConfig:
 
 
 def audio_config_from_reference(reference: dict[str, Any]) -> AudioAdapterConfig:
-    """The adapter's sizes from a reference folder's config.json."""
+    """Returns the adapter's sizes from a reference's config.json."""
     model, audio = reference["model"], reference["audio"]
     return AudioAdapterConfig(
         feature_width=audio["audio_in_dim"],
@@ -158,7 +160,7 @@ def _block_rules(
     modulation: str,
     config: WanConfig,
 ) -> list[Rule]:
-    """The rules of one block in either spelling; keys and values of cross-attention belong to the text."""
+    """Rules of a block in either layout; the text has the keys and values of the official cross-attention."""
     block = "blocks.{layer}"
     rules = [
         Rule(f"{block}.{modulation}", "blocks/modulation", reshape((1, 6, config.dim), (6, config.dim))),
@@ -183,7 +185,7 @@ def _block_rules(
 
 
 def _patch(config: WanConfig) -> Transform:
-    """A convolution with its kernel as stride is linear on patches: `[D, C, 1, r, c]` to `[r c C, D]`."""
+    """A convolution whose stride is its kernel size is linear: `[D, C, 1, r, c]` to `[r c C, D]`."""
     channels = config.latent_channels + config.condition_channels
     spread = (1, *config.patch, channels, config.dim)
     return chain(permute(2, 3, 4, 1, 0), reshape(spread, (-1, config.dim)))

@@ -1,7 +1,7 @@
-"""Key names of wav2vec2, in transformers' spelling, of which there are several.
+"""Key names of wav2vec2 in transformers, of which there are several variants.
 
-Weight norm's two parts are called `weight_g` and `weight_v` in the hosted files and
-`parametrizations.weight.original0` and `1` by transformers 5; models with a head put `wav2vec2.` before all.
+The two parts of weight norm are `weight_g` and `weight_v` in the hosted files, and
+`parametrizations.weight.original0` and `1` in transformers 5. Models with a head have the prefix `wav2vec2.`.
 """
 
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
 
 
 def official_rules(config: Wav2Vec2Config, keys: Collection[str] = ()) -> list[Rule]:
-    """Keys of transformers' `Wav2Vec2Model`, or of a file that spells them otherwise.
+    """Returns the key table of a variant of transformers' `Wav2Vec2Model`.
 
     Args:
-        config: Sizes, which decide where norms and biases are.
-        keys: All keys of the file, whose spelling is followed; without them it is transformers 5's.
+        config: Sizes; norms and biases depend on them.
+        keys: Keys that determine the variant; empty: transformers 5 without a head.
     """
     prefix = "wav2vec2." if any(key.startswith("wav2vec2.") for key in keys) else ""
     norm_length, norm_direction = (
@@ -52,12 +52,12 @@ def official_rules(config: Wav2Vec2Config, keys: Collection[str] = ()) -> list[R
 
 
 def ignored_keys(config: Wav2Vec2Config) -> tuple[str, ...]:
-    """What the files hold besides: parts for training and for other tasks."""
+    """Returns patterns of the parts for training and for other tasks."""
     return ("*masked_spec_embed", "lm_head.*", "quantizer.*", "project_hid.*", "project_q.*")
 
 
 def config_from_reference(reference: dict[str, Any]) -> Wav2Vec2Config:
-    """Sizes from a config.json, of a reference folder or of transformers."""
+    """Returns the sizes from the config.json of transformers or of a reference."""
     names = Wav2Vec2Config.__dataclass_fields__
     values = {name: reference[name] for name in names if name in reference}
     return Wav2Vec2Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

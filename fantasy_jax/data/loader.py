@@ -1,4 +1,4 @@
-"""The loader: records to batches by Grain, in an order that is a function of the step."""
+"""The data loader: batches of records by Grain, in an order that is a function of the step."""
 
 import ctypes
 import logging
@@ -17,52 +17,52 @@ from fantasy_jax.data.records import Record
 
 def batches(
     source: Any,
-    prepare: Callable[[Record, np.random.Generator], Record],
+    transform: Callable[[Record, np.random.Generator], Record],
     *,
     batch_size: int,
     start: int,
-    workers: int,
+    num_workers: int,
     seed: int,
     rows: Sequence[int] | None = None,
     max_unreadable: int = 10,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, from a step on.
+    """Yields batches without end, from batch number `start` on.
 
-    Which records a batch holds and what chance does to them depends on `seed` and on the batch's number
-    alone, not on the number of workers or processes or on where the run began.
+    The records and the random numbers of a batch depend on `seed` and on the number of the batch only, not on
+    the number of workers or processes or on `start`.
 
     Args:
-        source: Records that can be indexed, such as TFDS' `as_data_source` gives; it must pickle.
-        prepare: Makes an example of a record, by chance as it likes; it must pickle.
-        batch_size: Examples in a batch.
-        start: Number of the first batch that is wanted.
-        workers: Processes to read with; 0 reads in threads of this one.
-        seed: Of order and chance.
-        rows: Which examples of each batch are wanted, where several processes share it; None: all.
-        max_unreadable: So many records that cannot be read are named in the log, and the next ones taken in
-            their place; one more in one process ends the run.
+        source: Sequence of records, such as TFDS' `as_data_source`; it must pickle.
+        transform: Makes an example of a record, with a random generator for augmentation; it must pickle.
+        batch_size: Examples in a batch of all processes.
+        start: Number of the first batch.
+        num_workers: Worker processes; 0 reads in threads of this process.
+        seed: Seed of the order and of the random generators.
+        rows: Which examples of each batch this process needs; None for all.
+        max_unreadable: Number of unreadable records that are logged and replaced by the next ones; with one
+            more in one process an OSError ends the run.
 
     Yields:
-        Arrays by name, and the records' numbers as `record`.
+        Arrays by name, and the indices of the records as `record`.
     """
     dataset = grain.MapDataset.source(_Readable(source, max_unreadable)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_Numbered(prepare))
+    dataset = dataset.random_map(_Transform(transform))
     if rows is not None:
         dataset = _Rows(dataset, batch_size, tuple(rows))
     dataset = dataset.batch(batch_size if rows is None else len(rows), drop_remainder=True)
-    # A slice of an endless dataset ends where Python's integers for lengths do.
+    # The length of an endless dataset is sys.maxsize: a slice of it is as good as endless.
     dataset = dataset.slice(slice(start, None)) if start else dataset
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    if workers:
+    if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own (google/grain, issue 1355)
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_begin_worker)
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=4)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_init_worker)
     return iter(iterable)
 
 
 class _Readable:
-    """Records with their numbers, those that cannot be read left out."""
+    """Pairs of index and record; an unreadable record is replaced by the next one."""
 
     def __init__(self, source: Any, limit: int):
         self._source, self._limit = source, limit
@@ -76,27 +76,29 @@ class _Readable:
             try:
                 return index, self._source[index]
             except Exception as error:  # damaged files make readers raise anything
+                known = index in self._unreadable
                 self._unreadable.add(index)
                 message = f"record {index} cannot be read ({type(error).__name__}: {error})"
                 if len(self._unreadable) > self._limit:
-                    raise OSError(f"{message}; nor can {self._limit} others, remake the dataset") from error
-                logging.getLogger(__name__).warning("%s; number %d, left out", message, len(self._unreadable))
+                    raise OSError(f"{message}, and {self._limit} others; make the dataset anew") from error
+                if not known:
+                    logging.getLogger(__name__).warning("%s; the next one takes its place", message)
                 index = (index + 1) % len(self)
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """Prepares a record and keeps its number."""
+class _Transform:
+    """Transforms the record of a pair and adds its index."""
 
-    prepare: Callable[[Record, np.random.Generator], Record]
+    transform: Callable[[Record, np.random.Generator], Record]
 
-    def __call__(self, numbered: tuple[int, Record], rng: np.random.Generator) -> Record:
-        number, record = numbered
-        return self.prepare(record, rng) | {"record": np.int64(number)}
+    def __call__(self, indexed: tuple[int, Record], rng: np.random.Generator) -> Record:
+        index, record = indexed
+        return self.transform(record, rng) | {"record": np.int64(index)}
 
 
 class _Rows(grain.MapDataset):
-    """Of every batch of examples, some; the others are never read."""
+    """The given rows of every batch; other examples are never read."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: tuple[int, ...]):
         super().__init__(parent)
@@ -108,20 +110,20 @@ class _Rows(grain.MapDataset):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        batch, place = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[place]]
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
 
 
 _MALLOC = {-1: 2**30, -3: 2**25, -8: 1}
-"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (the largest that is allowed) and M_ARENA_MAX of glibc's malloc.h."""
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its maximum) and M_ARENA_MAX of glibc's malloc.h."""
 
 
-def _begin_worker(worker: int, workers: int) -> None:
-    """What is set in a process that reads."""
-    # Ctrl-C reaches every process; the run decides when its workers end.
+def _init_worker(worker: int, num_workers: int) -> None:
+    """Sets up a worker process."""
+    # Ctrl-C reaches every process; the main process ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Memory of one record is kept for the next: given back and asked for anew, page by page, it would take
-    # longer than reading takes.
+    # Keeps the memory of one record for the next: returning it and allocating it anew, page by page, would
+    # take longer than reading.
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in _MALLOC.items():
             ctypes.CDLL(None).mallopt(parameter, value)

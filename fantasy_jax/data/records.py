@@ -1,6 +1,6 @@
-"""Datasets of records on disk: TFDS, as array records, complete or not there. No TensorFlow is needed."""
+"""Datasets of records on disk: TFDS with array records, complete or absent. TensorFlow is not needed."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,16 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from fantasy_jax.config import ConfigError, as_json
+from fantasy_jax.config import as_json
+from fantasy_jax.errors import ConfigError
 
 Record = dict[str, Any]
 
 
 class _Uncompressed:
-    """Writes TFDS' array records as they are: arrays of floats hardly shrink, and take long to unpack.
+    """Writes TFDS' array records uncompressed: arrays of floats hardly shrink, and take long to decompress.
 
-    What does shrink, such as bytes of pictures, is packed by its own encoding.
+    What does shrink, such as images, is compressed by its own encoding.
     """
 
     def write(self, path: str | PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
@@ -27,7 +28,7 @@ class _Uncompressed:
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
-    """A dataset of one version whose records somebody else makes."""
+    """A TFDS builder for records that the caller generates."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -37,17 +38,17 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
         directory: Path,
         features: Mapping[str, tfds.features.FeatureConnector],
         splits: Mapping[str, Iterable[Record]],
-        settings: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ):
         self.name = name
-        self._features, self._records, self._settings = features, splits, settings
+        self._features, self._records, self._metadata = features, splits, metadata
         super().__init__(data_dir=str(directory), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(dict(self._features)),
-            metadata=tfds.core.MetadataDict(self._settings),
+            metadata=tfds.core.MetadataDict(self._metadata),
         )
 
     def _example_writer(self) -> _Uncompressed:
@@ -57,7 +58,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
         return {split: enumerate(records) for split, records in self._records.items()}
 
     def _generate_examples(self, *arguments: Any) -> Iterable[tuple[int, Record]]:
-        raise NotImplementedError("the splits are generators already")
+        raise NotImplementedError("splits are generators already")
 
 
 def write_dataset(
@@ -65,37 +66,87 @@ def write_dataset(
     directory: str | Path,
     features: Callable[[], Mapping[str, tfds.features.FeatureConnector]],
     splits: Mapping[str, Iterable[Record]],
-    settings: Mapping[str, Any],
+    metadata: Mapping[str, Any],
 ) -> Path:
-    """Writes a dataset below a directory, unless it is there; it is moved into place when it is complete.
+    """Writes a dataset unless it exists; it is moved into place when complete.
 
     Args:
-        name: Of the dataset.
-        directory: Where datasets lie.
-        features: Makes the schema of a record; not asked where nothing is to be written.
-        splits: The records of each; iterators that do nothing until they are asked.
-        settings: What the records follow from.
+        name: Name of the dataset.
+        directory: Parent folder of datasets.
+        features: Returns the schema of a record; called only if the dataset is written.
+        splits: Records by split; lazy iterators, consumed only if the dataset is written.
+        metadata: Settings that determine the records, stored with them.
 
     Returns:
-        The folder of its records, to be read with `tfds.builder_from_directory`.
+        The folder of the records, for `tfds.builder_from_directory`.
 
     Raises:
-        ConfigError: Such a dataset lies there, made with other settings.
+        ConfigError: The dataset exists with other metadata.
     """
-    settings = as_json(settings)
+    metadata = as_json(metadata)
     tfds.disable_progress_bar()  # it knows no total
     folder = Path(directory) / name / str(RecordsBuilder.VERSION)
     if not folder.exists():
-        RecordsBuilder(name, Path(directory), features(), splits, settings).download_and_prepare()
+        RecordsBuilder(name, Path(directory), features(), splits, metadata).download_and_prepare()
         return folder
-    written = dict(tfds.builder_from_directory(folder).info.metadata or {})
-    if differing := [key for key, value in settings.items() if written.get(key) != value]:
+    written = read_metadata(folder)
+    if differing := [key for key, value in metadata.items() if written.get(key) != value]:
         raise ConfigError(
-            f"{folder}: was made with another {differing[0]}; remove it, or choose another folder"
+            f"{folder}: was made with other settings ({differing[0]}); remove it, or choose another folder"
         )
     return folder
 
 
 def open_split(folder: Path, split: str) -> Any:
-    """The records of a split, by number."""
-    return tfds.builder_from_directory(folder).as_data_source(split)
+    """Returns the records of a split as a sequence.
+
+    Raises:
+        ConfigError: The folder holds no dataset.
+    """
+    return _open(folder).as_data_source(split)
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Returns the metadata that `write_dataset` stored with a dataset.
+
+    Raises:
+        ConfigError: The folder holds no dataset.
+    """
+    return dict(_open(folder).info.metadata or {})
+
+
+def check_metadata(folder: str | Path, wanted: Mapping[str, Any]) -> None:
+    """Checks that a dataset was made with the settings that its use expects.
+
+    Args:
+        folder: Folder of the dataset.
+        wanted: Expected metadata. Nested mappings are compared key by key; keys that either side lacks are
+            skipped.
+
+    Raises:
+        ConfigError: The folder holds no dataset, or a value differs.
+    """
+    for key, stored, value in _differences(read_metadata(folder), as_json(wanted), ""):
+        raise ConfigError(
+            f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
+            "config, or make the records anew"
+        )
+
+
+def _open(folder: str | Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: holds no dataset ({error}); give a folder of records") from error
+
+
+def _differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], path: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields path and both values of every key that both mappings have with different values."""
+    for key in (key for key in wanted if key in stored):
+        one, other = stored[key], wanted[key]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{path}{key}.")
+        elif one != other:
+            yield f"{path}{key}", one, other

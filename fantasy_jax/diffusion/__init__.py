@@ -1,1 +1,1 @@
-"""Flow matching, guidance and sampling."""
+"""Flow matching: schedule, guidance, sampler, losses."""

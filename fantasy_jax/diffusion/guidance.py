@@ -1,8 +1,12 @@
-"""Guidance by prompt and by audio, with up to three evaluations of the transformer a step.
+"""Classifier-free guidance as data: a tuple of branches with weights.
 
-`v = v(neg, -) + s_prompt (v(pos, -) - v(neg, -)) + s_audio (v(pos, audio) - v(pos, -))`,
-where `-` is no audio; the picture stays everywhere (fantasy-talking, `diffsynth/pipelines/wan_video.py`), and
-so does what adapters tell of its face and its motion.
+The guided velocity is `v = sum_b w_b v_b`, where each branch drops some conditions. FantasyTalking guides by
+prompt and by audio (fantasy-talking, `diffsynth/pipelines/wan_video.py`):
+
+    v = v(neg, -) + s_text (v(pos, -) - v(neg, -)) + s_audio (v(pos, audio) - v(pos, -))
+
+where `-` is no audio, and image, face and motion are kept everywhere. The weights are therefore `1 - s_text`,
+`s_text - s_audio` and `s_audio`; a branch whose weight is zero at every step is not computed.
 """
 
 from collections.abc import Sequence
@@ -11,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, Float, Float32
 
 
@@ -20,9 +24,9 @@ class ScaleSchedule:
     """A guidance scale that changes over the steps.
 
     Attributes:
-        start: At the first step.
-        end: At the last step.
-        shape: `linear`, or `cosine`: slow at both ends.
+        start: Scale at the first step.
+        end: Scale at the last step.
+        shape: `linear`, or `cosine`, which changes slowly at both ends.
     """
 
     start: float
@@ -31,57 +35,79 @@ class ScaleSchedule:
 
     def __post_init__(self):
         if self.shape not in ("linear", "cosine"):
-            raise ConfigError(f"shape is {self.shape!r}; use 'linear' or 'cosine'")
+            raise ConfigError(f"shape is {self.shape!r}; it must be 'linear' or 'cosine'")
+
+
+Scale = float | ScaleSchedule
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One evaluation of the transformer: with which text, and how loud the audio."""
+class GuidanceBranch:
+    """One evaluation of the velocity in each step.
 
-    negative_text: bool
-    audio_scale: float
+    Attributes:
+        dropped: Dropout groups that it leaves out; where `text` is one, the negative prompt takes its place.
+        weights: Weight of its velocity at each step; those of all branches sum to one.
+    """
+
+    dropped: tuple[str, ...]
+    weights: tuple[float, ...]
 
 
-def scale_values(scale: float | ScaleSchedule, steps: int) -> Float32[np.ndarray, " {steps}"]:
+def scale_values(scale: Scale, num_steps: int) -> Float32[np.ndarray, " {num_steps}"]:
     """The scale at every step."""
     if not isinstance(scale, ScaleSchedule):
-        return np.full(steps, scale, np.float32)
-    progress = np.linspace(0, 1, steps)
+        return np.full(num_steps, scale, np.float32)
+    progress = np.linspace(0, 1, num_steps)
     if scale.shape == "cosine":
         progress = (1 - np.cos(np.pi * progress)) / 2
     return (scale.start + (scale.end - scale.start) * progress).astype(np.float32)
 
 
-def branches(
-    prompt_scale: float | ScaleSchedule, audio_scale: float | ScaleSchedule, *, loudness: float = 1.0
-) -> tuple[Branch, ...]:
-    """The evaluations that a step needs, fully conditioned last.
-
-    Three in general, two where the prompt's scale is 1 throughout, one where both are.
+def guidance_branches(
+    num_steps: int, text_scale: Scale, scale: Scale = 1.0, group: str = "audio"
+) -> tuple[GuidanceBranch, ...]:
+    """The branches of guidance by prompt and by one adapter, the fully conditioned one last.
 
     Args:
-        prompt_scale: s_prompt.
-        audio_scale: s_audio.
-        loudness: Weight of the attended audio where it is heard (`audio_scale` of the official script).
+        num_steps: Steps of the sampler.
+        text_scale: s_text, the guidance scale of the prompt.
+        scale: Guidance scale of the adapter.
+        group: Dropout group of the adapter.
+
+    Returns:
+        Three branches in general; two where `text_scale` is 1 or equals `scale` at every step; one where both
+        are 1.
     """
-    full = (Branch(True, 0.0), Branch(False, 0.0), Branch(False, loudness))
-    if not _is_one(prompt_scale):
-        return full
-    return full[2:] if _is_one(audio_scale) else full[1:]
+    text, other = (scale_values(x, num_steps).astype(np.float64) for x in (text_scale, scale))
+    weights = {("text", group): 1 - text, (group,): text - other, (): other}
+    return tuple(
+        GuidanceBranch(dropped, tuple(values.tolist())) for dropped, values in weights.items() if values.any()
+    )
+
+
+def difference_scales(branches: Sequence[GuidanceBranch]) -> Float32[np.ndarray, "steps differences"]:
+    """The scales of `combine` at each step, from the branches' weights.
+
+    Raises:
+        ValueError: The weights of a step do not sum to one.
+    """
+    weights = np.array([branch.weights for branch in branches], np.float64)
+    if not np.allclose(weights.sum(axis=0), 1, atol=1e-5):
+        raise ValueError("the weights of the guidance branches do not sum to one")
+    return np.cumsum(weights[::-1], axis=0)[::-1][1:].T.astype(np.float32)
 
 
 def combine(
-    velocities: Sequence[Float[Array, "*n"]], prompt_scale: float | Array, audio_scale: float | Array
+    velocities: Sequence[Float[Array, "*n"]], scales: Float[Array | np.ndarray, " differences"]
 ) -> Float[Array, "*n"]:
-    """Guides: the formula above, for what `branches` asked for, in its order."""
-    if len(velocities) == 1:
-        return velocities[0]
-    *negative, silent, heard = velocities
-    guided = audio_scale * (heard - silent)
-    if not negative:
-        return silent + guided
-    return negative[0] + prompt_scale * (silent - negative[0]) + guided
+    """The weighted sum of the branches' velocities.
 
-
-def _is_one(scale: float | ScaleSchedule) -> bool:
-    return bool(np.all(scale_values(scale, 2) == 1))
+    It is summed over the differences between neighbouring branches, `v_0 + sum_i s_i (v_i - v_(i-1))`, where
+    s_i is the sum of the weights from branch i on: velocities are alike, so that their differences are small
+    and little is rounded.
+    """
+    guided = velocities[0]
+    for i in range(1, len(velocities)):
+        guided = guided + scales[i - 1] * (velocities[i] - velocities[i - 1])
+    return guided

@@ -1,23 +1,24 @@
-"""What the transformer is trained on: the error of its velocity, everywhere or at the lips."""
+"""The training loss: the error of the velocity, everywhere or at the lips."""
 
 import jax
 import jax.numpy as jnp
 
-from fantasy_jax.models.vae import CHUNK
 from fantasy_jax.typing import Array, Bool, Float
+from fantasy_jax.video import latent_frames
 
 
 def project_mask(
     mask: Float[Array, "B T H W"], height: int, width: int
 ) -> Float[Array, "B F {height} {width}"]:
-    """A mask of pixels on the grid of the latents, by trilinear interpolation (arXiv 2504.04842, 3.2).
+    """Projects a pixel mask onto the latent grid, by trilinear interpolation (arXiv 2504.04842, 3.2).
 
-    As in the VAE, the first frame stands alone and every four after it make one. Interpolated over what a
-    latent covers, not between its two middle pixels: a closed mouth is lower than eight rows.
+    As in the VAE, the first frame is one latent frame and every four frames after it make one. The
+    interpolation is antialiased, over all pixels that a latent covers: a closed mouth is lower than the eight
+    rows of a latent.
     """
     batch, frames = mask.shape[:2]
     first = jax.image.resize(mask[:, :1], (batch, 1, height, width), "trilinear")
-    rest = jax.image.resize(mask[:, 1:], (batch, (frames - 1) // CHUNK, height, width), "trilinear")
+    rest = jax.image.resize(mask[:, 1:], (batch, latent_frames(frames) - 1, height, width), "trilinear")
     return jnp.concatenate([first, rest], axis=1)
 
 
@@ -30,17 +31,17 @@ def velocity_loss(
     outside: float = 0.0,
     by_area: bool = True,
 ) -> Float[Array, " B"]:
-    """Mean square error of each sample, over the lips where `masked` says so (eq. 6 of arXiv 2504.04842).
+    """Mean squared error of each sample, over the lips where `masked` is set (arXiv 2504.04842, equation 6).
 
     Args:
-        velocity: Predicted.
+        velocity: Predicted velocity.
         target: Noise minus data.
-        lips: From `project_mask`; a sample whose mask is empty takes the plain loss.
-        masked: Which samples are masked.
-        outside: Weight of what lies outside of the mask, where lips have 1; the paper's is 0.
-        by_area: Whether the masked error is divided by the mask's area, and not by that of the picture. The
-            paper does not tell. Undivided, small mouths would teach little, and the learning rate would mean
-            another thing than in the plain loss, which is a hundred times as large.
+        lips: From `project_mask`; a sample whose mask is empty takes the unmasked loss.
+        masked: Samples whose loss is masked.
+        outside: Weight outside the mask, where lips have weight 1; the paper's is 0.
+        by_area: Whether the masked error is divided by the mask's area, and not by the image's. The paper
+            does not say. Undivided, small mouths contribute little, and the learning rate has another meaning
+            than in the unmasked loss, which is a hundred times as large.
     """
     masked = masked & (lips.sum(axis=(1, 2, 3)) > 0)
     weight = jnp.where(masked[:, None, None, None], outside + (1 - outside) * lips, 1.0)

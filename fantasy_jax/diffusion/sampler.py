@@ -1,217 +1,219 @@
-"""Euler's method from noise to latents, one compiled program for every step."""
+"""From noise to latents: a velocity function, guidance, and a solver, compiled as one program for every step.
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+A velocity function takes latents, a noise level and conditions. What changes it (windows over time, caches)
+is a
+wrapper: a function from velocity function to velocity function. A solver takes the guided velocity from one
+    noise
+level to the next.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from fantasy_jax.config import ConfigError
-from fantasy_jax.diffusion.flow import TRAIN_TIMESTEPS, sampling_sigmas
-from fantasy_jax.diffusion.guidance import Branch, ScaleSchedule, branches, combine, scale_values
-from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
-from fantasy_jax.models.condition import Condition
+from fantasy_jax.diffusion.flow import sampling_sigmas
+from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.typing import Array, Float, Leaf
+from fantasy_jax.system.conditioning import AdapterOptions, Conditions, condition, velocity
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.typing import Array, Float
+
+Velocity = Callable[[Array, Array, Conditions], Array]
+"""Of latents `[B, F, h, w, C]`, sigma, and conditions."""
+Wrapper = Callable[[Velocity], Velocity]
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Takes latents from one noise level to the next."""
+
+    def __call__(
+        self,
+        velocity: Callable[[Array, Array], Array],
+        latents: Float[Array, "B F h w C"],
+        sigmas: Float[Array, "2"],
+    ) -> Float[Array, "B F h w C"]:
+        """Advances the latents.
+
+        Args:
+            velocity: The guided velocity, of latents and sigma.
+            latents: Latents at the first noise level.
+            sigmas: Noise levels before and after.
+        """
+        ...
+
+
+def euler(
+    velocity: Callable[[Array, Array], Array],
+    latents: Float[Array, "B F h w C"],
+    sigmas: Float[Array, "2"],
+) -> Float[Array, "B F h w C"]:
+    """Euler's method (a `Solver`)."""
+    return latents + velocity(latents, sigmas[0]) * (sigmas[1] - sigmas[0])
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How latents are drawn; the defaults are the official script's.
+    """How latents are sampled; the defaults are the official script's.
 
     Attributes:
-        steps: Euler steps.
-        shift: Of the noise schedule.
-        prompt_scale: Guidance by the prompt, a number or a schedule over the steps.
-        audio_scale: Guidance by the audio, likewise.
-        loudness: Weight of the attended audio where it is heard.
-        identity_scale: Weight of the attended face, for a model with an identity adapter.
-        motion_scale: How far intensities of motion pull from neutral, for a model with a motion adapter: 1 as
-            in training; more where training was short and they pull too little. Neutral stays as it is.
-        audio: Whether each frame hears its own window of the sound (second training stage, and the released
-            weights) or the whole clip (first stage).
-        batch_branches: Evaluate guidance's branches as one batch (faster where memory allows), or one after
-            another.
+        num_inference_steps: Steps.
+        shift: Shift of the noise schedule.
+        batch_branches: Whether the branches of guidance are evaluated as one batch, which is faster where
+            memory allows, or one after another.
     """
 
-    steps: int = 30
+    num_inference_steps: int = 30
     shift: float = 5.0
-    prompt_scale: float | ScaleSchedule = 5.0
-    audio_scale: float | ScaleSchedule = 5.0
-    loudness: float = 1.0
-    identity_scale: float = IDENTITY_SCALE
-    motion_scale: float = 1.0
-    audio: Literal["frame", "clip"] = "frame"
     batch_branches: bool = True
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; at least 1 is needed")
+        if self.num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         if self.shift <= 0:
-            raise ConfigError(f"shift is {self.shift}; a positive number is needed")
+            raise ConfigError(f"shift is {self.shift}; it must be positive")
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SamplerInputs:
-    """What a clip is sampled from.
+class StepProgram:
+    """What a compiled step consists of; hashable, so that it is part of the program's key.
 
     Attributes:
-        first_frame: The first frame's condition, `[B, F, h, w, 4 + C]`.
-        text: The prompt, encoded, without padding, `[B, L, D]`.
-        negative_text: The negative prompt likewise; its length may differ.
-        image: The picture encoder's tokens, `[B, L, D]`.
-        audio: Speech features of the clip's video frames, `[B, A, D]`.
-        motion: Intensities of face and body in [0, 1], `[B, 2]`; None for a transformer without the adapter.
-        face: The face encoder's features of places, `[B, P, C]`; None likewise.
+        batch_branches: As of `SamplerConfig`.
+        solver: Takes latents from one noise level to the next.
+        wrappers: Applied to the transformer's velocity, the first one innermost.
     """
 
-    first_frame: Leaf
-    text: Leaf
-    negative_text: Leaf
-    image: Leaf
-    audio: Leaf
-    motion: Leaf = None
-    face: Leaf = None
+    batch_branches: bool = True
+    solver: Solver = euler
+    wrappers: tuple[Wrapper, ...] = ()
 
 
 def sample(
     transformer: WanTransformer,
     noise: Float[Array, "B F h w C"],
-    inputs: SamplerInputs,
+    inputs: ClipInputs,
     config: SamplerConfig,
     *,
+    guidance: Sequence[GuidanceBranch],
+    options: AdapterOptions | None = None,
+    solver: Solver = euler,
+    wrappers: Sequence[Wrapper] = (),
     progress: bool = False,
-    each_step: Callable[[int, Array], None] | None = None,
+    callback: Callable[[int, Array], None] | None = None,
 ) -> Float[Array, "B F h w C"]:
     """Integrates the guided velocity from noise to latents.
 
     Args:
-        transformer: With an adapter named `audio`; `motion` and `identity`, too, if the inputs have `motion`
-            and `face`.
-        noise: Where to start.
-        inputs: What to listen to.
-        config: Steps and guidance.
-        progress: Show a bar with the time left.
-        each_step: Called with the step's number, from 0, and the latents after it.
+        transformer: With its adapters.
+        noise: Latents at sigma 1.
+        inputs: What the clips are conditioned on.
+        config: Steps and schedule.
+        guidance: Branches, with a weight for each step.
+        options: Keyword arguments of adapters (`system.conditioning.condition`).
+        solver: Takes latents from one noise level to the next.
+        wrappers: Change the velocity function, the first one innermost.
+        progress: Whether to show a progress bar.
+        callback: Called with the step's number, from 0, and the latents after it.
 
     Returns:
         Latents, float32, normalised as the VAE gives them.
     """
-    sigmas = sampling_sigmas(config.steps, config.shift)
-    prompt_scales = scale_values(config.prompt_scale, config.steps)
-    audio_scales = scale_values(config.audio_scale, config.steps)
-    needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
+    sigmas = sampling_sigmas(config.num_inference_steps, config.shift)
+    scales = difference_scales(guidance)
     graphdef, state = nnx.split(transformer)
-    conditions = branch_conditions(graphdef, needed, config.audio, state, inputs, config.identity_scale)
-    latents = jnp.array(noise, jnp.float32)  # a copy, for the step gives its argument's memory away
-    for i in tqdm(range(config.steps), desc="Sampling", unit="step", disable=not progress):
-        scales = np.array([prompt_scales[i], audio_scales[i]])
-        latents = euler_step(
-            graphdef,
-            config.batch_branches,
-            state,
-            latents,
-            inputs.first_frame,
-            conditions,
-            sigmas[i : i + 2],
-            scales,
-            inputs.motion,
-            config.motion_scale,
-        )
+    dropped = tuple(branch.dropped for branch in guidance)
+    conditions = branch_conditions(graphdef, dropped, hashable(options), state, inputs)
+    program = StepProgram(config.batch_branches, solver, tuple(wrappers))
+    latents = jnp.array(noise, jnp.float32)  # a copy: the step donates its argument
+    steps = range(config.num_inference_steps)
+    for i in tqdm(steps, desc="Sampling", unit="step", disable=not progress):
+        latents = guided_step(graphdef, program, state, latents, conditions, sigmas[i : i + 2], scales[i])
         if progress:
-            latents.block_until_ready()  # or the bar would count steps that are only queued
-        if each_step is not None:
-            each_step(i, latents)
+            latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
+        if callback is not None:
+            callback(i, latents)
     return latents
 
 
-@jax.jit(static_argnums=(0, 1, 2))
+HashableOptions = tuple[tuple[str, tuple[tuple[str, object], ...]], ...]
+"""`AdapterOptions` as nested tuples, as they are part of a program's key."""
+
+
+def hashable(options: AdapterOptions | None) -> HashableOptions:
+    """Adapter options as nested tuples."""
+    return tuple((name, tuple(sorted(values.items()))) for name, values in sorted((options or {}).items()))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def branch_conditions(
     graphdef: nnx.GraphDef,
-    needed: tuple[Branch, ...],
-    level: Literal["frame", "clip"],
+    dropped: tuple[tuple[str, ...], ...],
+    options: HashableOptions,
     state: nnx.State,
-    inputs: SamplerInputs,
-    identity_scale: float | Float[Array, ""] = IDENTITY_SCALE,
-) -> dict[str, Condition]:
-    """What the transformer listens to in each branch; the face, like the picture, in all of them.
+    inputs: ClipInputs,
+) -> Conditions:
+    """The conditions of each guidance branch.
 
     Args:
-        graphdef: Of the transformer.
-        needed: The branches.
-        level: How the sound is heard.
-        state: The transformer's.
-        inputs: What to listen to.
-        identity_scale: Weight of the face.
+        graphdef: Graphdef of the transformer.
+        dropped: Dropout groups that each branch leaves out.
+        options: From `hashable`.
+        state: State of the transformer.
+        inputs: What the clips are conditioned on.
 
     Returns:
-        By name; every array has a leading axis of branches.
+        Conditions whose arrays have a leading axis of branches.
     """
-    model = nnx.merge(graphdef, state)
-    batch, frames = inputs.first_frame.shape[:2]
-    prompt = model.conditions(inputs.text, inputs.image)
-    negative = model.conditions(inputs.negative_text, inputs.image)
-    adapter = model.adapters["audio"]
-    hear = adapter.frame_level if level == "frame" else adapter.clip_level
-    audio = hear(inputs.audio, 4 * (frames - 1) + 1)
-    shared = {}
-    if inputs.face is not None:
-        scale = jnp.full(batch, identity_scale, jnp.float32)
-        shared["identity"] = model.adapters["identity"](inputs.face, scale=scale)
-    each = []
-    for branch in needed:
-        text = negative if branch.negative_text else prompt
-        base = {name: Condition(c.tokens, scale=jnp.ones(batch)) for name, c in text.items()}
-        heard = replace(audio, scale=jnp.full(batch, branch.audio_scale, jnp.float32))
-        each.append(base | {"audio": heard} | shared)
+    transformer = nnx.merge(graphdef, state)
+    settings = {name: dict(values) for name, values in options}
+    each = [
+        condition(transformer, inputs, keep=dict.fromkeys(groups, False), options=settings)
+        for groups in dropped
+    ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-@jax.jit(static_argnums=(0, 1), donate_argnums=3)
-def euler_step(
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def guided_step(
     graphdef: nnx.GraphDef,
-    batch_branches: bool,
+    program: StepProgram,
     state: nnx.State,
     latents: Float[Array, "B F h w C"],
-    first_frame: Float[Array, "B F h w E"],
-    conditions: dict[str, Condition],
+    conditions: Conditions,
     sigmas: Float[Array, "2"],
-    scales: Float[Array, "2"],
-    motion: Float[Array, "B 2"] | None = None,
-    motion_scale: float | Float[Array, ""] = 1.0,
+    scales: Float[Array, " differences"],
 ) -> Float[Array, "B F h w C"]:
-    """A guided step.
+    """One guided step.
 
     Args:
-        graphdef: Of the transformer.
-        batch_branches: Whether branches are one batch.
-        state: The transformer's.
-        latents: Where it stands; their memory is given away.
-        first_frame: The first frame's condition.
+        graphdef: Graphdef of the transformer.
+        program: Solver and wrappers.
+        state: State of the transformer.
+        latents: Latents at the first noise level; donated.
         conditions: From `branch_conditions`.
         sigmas: Noise levels before and after.
-        scales: Of prompt and audio.
-        motion: Intensities of face and body, the same in every branch: the paper does not guide by them.
-        motion_scale: How far they pull from neutral.
+        scales: From `difference_scales`.
     """
-    model = nnx.merge(graphdef, state)
-    offset = None if motion is None else model.adapters["motion"].exaggerated(motion, motion_scale)
+    function: Velocity = partial(velocity, nnx.merge(graphdef, state))
+    for wrap in program.wrappers:
+        function = wrap(function)
+    branches = len(scales) + 1
 
-    def velocity(conditions: dict[str, Condition], copies: int = 1) -> Array:
-        copied = [jnp.concatenate([x] * copies) for x in (latents, first_frame)]
-        timestep = jnp.full(copied[0].shape[0], TRAIN_TIMESTEPS * sigmas[0], jnp.float32)
-        offsets = None if offset is None else jnp.concatenate([offset] * copies)
-        return model(*copied, timestep, conditions, offsets)
+    def guided(latents: Array, sigma: Array) -> Array:
+        if program.batch_branches:
+            merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), conditions)
+            repeated = jnp.concatenate([latents] * branches)
+            velocities = function(repeated, sigma, merged).reshape(branches, *latents.shape)
+        else:
+            velocities = jax.lax.map(lambda branch: function(latents, sigma, branch), conditions)
+        return combine(list(velocities), scales)
 
-    count = jax.tree.leaves(conditions)[0].shape[0]
-    if batch_branches:
-        merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), conditions)
-        velocities = velocity(merged, count).reshape(count, *latents.shape)
-    else:
-        velocities = jax.lax.map(velocity, conditions)
-    return latents + combine(list(velocities), scales[0], scales[1]) * (sigmas[1] - sigmas[0])
+    return program.solver(guided, latents, sigmas)

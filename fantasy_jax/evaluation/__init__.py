@@ -1,1 +1,1 @@
-"""Metrics: how good what was made is."""
+"""Metrics of any video: mouth opening, motion, agreement with the audio, image differences."""

@@ -1,9 +1,8 @@
-"""How much features and head move, read from the pixels of a video.
+"""Amount of facial and head motion, measured from the pixels of a video.
 
-Like the mouth's, these instruments know where the face is in the first frame and nothing else. What they give
-is a deviation over time, the root of what arXiv 2504.04842 (section 3) calls intensity, with the flow of
-pixels in place of landmarks. The optical flow is Farneback's, by OpenCV, on frames enlarged to what it was
-made for.
+The measurement uses nothing but the position of the face in the first frame. It is the standard deviation
+over time that arXiv 2504.04842 (section 3) calls intensity, of optical flow instead of landmarks. The flow is
+OpenCV's Farneback method, on frames enlarged to the size that its parameters suit.
 """
 
 import cv2
@@ -12,24 +11,24 @@ import numpy as np
 from fantasy_jax.typing import Float, UInt8
 
 _SIDE = 256
-"""Frames are enlarged so that their shorter side has this many pixels."""
+"""Pixels of the shorter side of the enlarged frames."""
 _UPPER_HEAD, _FEATURES = (0.0, 0.55), (0.26, 0.98)
-"""Top and bottom of parts of a face, as shares of the head's height. Heads do not speak above their noses."""
+"""Top and bottom of two regions as fractions of the head's height; speech does not move the upper one."""
 
 
 def motion(video: UInt8[np.ndarray, "T H W 3"], box: Float[np.ndarray, "4"]) -> tuple[float, float]:
-    """How far things move over a clip.
+    """Standard deviation of the motion of the facial features and of the head.
 
-    Every frame is held against the middle one, but for the first: that is given, sharper than what is made
-    from it, and the difference would be taken for motion.
+    Flow is measured against the middle frame, without the first frame: it is the given image, sharper than
+    the generated ones, and the difference would count as motion.
 
     Args:
-        video: RGB; in less than three frames nothing moves.
+        video: RGB frames; with fewer than three the result is 0.
         box: Left, top, right, bottom of the head in the first frame, in pixels.
 
     Returns:
-        Of the features and of the head, in percent of the head's height: the standard deviation over time of
-        the places of brows, eyes, nose and mouth on the head, and of the head's own place.
+        In percent of the head's height: the standard deviation over time of the position of brows, eyes, nose
+        and mouth relative to the head, and of the position of the head.
     """
     if len(video) < 3:
         return 0.0, 0.0
@@ -42,22 +41,22 @@ def motion(video: UInt8[np.ndarray, "T H W 3"], box: Float[np.ndarray, "4"]) -> 
     left, top, right, bottom = (float(side) * scale for side in box)
     height, width = bottom - top, right - left
 
-    def part(rows: tuple[float, float], aside: float) -> Float[np.ndarray, "T h w 2"]:
-        """Flow in these rows of the head, without this share of its width on both sides."""
-        above, below = (_at(top + share * height) for share in rows)
-        return flows[:, above:below, _at(left + aside * width) : _at(right - aside * width)]
+    def region(rows: tuple[float, float], margin: float) -> Float[np.ndarray, "T h w 2"]:
+        """Flow in these rows of the head, without this fraction of its width at both sides."""
+        above, below = (_index(top + fraction * height) for fraction in rows)
+        return flows[:, above:below, _index(left + margin * width) : _index(right - margin * width)]
 
-    head = np.median(part(_UPPER_HEAD, 0.0), axis=(1, 2), keepdims=True)
-    features = part(_FEATURES, 0.2) - head
-    of_features, of_head = (
-        100 * float(np.sqrt(course.var(axis=0).sum(axis=-1).mean())) / height for course in (features, head)
+    head = np.median(region(_UPPER_HEAD, 0.0), axis=(1, 2), keepdims=True)
+    features = region(_FEATURES, 0.2) - head
+    features_std, head_std = (
+        100 * float(np.sqrt(flow.var(axis=0).sum(axis=-1).mean())) / height for flow in (features, head)
     )
-    return of_features, of_head
+    return features_std, head_std
 
 
 def _enlarge(frame: UInt8[np.ndarray, "H W 3"], scale: float) -> UInt8[np.ndarray, "h w 3"]:
     return cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
 
 
-def _at(place: float) -> int:
-    return max(round(place), 0)
+def _index(position: float) -> int:
+    return max(round(position), 0)

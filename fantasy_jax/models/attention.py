@@ -1,15 +1,14 @@
-"""One attention function for every network here, over the kernels that machines have for it.
+"""Scaled dot-product attention for all networks, with a backend for each platform.
 
-Kernels that never hold all scores are used where there are enough of them to matter: Pallas' splash
-attention on TPUs, cuDNN's on NVIDIA GPUs. XLA's own matrix products are used everywhere else, and are what
-the others are tested against.
+TPUs run the splash attention kernel of Pallas, NVIDIA GPUs the attention of cuDNN; neither stores the scores.
+On other platforms, and for shapes that a kernel does not support, XLA computes matrix products; that backend
+is the reference in the tests of the others.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import jax
@@ -18,26 +17,28 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 from jax.sharding import AxisType
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.sharding import partition
 from fantasy_jax.typing import Array, Bool, Float, Int, Leaf
 
-MASKED = -1e30
-"""Score of a key that may not be seen. Finite, so that a query without any key gives a mean, not NaN."""
+MASK_VALUE = -1e30
+"""Score of a masked key. It is finite: a query whose keys are all masked gets the values' mean, not NaN."""
 
-_FEW_KEYS = 128
-"""With fewer, scores are no larger than what goes in and comes out."""
+_MIN_KEYS = 128
+"""Fewest keys for which a kernel is used. With fewer, scores are no larger than inputs and outputs."""
+
+_forced_backend = jax.make_user_context(None)  # part of the cache key of `jax.jit`, unlike a `ContextVar`
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute attention.
+    """One implementation of attention.
 
     Attributes:
-        name: By which it is forced.
-        platform: Where it runs.
-        supports: Whether it can take these queries and keys; biases and masks only the plain one takes.
-        run: Attends; of queries, keys, values, key lengths and scale.
+        name: Name for `use_backend` and for the log.
+        platform: Platform of the devices on which it runs, or "any".
+        supports: Whether it supports these queries and keys. Only the XLA backend takes masks and biases.
+        run: Function of queries, keys, values, key lengths and scale.
     """
 
     name: str
@@ -46,23 +47,15 @@ class Backend:
     run: Callable[[Array, Array, Array, Array | None, float], Array]
 
 
-_forced: ContextVar[str | None] = ContextVar("attention backend", default=None)
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend where it can be had, whatever machine this is: to compile for another, or to compare.
+def use_backend(name: str) -> AbstractContextManager:
+    """Context in which `attention` uses this backend on any platform, for shapes that it supports.
 
     Raises:
-        ConfigError: There is none of this name.
+        ConfigError: There is no backend of this name.
     """
     if name not in (known := [backend.name for backend in BACKENDS]):
         raise ConfigError(f"attention: there is no backend {name!r}; use one of {', '.join(known)}")
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return _forced_backend(name)
 
 
 def attention(
@@ -75,29 +68,29 @@ def attention(
     bias: Float[Array, "#B #N #Q L"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B Q N K"]:
-    """Scaled dot-product attention; scores, softmax and its sums are float32.
+    """Scaled dot-product attention; scores and softmax are float32.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        kv_lengths: How many keys, from the first, each sample has; the rest are padding and not seen.
-        mask: True where a query may see a key.
-        bias: Added to the scaled scores.
-        scale: Factor on the scores; `1 / sqrt(K)` if None.
+        kv_lengths: Number of keys of each sample; the keys after them are padding and are masked.
+        mask: True where a query attends to a key.
+        bias: Bias of the scaled scores.
+        scale: Factor of the scores; None for `1 / sqrt(K)`.
 
     Returns:
-        Attended values, in the type of `v`.
+        The attention output, in the type of `v`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None or bias is not None:
-        return _plain(q, k, v, kv_lengths, scale, mask, bias)
+        return _xla(q, k, v, kv_lengths, scale, mask, bias)
     return choose_backend(q, k).run(q, k, v, kv_lengths, scale)
 
 
 def choose_backend(q: Leaf, k: Leaf) -> Backend:
-    """The first backend that is forced, or at home on this machine, and can take these shapes."""
-    platform, forced = jax.default_backend(), _forced.get()
+    """The backend that is forced or of the platform, if it supports these shapes; otherwise the XLA one."""
+    platform, forced = _platform(), _forced_backend.value
     for backend in BACKENDS:
         wanted = backend.name == forced if forced else backend.platform in (platform, "any")
         if wanted and backend.supports(q, k):
@@ -106,12 +99,23 @@ def choose_backend(q: Leaf, k: Leaf) -> Backend:
     return BACKENDS[-1]
 
 
+def _platform() -> str:
+    """Platform of the mesh in force, whose devices need not be attached; JAX's default without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    if hasattr(device, "platform"):
+        return device.platform
+    kind = device.device_kind  # JAX 0.10.0 has no `platform`
+    return "tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu"
+
+
 @functools.cache
 def _log(name: str, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
     logging.getLogger(__name__).info("attention of %s to %s: %s", queries, keys, name)
 
 
-def _plain(
+def _xla(
     q: Array,
     k: Array,
     v: Array,
@@ -124,33 +128,33 @@ def _plain(
     if bias is not None:
         scores += bias
     if kv_lengths is not None:
-        seen = jnp.arange(k.shape[1]) < kv_lengths[:, None]
-        scores = jnp.where(seen[:, None, None], scores, MASKED)
+        valid = jnp.arange(k.shape[1]) < kv_lengths[:, None]
+        scores = jnp.where(valid[:, None, None], scores, MASK_VALUE)
     if mask is not None:
-        scores = jnp.where(mask, scores, MASKED)
+        scores = jnp.where(mask, scores, MASK_VALUE)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bnql,blnk->bqnk", weights.astype(v.dtype), v)
 
 
 def _splash_supports(q: Leaf, k: Leaf) -> bool:
-    return k.shape[1] >= _FEW_KEYS and q.shape[-1] % 128 == 0
+    return k.shape[1] >= _MIN_KEYS and q.shape[-1] % 128 == 0
 
 
 def _splash(
     q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float, *, interpret: bool = False
 ) -> Array:
-    """Pallas' kernel, on every device for the samples, queries and heads that it has."""
+    """Runs the Pallas kernel on every device, for the device's samples, queries and heads."""
     lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32) if kv_lengths is None else kv_lengths
-    run = functools.partial(_splash_here, scale=scale, interpret=interpret)
-    if set(jax.sharding.get_abstract_mesh().axis_types) <= {AxisType.Manual}:  # no mesh, or within its parts
+    run = functools.partial(_splash_local, scale=scale, interpret=interpret)
+    if set(jax.sharding.get_abstract_mesh().axis_types) <= {AxisType.Manual}:  # no mesh, or in a shard_map
         return run(q, k, v, lengths)
     queries, keys = partition("batch", "space", "heads", None), partition("batch", None, "heads", None)
     specs = (queries, keys, keys, partition("batch"))
     return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
 
 
-def _splash_here(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, interpret: bool) -> Array:
-    """Padding up to whole blocks is told from the rest by segment ids."""
+def _splash_local(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, interpret: bool) -> Array:
+    """Pads to whole blocks; segment ids mask the padding."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     block_q, block_kv = _block(queries), _block(keys)
     q, k, v = (
@@ -171,20 +175,20 @@ def _splash_here(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, 
     )
 
     def attend(q: Array, k: Array, v: Array, length: Array) -> Array:
-        seen = (jnp.arange(k.shape[1]) < length).astype(jnp.int32)
-        return kernel(q, k, v, splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), seen))
+        valid = (jnp.arange(k.shape[1]) < length).astype(jnp.int32)
+        return kernel(q, k, v, splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), valid))
 
     return jax.vmap(attend)(q, k, v, lengths)[:, :, :queries].swapaxes(1, 2).astype(v.dtype)
 
 
 def _block(length: int) -> int:
-    """As long as the length, in whole 128s, but at most 512."""
+    """Length of a block: the length rounded up to a multiple of 128, at most 512."""
     return min(512, -(-length // 128) * 128)
 
 
 def _cudnn_supports(q: Leaf, k: Leaf) -> bool:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and k.shape[1] >= _FEW_KEYS and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return half and k.shape[1] >= _MIN_KEYS and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def _cudnn(q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float) -> Array:
@@ -202,7 +206,6 @@ def _cudnn(q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float)
 BACKENDS = (
     Backend("splash", "tpu", _splash_supports, _splash),
     Backend("cudnn", "gpu", _cudnn_supports, _cudnn),
-    Backend("splash_interpreted", "none", _splash_supports, functools.partial(_splash, interpret=True)),
-    Backend("plain", "any", lambda q, k: True, _plain),
+    Backend("xla", "any", lambda q, k: True, _xla),
 )
-"""In the order in which they are asked; the interpreted one is for tests."""
+"""Backends in order of preference."""

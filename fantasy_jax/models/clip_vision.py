@@ -1,7 +1,7 @@
-"""CLIP's vision tower, which looks at the portrait. Source: Wan2.1, `wan/modules/clip.py`.
+"""CLIP's vision tower, the image encoder. Source: Wan2.1, `wan/modules/clip.py`.
 
-The transformer listens to the features of the last block but one, so the last block, the norm behind it
-and the projection to CLIP's common space are not built.
+The transformer attends to the features of the last block but one, so the last block, the final norm and the
+projection to CLIP's embedding space are not built.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class CLIPVisionConfig:
     """Sizes of the tower; the defaults are ViT-H/14's.
 
     Attributes:
-        image_size: Sides of the square picture, in pixels.
-        patch_size: Sides of a patch, in pixels.
-        dim: Width.
-        mlp_ratio: Hidden width of an MLP over `dim`.
+        image_size: Height and width of the image, in pixels.
+        patch_size: Height and width of a patch, in pixels.
+        dim: Model width D.
+        mlp_ratio: Hidden width of an MLP as a multiple of `dim`.
         num_heads: Attention heads.
-        num_layers: Blocks of the whole tower; one less is run.
+        num_layers: Blocks of the whole tower; the last one is not built.
     """
 
     image_size: int = 224
@@ -37,9 +37,14 @@ class CLIPVisionConfig:
     num_heads: int = 16
     num_layers: int = 32
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
 
 class CLIPBlock(nnx.Module):
-    """Self-attention and MLP, each behind a norm."""
+    """Self-attention and MLP, pre-norm."""
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         """Builds one block."""
@@ -56,13 +61,13 @@ class CLIPBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Runs the block."""
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
-        heard = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        x = x + self.out(heard.reshape(x.shape))
+        attended = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        x = x + self.out(attended.reshape(x.shape))
         return x + self.mlp_out(nnx.gelu(self.mlp_in(self.norm2(x)), approximate=False))
 
 
 class CLIPVisionModel(nnx.Module):
-    """Pixels to features of the last block but one."""
+    """Encoder of images; features are those of the last block but one."""
 
     def __init__(
         self,
@@ -91,7 +96,7 @@ class CLIPVisionModel(nnx.Module):
         """Encodes; float32.
 
         Args:
-            pixels: Normalised by `fantasy_jax.data.preprocessing.clip_pixels`, `image_size` on both sides.
+            pixels: From `preprocessing.images.clip_image_preprocess`, `image_size` x `image_size`.
         """
         batch, side, size = pixels.shape[0], pixels.shape[1], self.config.patch_size
         x = pixels.reshape(batch, side // size, size, side // size, size, 3).transpose(0, 1, 3, 2, 4, 5)

@@ -1,9 +1,9 @@
-"""Conditions as data: what cross-attention listens to, and the keys and values it sees of it.
+"""Conditions as data: what cross-attention attends to, and its keys and values.
 
-A block of the transformer owns one query. Every condition (text, picture, audio, later identity and
-expression) adds keys and values of its own, and the attended values are summed, each with its scale,
-before the block's one output projection, as in the released weights (fantasy-talking, `model.py`,
-`WanCrossAttentionProcessor`). A new condition is a new entry in a mapping, not a new block.
+A block of the transformer owns one query. Every condition (text, image, audio, identity, expression) adds
+keys and values of its own, and the attended values are summed, each with its scale, before the block's one
+output projection, as in the released weights (fantasy-talking, `model.py`, `WanCrossAttentionProcessor`). A
+new condition is a new entry in a mapping, not a new block.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from flax import nnx
 
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.layers import RMSNorm, stack_layers
-from fantasy_jax.models.rope import rotate, time_table
 from fantasy_jax.typing import Array, DType, Float, Leaf
 
 _XAVIER = nnx.initializers.xavier_uniform()
@@ -23,25 +22,25 @@ _XAVIER = nnx.initializers.xavier_uniform()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Condition:
-    """One thing to listen to, the same in every block.
+    """Tokens that cross-attention attends to, the same in every block.
 
     Attributes:
         tokens: Seen by every video token (`[B, L, D]`), or per latent frame (`[B, F, L, D]`).
-        lengths: How many of the tokens are real, for each sample (`[B]`) or each sample and frame (`[B, F]`);
-            None: all.
-        scale: Weight of what is attended, a number or `[B]`; 0 takes the condition out exactly.
-        times: When latent frames (`[B, F]`) and tokens (`[B, L]` or `[B, F, L]`) are, in one unit; turns
-            queries and keys so that heads can tell before from after. None: tokens are a set.
+        lengths: Number of tokens that are not padding, for each sample (`[B]`) or each sample and latent
+            frame (`[B, F]`); None: all.
+        scale: Multiplier of the attended values, a number or `[B]`; 0 removes the condition exactly.
+        mask: Which tokens each video token attends to, bool `[B, S, F, L]`; sharded along space like the
+            video tokens. A video token that attends to no token gets exactly zero. None: all tokens.
     """
 
     tokens: Leaf
     lengths: Leaf = None
     scale: Leaf = 1.0
-    times: tuple[Leaf, Leaf] | None = None
+    mask: Leaf = None
 
 
-class KeyValue(nnx.Module):
-    """The projections by which one block hears one condition."""
+class KVProjection(nnx.Module):
+    """Key and value projections of one condition in one block."""
 
     def __init__(
         self,
@@ -56,9 +55,18 @@ class KeyValue(nnx.Module):
         param_dtype: DType = jnp.float32,
         value_init: nnx.Initializer = _XAVIER,
     ):
-        """Builds the projections; `norm_epsilon` None leaves keys without RMS norm.
+        """Builds the projections.
 
-        Values that start from zero (`value_init`) add nothing until they are trained.
+        Args:
+            token_width: Width of the condition's tokens.
+            width: Width D of the transformer.
+            num_heads: Attention heads N.
+            use_bias: Whether both projections have a bias.
+            norm_epsilon: Epsilon of the RMS norm on the keys; None leaves the norm out.
+            rngs: For the initial weights.
+            dtype: Type of the matrix products.
+            param_dtype: Type of the parameters.
+            value_init: Initializer of the values; zeros make a new condition a no-op until it is trained.
         """
 
         def linear(kernel_init: nnx.Initializer) -> nnx.Linear:
@@ -79,27 +87,40 @@ class KeyValue(nnx.Module):
         self.num_heads = num_heads
 
     def __call__(self, q: Float[Array, "B S F N K"], condition: Condition) -> Float[Array, "B S F N K"]:
-        """Attends from every video token to the condition's tokens; the scale is applied."""
-        tokens = condition.tokens
-        k, v = self.key(tokens), self.value(tokens)
-        if self.key_norm is not None:
-            k = self.key_norm(k).astype(v.dtype)
-        k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (k, v))
-        if condition.times is not None:
-            frames, moments = condition.times
-            q = rotate(q, *time_table(frames[:, None], q.shape[-1]))
-            k = rotate(k, *time_table(moments, k.shape[-1]))
-        if tokens.ndim == 4:
-            attended = jax.vmap(_attend, in_axes=(2, 1, 1, 1), out_axes=2)(q, k, v, condition.lengths)
+        """Attends from every video token to the condition's tokens and applies the scale."""
+        k, v = self.keys_and_values(condition)
+        q = self.positioned_queries(q, condition)
+        if condition.tokens.ndim == 4:
+            in_axes = (2, 1, 1, 1, 2)
+            attended = jax.vmap(_attend, in_axes, out_axes=2)(q, k, v, condition.lengths, condition.mask)
         else:
             batch, space, frames = q.shape[:3]
             flat = q.reshape(batch, space * frames, *q.shape[3:])
-            attended = _attend(flat, k, v, condition.lengths).reshape(q.shape)
+            mask = condition.mask
+            mask = None if mask is None else mask.reshape(batch, space * frames, -1)
+            attended = _attend(flat, k, v, condition.lengths, mask).reshape(q.shape)
         scale = jnp.asarray(condition.scale, attended.dtype)
         return attended * scale.reshape(-1, 1, 1, 1, 1)
 
+    def keys_and_values(
+        self, condition: Condition
+    ) -> tuple[Float[Array, "B *n L N K"], Float[Array, "B *n L N K"]]:
+        """Keys and values of the condition's tokens, split into heads."""
+        k, v = self.key(condition.tokens), self.value(condition.tokens)
+        if self.key_norm is not None:
+            k = self.key_norm(k).astype(v.dtype)
+        k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (k, v))
+        return k, v
 
-def silent_layers(
+    def positioned_queries(
+        self, q: Float[Array, "B S F N K"], condition: Condition
+    ) -> Float[Array, "B S F N K"]:
+        """The queries as they attend to this condition; a subclass can add positions."""
+        del condition
+        return q
+
+
+def zero_init_kv_layers(
     token_width: int,
     width: int,
     num_heads: int,
@@ -108,10 +129,14 @@ def silent_layers(
     rngs: nnx.Rngs,
     dtype: DType,
     param_dtype: DType,
-) -> KeyValue:
-    """What all blocks hear a new adapter's condition with, stacked: without bias or norm, values at zero."""
+    projection: type[KVProjection] = KVProjection,
+) -> KVProjection:
+    """Stacked key and value projections of a new adapter, without bias or norm.
+
+    The values are zero-initialised, so that a new adapter starts as a no-op.
+    """
     return stack_layers(
-        lambda rngs: KeyValue(
+        lambda rngs: projection(
             token_width,
             width,
             num_heads,
@@ -127,5 +152,11 @@ def silent_layers(
     )
 
 
-def _attend(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
-    return attention(q, k, v, kv_lengths=lengths)
+def _attend(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:
+    """Attention of `[B, Q, N, K]`, with an optional mask `[B, Q, L]`."""
+    if mask is None:
+        return attention(q, k, v, kv_lengths=lengths)
+    attended = attention(q, k, v, kv_lengths=lengths, mask=mask[:, None])
+    if lengths is not None:
+        mask = mask & (jnp.arange(mask.shape[-1]) < lengths[:, None, None])
+    return jnp.where(mask.any(axis=-1)[..., None, None], attended, 0)

@@ -1,8 +1,8 @@
-"""ArcFace's IResNet, which tells faces apart: one vector for a face, and features of each place in it.
+"""ArcFace's IResNet, the face encoder: an embedding of a face's identity, and features at each position.
 
-Source: insightface, `recognition/arcface_torch/backbones/iresnet.py`; the published files are trained without
-the dropout before the last layer, and it is left out. All of it is float32: norms before convolutions make
-large and small values of the same place, and the whole network costs less than one block of the transformer.
+Source: insightface, `recognition/arcface_torch/backbones/iresnet.py`, without the dropout before the last
+layer, which the published weights are trained without. It runs in float32: the norms before its convolutions
+yield values of very different sizes, and the network costs less than one block of the transformer.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, DType, Float
 
 _EPSILON = 1e-5
 _MOMENTUM = 0.9
-"""PyTorch's 0.1, counted from the other side."""
+"""PyTorch's momentum of 0.1 is `1 - momentum` here."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class FaceEncoderConfig:
     """Sizes of the network; the defaults are IResNet-100's.
 
     Attributes:
-        depths: Blocks of each stage. A stage halves the sides.
-        widths: Channels of each stage; what comes before them has the first one's.
-        embedding: Width of the vector.
-        image_size: Sides of the square crop, in pixels.
+        depths: Blocks of each stage. Each stage halves height and width.
+        widths: Channels of each stage; the first convolution has those of the first stage.
+        embedding: Width E of the embedding.
+        image_size: Height and width of the crop, in pixels.
     """
 
     depths: tuple[int, ...] = (3, 13, 30, 3)
@@ -35,15 +36,22 @@ class FaceEncoderConfig:
 
     def __post_init__(self):
         if len(self.depths) != len(self.widths) or min(self.depths, default=0) < 1:
-            raise ValueError(
-                f"depths {self.depths} and widths {self.widths}: each stage needs both, from 1 on"
+            raise ConfigError(
+                f"depths {self.depths} and widths {self.widths} need equal lengths, and depths of at least 1"
             )
         if self.image_size % 2 ** len(self.depths):
-            raise ValueError(f"image_size is {self.image_size}; {len(self.depths)} stages cannot halve it")
+            raise ConfigError(
+                f"image_size is {self.image_size}; it must be a multiple of {2 ** len(self.depths)}"
+            )
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of the spatial features."""
+        return self.widths[-1]
 
     @property
     def feature_size(self) -> int:
-        """Rows, and columns, of the features of places."""
+        """Rows (and columns) of the features; P is its square."""
         return self.image_size // 2 ** len(self.depths)
 
 
@@ -51,12 +59,12 @@ IRESNET50 = FaceEncoderConfig(depths=(3, 4, 14, 3))
 
 
 class FaceBlock(nnx.Module):
-    """Two convolutions with norms before, between and behind them; the second one may halve the sides."""
+    """Norm, convolution, norm, PReLU, convolution, norm, and a residual connection."""
 
     def __init__(
         self, channels: int, width: int, stride: int, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType
     ):
-        """Builds one block; where it halves the sides, what goes past it is convolved, too."""
+        """Builds one block; with a stride of 2, a convolution downsamples the residual connection."""
         types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.norm1 = _norm(channels, **types)
         self.conv1 = _conv(channels, width, 3, 1, **types)
@@ -76,9 +84,9 @@ class FaceBlock(nnx.Module):
 
 
 class FaceEncoder(nnx.Module):
-    """Aligned faces to vectors and features.
+    """Encoder of aligned faces.
 
-    Norms use their stored statistics; after `train()` those of the batch, which they then also record.
+    Norms use their running statistics; after `train()` they use and record those of the batch.
     """
 
     def __init__(
@@ -110,14 +118,14 @@ class FaceEncoder(nnx.Module):
         """Encodes aligned faces.
 
         Args:
-            pixels: RGB in [-1, 1], `image_size` on both sides, as `fantasy_jax.data.face_crop` cuts them.
+            pixels: RGB in [-1, 1], `image_size` x `image_size`, from `preprocessing.face_crop`.
 
         Returns:
-            The embedding, whose direction tells who it is, of any length; and the features that it is made
-            from, one for each place of the face, row by row.
+            The embedding, not normalised (its direction represents the identity), and the features that it is
+            computed from, one for each position, row by row.
 
         Raises:
-            ValueError: The crops are of another size.
+            ValueError: The crops have another size.
         """
         size = self.config.image_size
         if pixels.shape[1:3] != (size, size):
@@ -139,7 +147,7 @@ def _conv(channels: int, width: int, size: int, stride: int, **types: DType | nn
         width,
         (size, size),
         stride,
-        padding=((padding, padding), (padding, padding)),  # with strides, JAX's "SAME" pads the end alone
+        padding=((padding, padding), (padding, padding)),  # with strides, "SAME" pads the end only
         use_bias=False,
         **types,
     )
@@ -157,5 +165,5 @@ def _norm(width: int, **types: DType | nnx.Rngs) -> nnx.BatchNorm:
 
 
 def _prelu(x: Float[Array, "B H W C"], slope: Float[Array, " C"]) -> Float[Array, "B H W C"]:
-    """Flax's has one slope for all channels."""
+    """PReLU with a slope per channel; Flax's has a single slope."""
     return jnp.where(x >= 0, x, slope * x)

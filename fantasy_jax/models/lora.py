@@ -1,12 +1,12 @@
 """Low-rank adaptation (LoRA) of linear layers: `x W + alpha / rank * (x A) B`; A and B are trained, W is not.
 
-Source: arXiv 2106.09685, section 4.1. A is drawn as PyTorch draws a linear layer. B is zero, so that adding
-both changes nothing.
+Source: arXiv 2106.09685, section 4.1. A is initialised like a linear layer of PyTorch. B is zero, so that a
+new LoRA does not change the network.
 
-The product is taken with what the layer is given, not added to the kernel. Added up inside the loss,
-`W + A B` has a gradient of W's own size: a third more operations, and the traffic of full training between
-devices, to be multiplied by two thin matrices in the end. In bfloat16, moreover, a small A B is rounded away
-beside W. Stacked layers are scanned like any other: A and B have the stack's axis, too.
+A and B are multiplied with the layer's input, not added to its kernel. In a loss, `W + A B` would have a
+gradient of the size of W: a third more operations, and as much communication between devices as in full
+fine-tuning. In bfloat16, a small A B would also be lost to rounding. For stacked layers, A and B have the
+axis of the stack too.
 """
 
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, DType, Float
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """How much a layer can change.
+    """Rank and scale of a LoRA.
 
     Attributes:
-        rank: Columns of A. 32 is musubi-tuner's advice for Wan2.1; 16 to 128 are common.
-        alpha: The product is multiplied by `alpha / rank`; equal to the rank, it is not.
+        rank: Columns of A. musubi-tuner recommends 32 for Wan2.1; 16 to 128 are common.
+        alpha: The product is multiplied by `alpha / rank`.
     """
 
     rank: int = 32
@@ -37,66 +37,66 @@ class LoRAConfig:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}; at least 1 is needed")
+            raise ConfigError(f"rank is {self.rank}; it must be at least 1")
         if self.alpha <= 0:
-            raise ConfigError(f"alpha is {self.alpha}; a positive number is needed")
+            raise ConfigError(f"alpha is {self.alpha}; it must be positive")
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """Factor of the product."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class LoRASizes(LoRAConfig):
-    """All that a LoRA's parameters follow from.
+    """Sizes of a LoRA.
 
     Attributes:
-        layers: Path of each linear layer (`blocks/self_attention/query`) and its kernel's shape, with the
-            axis of a stack.
+        layers: Path of each linear layer (`blocks/self_attention/query`), and the shape of its kernel,
+            including the axis of a stack.
     """
 
     layers: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 class LowRankDot(nnx.Module):
-    """Takes the place of an `nnx.Linear`'s `dot_general`, and adds the thin matrices' product."""
+    """Replaces the `dot_general` of an `nnx.Linear`, and adds the low-rank product."""
 
     def __init__(
         self, shape: tuple[int, ...], config: LoRAConfig, *, rngs: nnx.Rngs, param_dtype: DType = jnp.float32
     ):
-        """Draws A; B is zero.
+        """Initialises A; B is zero.
 
         Args:
-            shape: The kernel's, `[..., inputs, outputs]`.
+            shape: Shape of the kernel, `[..., inputs, outputs]`.
             config: Rank and alpha.
-            rngs: For A.
-            param_dtype: Of both.
+            rngs: Random generators for A.
+            param_dtype: Type of A and B.
         """
         *stack, inputs, outputs = shape
-        # What torch.nn.Linear draws, and peft with it: even, within 1 / sqrt(inputs).
-        draw = nnx.initializers.variance_scaling(
+        # The default of torch.nn.Linear and of peft: uniform within 1 / sqrt(inputs).
+        initialise = nnx.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(stack)))
         )
         self.config = LoRAConfig(config.rank, config.alpha)
-        self.lora_a = nnx.Param(draw(rngs.params(), (*stack, inputs, config.rank), param_dtype))
+        self.lora_a = nnx.Param(initialise(rngs.params(), (*stack, inputs, config.rank), param_dtype))
         self.lora_b = nnx.Param(jnp.zeros((*stack, config.rank, outputs), param_dtype))
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that it is added to."""
+        """Shape of the layer's kernel."""
         return (*self.lora_a.shape[:-1], self.lora_b.shape[-1])
 
     def __call__(self, x: Array, kernel: Array, dimensions: Any, *, precision: Any, **options: Any) -> Array:
-        """As `jax.lax.dot_general`, in the type of `x`."""
-        a, b = (thin[...].astype(x.dtype) for thin in (self.lora_a, self.lora_b))
-        low = jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
-        whole = jax.lax.dot_general(x, kernel, dimensions, precision=precision, **options)
-        return whole + self.config.scale * low
+        """Computes `jax.lax.dot_general` plus the product, in the type of `x`."""
+        a, b = (matrix[...].astype(x.dtype) for matrix in (self.lora_a, self.lora_b))
+        low_rank = jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
+        full = jax.lax.dot_general(x, kernel, dimensions, precision=precision, **options)
+        return full + self.config.scale * low_rank
 
 
 class LoRA(nnx.Module):
-    """The thin matrices of all layers, as a network of their own: what is stored, apart from the base."""
+    """Matrices A and B of all layers, as a module of their own that is stored without the base network."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class LoRA(nnx.Module):
         dtype: DType | None = None,
         param_dtype: DType = jnp.float32,
     ):
-        """Builds them; products have the type of what layers are given, whatever `dtype`."""
+        """Builds the matrices. `dtype` is ignored: products have the type of the layers' inputs."""
         del dtype
         self.config = config
         products = {
@@ -117,43 +117,48 @@ class LoRA(nnx.Module):
             setattr(self, name, nnx.data(part))
 
     def products(self) -> dict[str, LowRankDot]:
-        """By path of the layer."""
+        """All matrices by path of the layer."""
         return _products(self)
 
 
 def add_lora(network: nnx.Module, layers: Iterable[str], config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
-    """Lays new matrices beside layers of a network, in place; those that have some keep them.
+    """Adds a LoRA to layers of a network, in place; layers that have one keep it.
 
     Args:
-        network: Any, its layers stacked or not.
+        network: Any network, with stacked layers or without.
         layers: Paths of its linear layers.
         config: Rank and alpha.
-        rngs: For A.
+        rngs: Random generators for A.
 
     Raises:
-        ConfigError: A path is no linear layer's, or what lies there is of another rank or alpha.
+        ConfigError: A path is not that of a linear layer, or its LoRA has another rank or alpha.
     """
     for path in layers:
         layer = _layer(network, path)
         if not isinstance(layer, nnx.Linear):
-            raise ConfigError(f"lora: {path} is no linear layer")
+            raise ConfigError(f"lora: {path} is not a linear layer")
         if not isinstance(layer.dot_general, LowRankDot):
             layer.dot_general = nnx.data(LowRankDot(layer.kernel.shape, config, rngs=rngs))
         elif layer.dot_general.config != LoRAConfig(config.rank, config.alpha):
-            raise ConfigError(f"lora: {path} has one with {layer.dot_general.config}; go on with the same")
+            found = layer.dot_general.config
+            raise ConfigError(
+                f"lora: rank and alpha must match the existing LoRA of {path} ({found.rank}, {found.alpha})"
+            )
 
 
 def attach_lora(network: nnx.Module, lora: LoRA) -> None:
-    """Lays a LoRA's matrices beside the layers of a network, in place."""
+    """Attaches a LoRA to the layers of a network, in place."""
     for path, product in lora.products().items():
         layer = _layer(network, path)
         if layer.kernel.shape != product.kernel_shape:
-            raise ConfigError(f"lora: is for {product.kernel_shape} at {path}, not {layer.kernel.shape}")
+            raise ConfigError(
+                f"lora: {path} must be {product.kernel_shape}, as in the LoRA, not {layer.kernel.shape}"
+            )
         layer.dot_general = nnx.data(product)
 
 
 def lora_of(network: nnx.Module) -> LoRA | None:
-    """The LoRA that lies beside a network's layers; None if there is none."""
+    """The LoRA of a network's layers; None if there is none."""
     products = {path.removesuffix("/dot_general"): value for path, value in _products(network).items()}
     if not products:
         return None
@@ -166,13 +171,13 @@ def lora_of(network: nnx.Module) -> LoRA | None:
 
 
 def merged_kernel(
-    kernel: Float[np.ndarray, "I O"],
-    a: Float[np.ndarray, "I R"],
-    b: Float[np.ndarray, "R O"],
+    kernel: Float[Array | np.ndarray, "I O"],
+    a: Float[Array | np.ndarray, "I R"],
+    b: Float[Array | np.ndarray, "R O"],
     scale: float,
-) -> Float[np.ndarray, "I O"]:
-    """A kernel with the product in it, float32."""
-    kernel, a, b = (np.asarray(matrix, np.float32) for matrix in (kernel, a, b))
+) -> Float[Array | np.ndarray, "I O"]:
+    """A kernel plus the low-rank product, float32."""
+    kernel, a, b = (matrix.astype(np.float32) for matrix in (kernel, a, b))
     return kernel + scale * (a @ b)
 
 

@@ -1,8 +1,10 @@
-"""Rotary positions in frame, row and column, and the timestep's sinusoid.
+"""Rotary position embeddings (RoPE) in frame, row and column, and the timestep's sinusoidal embedding.
 
-Both are angles that grow large, and float32 holds the difference between two large angles badly: rotary
-factors rounded to bfloat16 cost 7e-5 of the transformer's output, a sinusoid made in float32 2.4e-6.
+Both need precise angles, which grow large: rotary factors rounded to bfloat16 change the transformer's output
+by 7e-5, a sinusoid computed in float32 by 2.4e-6.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +21,13 @@ def rotary_table(
 ) -> tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]]:
     """Cosine and sine of the rotary angles of every token.
 
-    A head's `head_width / 2` pairs are shared out: a third each to row and column (rounded down), the
-    rest to the frame. Angles are made in float64 on the host, one small table an axis, and only spread over
-    the grid inside the compiled program. Source: Wan2.1, `wan/modules/model.py`, `rope_apply`.
+    Of the `head_width / 2` channel pairs of a head, a third each (rounded down) is rotated by row and by
+    column, the rest by frame. Angles are computed in float64 on the host, in one small table per axis, and
+    broadcast to the grid in the compiled program. Source: Wan2.1, `wan/modules/model.py`, `rope_apply`.
 
     Args:
         frames: Latent frames F.
-        rows: Rows of tokens; `rows * columns = S`.
+        rows: Rows of tokens; S is `rows * columns`.
         columns: Columns of tokens.
         head_width: K, even.
 
@@ -33,25 +35,25 @@ def rotary_table(
         Cosines and sines, float32, each `[S, F, K/2]`.
     """
     pairs = head_width // 2
-    shares = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    counts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
 
-    def spread(function) -> Array:
+    def table(function: Callable[[np.ndarray], np.ndarray]) -> Array:
         parts = []
-        for axis, (length, share) in enumerate(zip((frames, rows, columns), shares, strict=True)):
-            angles = np.outer(np.arange(length), _MAX_PERIOD ** (-np.arange(share) / share))
-            shape = [1, 1, 1, share]
+        for axis, (length, count) in enumerate(zip((frames, rows, columns), counts, strict=True)):
+            angles = np.outer(np.arange(length), _MAX_PERIOD ** (-np.arange(count) / count))
+            shape = [1, 1, 1, count]
             shape[(2, 0, 1)[axis]] = length  # rows, columns, frames: space before frames
-            table = jnp.asarray(function(angles), jnp.float32).reshape(shape)
-            parts.append(jnp.broadcast_to(table, (rows, columns, frames, share)))
+            values = jnp.asarray(function(angles), jnp.float32).reshape(shape)
+            parts.append(jnp.broadcast_to(values, (rows, columns, frames, count)))
         return jnp.concatenate(parts, axis=-1).reshape(rows * columns, frames, pairs)
 
-    return spread(np.cos), spread(np.sin)
+    return table(np.cos), table(np.sin)
 
 
 def time_table(
     times: Float[Array, "*n"], head_width: int
 ) -> tuple[Float[Array, "*n K2"], Float[Array, "*n K2"]]:
-    """Cosine and sine of rotary angles for moments, which may be fractional: a radian a unit and slower."""
+    """Cosine and sine of rotary angles of fractional positions in time; the fastest is 1 radian per unit."""
     pairs = head_width // 2
     angles = times[..., None] * _MAX_TIME ** (-np.arange(pairs, dtype=np.float32) / pairs)
     return jnp.cos(angles), jnp.sin(angles)
@@ -60,28 +62,28 @@ def time_table(
 def rotate(
     x: Float[Array, "*n N K"], cosine: Float[Array, "*p K2"], sine: Float[Array, "*p K2"]
 ) -> Float[Array, "*n N K"]:
-    """Turns each pair of neighbouring channels by its angle, in float32; heads share angles."""
+    """Rotates each pair of adjacent channels by its angle, in float32; all heads have the same angles."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cosine, sine = cosine[..., None, :], sine[..., None, :]
-    turned = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def timestep_sinusoid(timestep: Float[Array, " B"], width: int) -> Float[Array, "B {width}"]:
-    """Cosines, then sines, of a timestep at `width / 2` frequencies, to float32's own precision.
+    """Cosines, then sines, of a timestep at `width / 2` frequencies, to the precision of float32.
 
-    The official code takes `timestep * frequency` (up to 1000 radians) in float64. Here the same holds inside
-    a compiled program without float64: angles are counted in turns, the frequency is split into three pieces
-    and the timestep into two, of 12 bits each, so that each product is exact in float32; whole turns
-    are dropped from each before they are summed.
+    The official code computes `timestep * frequency` (up to 1000 radians) in float64. A compiled program
+    without float64 gets the same result as follows: angles are in turns; the frequency is split into three
+    parts and the timestep into two, of 12 bits each, so that each product is exact in float32; whole turns
+    are removed from each product before the sum.
 
     Args:
-        timestep: In [0, 1000], fractional.
-        width: Even.
+        timestep: Timestep in [0, 1000], may be fractional.
+        width: Width of the embedding, even.
 
     Returns:
-        float32, within 1e-6 of the float64 result.
+        The embedding in float32, within 1e-6 of the float64 result.
     """
     half = width // 2
     frequency = _MAX_PERIOD ** (-np.arange(half) / half) / (2 * np.pi)
@@ -104,5 +106,5 @@ def timestep_sinusoid(timestep: Float[Array, " B"], width: int) -> Float[Array, 
 
 
 def _leading_bits(x: np.ndarray) -> np.ndarray:
-    """The value rounded towards zero to 12 significant bits."""
+    """The value, rounded towards zero to 12 significant bits."""
     return (x.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)

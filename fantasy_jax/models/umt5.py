@@ -1,4 +1,4 @@
-"""UMT5's encoder, which reads the prompt. Source: Wan2.1, `wan/modules/t5.py`."""
+"""Encoder of UMT5, the text encoder. Source: Wan2.1, `wan/modules/t5.py`."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class UMT5Config:
 
 
 class UMT5Block(nnx.Module):
-    """Self-attention with a relative position bias of its own, and a gated MLP."""
+    """Self-attention with the block's own relative position bias, and a gated MLP."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         """Builds one block."""
@@ -50,21 +50,21 @@ class UMT5Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], lengths: Int[Array, " B"], buckets: Int[Array, "L L"]
     ) -> Float[Array, "B L D"]:
-        """Runs the block; positions from `lengths` on are padding, and not attended to."""
+        """Runs the block; tokens after `lengths` are padding and are masked."""
         normed = self.norm1(x)
         q, k, v = (
             project(normed).reshape(*x.shape[:2], self.num_heads, -1)
             for project in (self.query, self.key, self.value)
         )
         bias = jnp.moveaxis(self.position(buckets), -1, 0)[None].astype(jnp.float32)
-        heard = attention(q, k, v, kv_lengths=lengths, bias=bias, scale=1.0)  # T5 does not scale
-        x = x + self.out(heard.reshape(*x.shape[:2], -1))
+        attended = attention(q, k, v, kv_lengths=lengths, bias=bias, scale=1.0)  # T5 does not scale
+        x = x + self.out(attended.reshape(*x.shape[:2], -1))
         normed = self.norm2(x)
         return x + self.mlp_out(self.mlp_in(normed) * nnx.gelu(self.gate(normed), approximate=True))
 
 
 class UMT5Encoder(nnx.Module):
-    """Token ids to features."""
+    """Encoder of token ids."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class UMT5Encoder(nnx.Module):
 
         Args:
             ids: Token ids, padded on the right.
-            lengths: Tokens of each text that are not padding; features behind them are zero.
+            lengths: Number of tokens of each text before the padding; features of the padding are zero.
         """
         x = self.embed(ids).astype(jnp.float32)
         buckets = jnp.asarray(_position_buckets(ids.shape[1], self.config.num_buckets))
@@ -99,9 +99,9 @@ class UMT5Encoder(nnx.Module):
 
 
 def _position_buckets(length: int, num_buckets: int) -> Int[np.ndarray, "{length} {length}"]:
-    """Bucket of each key's distance from each query: exact when near, logarithmic when far, by direction.
+    """Bucket of the distance of each key from each query: exact if it is small, logarithmic if it is large.
 
-    The logarithm is taken in float32, as PyTorch does: at bucket borders the last bit decides.
+    The logarithm is computed in float32, as in PyTorch: at the borders of buckets the last bit matters.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2

@@ -1,27 +1,30 @@
 """Wan2.1's image-to-video diffusion transformer, at any size.
 
-Source: Wan2.1, `wan/modules/model.py`; with adapters as in fantasy-talking, `model.py`. Computed in the given
-`dtype`: the matrix products. In float32 whatever it is: timestep, rotary angles, norms, modulation,
-softmax, and the residual stream, as in the official code under autocast.
+Source: Wan2.1, `wan/modules/model.py`; with adapters as in fantasy-talking, `model.py`. Matrix products are
+    computed
+in the given `dtype`. Timestep, rotary angles, norms, modulation, softmax and the residual stream are float32
+whatever the `dtype`, as in the official code under autocast.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from fantasy_jax.models.condition import Condition, KeyValue
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.models.adapters.base import Adapter
+from fantasy_jax.models.condition import Condition, KVProjection
 from fantasy_jax.models.context_attention import context_attention
 from fantasy_jax.models.layers import LayerNorm, RMSNorm, scan_layers, stack_layers
 from fantasy_jax.models.rope import rotary_table, rotate, timestep_sinusoid
 from fantasy_jax.sharding import ContextParallelism, axis_size, constrain
 from fantasy_jax.typing import Array, DType, Float
 
-SAVED_NAMES = ("self_attention", "cross_attention")
-"""Activations worth keeping when a block is rematerialised: the ones dearest to compute again."""
+NUM_TIMESTEPS = 1000
+"""The timestep that the transformer takes is this times sigma."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ class WanConfig:
         condition_channels: Channels of the first-frame condition: 4 of mask, then the latents'.
         dim: Model width D.
         ffn_dim: Hidden width of a block's MLP.
-        frequency_dim: Width of the timestep's sinusoid.
+        frequency_dim: Width of the timestep sinusoid.
         text_dim: Width of the text encoder's output.
         text_length: Text tokens; shorter texts are padded with zeros, which are attended to.
-        image_dim: Width of the picture encoder's output.
+        image_dim: Width of the image encoder's output.
         num_heads: Attention heads N.
         num_layers: Blocks.
         patch: Rows and columns of latents that make one token.
-        epsilon: Of all norms but those of the picture's projection.
+        epsilon: Epsilon of all norms except those of the image projection.
     """
 
     latent_channels: int = 16
@@ -58,9 +61,11 @@ class WanConfig:
 
     def __post_init__(self):
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
-            raise ValueError(f"num_heads is {self.num_heads}; it must cut dim {self.dim} into even parts")
+            raise ConfigError(
+                f"num_heads is {self.num_heads}; it must divide dim {self.dim} into even head widths"
+            )
         if self.num_layers < 1:
-            raise ValueError(f"num_layers is {self.num_layers}; at least 1 is needed")
+            raise ConfigError(f"num_layers is {self.num_layers}; it must be at least 1")
 
 
 class SelfAttention(nnx.Module):
@@ -83,9 +88,9 @@ class SelfAttention(nnx.Module):
         x: Float[Array, "B S F D"],
         rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
         space: int,
-        way: ContextParallelism = "auto",
+        strategy: ContextParallelism = "auto",
     ) -> Float[Array, "B S F D"]:
-        """Attends over all tokens of the first `space` positions; what lies behind them is padding."""
+        """Attends over all tokens of the first `space` positions; the positions after them are padding."""
         batch, padded, frames, _ = x.shape
         heads = (batch, padded, frames, self.num_heads, -1)
         q = rotate(self.query_norm(self.query(x)).reshape(heads), *rotary).astype(self.dtype)
@@ -94,21 +99,21 @@ class SelfAttention(nnx.Module):
         q, k, v = (constrain(y, "batch", "space", None, "heads", None) for y in (q, k, v))
         q, k, v = (y.reshape(batch, padded * frames, *y.shape[3:]) for y in (q, k, v))
         kv_length = None if space == padded else space * frames
-        return self.out(context_attention(q, k, v, kv_length=kv_length, way=way).reshape(x.shape))
+        return self.out(context_attention(q, k, v, kv_length=kv_length, strategy=strategy).reshape(x.shape))
 
 
 class CrossAttention(nnx.Module):
-    """One query that listens to text and picture, and to whatever adapters add."""
+    """One query that attends to text, image, and the conditions of adapters."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
-        """Builds query, output, and the keys and values of the two conditions that the base model has."""
+        """Builds query, output, and the key and value projections of the base model's two conditions."""
         types = {"rngs": rngs, "param_dtype": param_dtype}
         self.query, self.out = (
             nnx.Linear(config.dim, config.dim, kernel_init=_XAVIER, dtype=dtype, **types) for _ in range(2)
         )
         self.query_norm = RMSNorm(config.dim, epsilon=config.epsilon, **types)
         self.text, self.image = (
-            KeyValue(
+            KVProjection(
                 config.dim,
                 config.dim,
                 config.num_heads,
@@ -126,14 +131,14 @@ class CrossAttention(nnx.Module):
         self,
         x: Float[Array, "B S F D"],
         conditions: Mapping[str, Condition],
-        adapters: Mapping[str, KeyValue],
+        adapters: Mapping[str, KVProjection],
     ) -> Float[Array, "B S F D"]:
-        """Sums what the query hears of every condition, then projects once."""
+        """Sums the attended values of every condition, then projects once."""
         heads = (*x.shape[:3], self.num_heads, -1)
         q = self.query_norm(self.query(x)).reshape(heads).astype(self.dtype)
-        hearers = {"text": self.text, "image": self.image, **adapters}
-        heard = sum(hearers[name](q, condition) for name, condition in conditions.items())
-        return self.out(heard.reshape(x.shape))
+        kv_layers = {"text": self.text, "image": self.image, **adapters}
+        attended = sum(kv_layers[name](q, condition) for name, condition in conditions.items())
+        return self.out(attended.reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -157,35 +162,35 @@ class Block(nnx.Module):
         rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
         space: int,
         conditions: Mapping[str, Condition],
-        adapters: Mapping[str, KeyValue],
-        way: ContextParallelism = "auto",
+        adapters: Mapping[str, KVProjection],
+        strategy: ContextParallelism = "auto",
     ) -> Float[Array, "B S F D"]:
         """Runs the block.
 
         Args:
             x: Video tokens, float32; space may be padded.
-            modulation: The timestep's shift, scale and gate for self-attention, then for the MLP.
+            modulation: Shift, scale and gate from the timestep, for self-attention, then for the MLP.
             rotary: From `rotary_table`, padded as `x`.
             space: Space tokens that are not padding.
-            conditions: What cross-attention listens to.
-            adapters: Keys and values of this block for the conditions other than text and image.
-            way: How self-attention crosses the mesh's context axis.
+            conditions: Conditions of cross-attention.
+            adapters: Key and value projections of this block for the conditions other than text and image.
+            strategy: Collective by which self-attention spans the `context` axis of the mesh.
         """
         x = constrain(x, "batch", "space", None, None)
         parts = modulation + self.modulation.astype(jnp.float32)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             part[:, None, None] for part in jnp.moveaxis(parts, 1, 0)
         )
-        heard = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space, way)
-        x = x + checkpoint_name(heard, "self_attention") * gate
-        heard = self.cross_attention(self.cross_norm(x), conditions, adapters)
-        x = x + checkpoint_name(heard, "cross_attention")
+        attended = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space, strategy)
+        x = x + checkpoint_name(attended, "self_attention") * gate
+        attended = self.cross_attention(self.cross_norm(x), conditions, adapters)
+        x = x + checkpoint_name(attended, "cross_attention")
         hidden = nnx.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
         return x + self.mlp_out(hidden) * mlp_gate
 
 
 class ImageProjection(nnx.Module):
-    """The picture encoder's tokens to the transformer's width (`MLPProj` in the official code)."""
+    """Projects the image encoder's tokens to the transformer's width (`MLPProj` in the official code)."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         """Builds norm, two linear layers, norm."""
@@ -202,35 +207,34 @@ class ImageProjection(nnx.Module):
 
 
 class WanTransformer(nnx.Module):
-    """Predicts the velocity of noisy latents, given text, picture, and what adapters add."""
+    """Predicts the velocity of noisy latents, conditioned on text, image, and the inputs of adapters."""
 
     def __init__(
         self,
         config: WanConfig,
         *,
-        adapters: Mapping[str, nnx.Module] | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
         rngs: nnx.Rngs,
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
-        saved_names: Sequence[str] | None = None,
+        remat_save_names: Sequence[str] | None = None,
         context_parallelism: ContextParallelism = "auto",
     ):
         """Builds the transformer.
 
         Args:
-            config: Its sizes.
-            adapters: By the name of the condition that each brings; of each, `layers` holds the stacked
-                `KeyValue` of all blocks. One may add to the timestep instead (`motion`), and has no layers.
+            config: Sizes.
+            adapters: Adapters by the name of their condition.
             rngs: For the initial weights.
-            dtype: Type of matrix products.
-            param_dtype: Type in which parameters are kept.
-            saved_names: As `scan_layers` takes it: what to keep for the backward pass, None for everything.
-            context_parallelism: How self-attention crosses the mesh's context axis.
+            dtype: Type of the matrix products.
+            param_dtype: Type of the parameters.
+            remat_save_names: Activations that are saved for the backward pass (`scan_layers`); None: all.
+            context_parallelism: Collective by which self-attention spans the `context` axis of the mesh.
         """
         types = {"rngs": rngs, "param_dtype": param_dtype}
         self.config = config
         self.adapters = nnx.Dict(adapters or {})
-        self.saved_names = saved_names
+        self.remat_save_names = remat_save_names
         self.context_parallelism = context_parallelism
         rows, columns = config.patch
         channels = (config.latent_channels + config.condition_channels) * rows * columns
@@ -259,18 +263,25 @@ class WanTransformer(nnx.Module):
         )
 
     def conditions(self, text: Float[Array, "B L C"], image: Float[Array, "B I E"]) -> dict[str, Condition]:
-        """Text and picture as the blocks listen to them; adapters' conditions are added to the result.
+        """The base model's two conditions; those of adapters are added to the result.
 
         Args:
-            text: The text encoder's output without padding, at most `text_length` tokens.
-            image: The picture encoder's tokens (CLIP: 257).
+            text: The text encoder's output, padded with zeros or without padding, at most `text_length`
+                tokens.
+            image: The image encoder's tokens (CLIP: 257).
         """
-        missing = self.config.text_length - text.shape[1]
-        if missing < 0:
-            raise ValueError(f"text has {text.shape[1]} tokens, the model takes {self.config.text_length}")
-        text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
+        text = self.pad_text(text)
         text = self.text_out(nnx.gelu(self.text_in(text), approximate=True))
         return {"text": Condition(text), "image": Condition(self.image(image))}
+
+    def pad_text(self, text: Float[Array, "B L C"]) -> Float[Array, "B M C"]:
+        """Pads the text encoder's output with zeros to `text_length` tokens."""
+        missing = self.config.text_length - text.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"text has {text.shape[1]} tokens; the model takes at most {self.config.text_length}"
+            )
+        return jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
 
     def __call__(
         self,
@@ -284,21 +295,23 @@ class WanTransformer(nnx.Module):
 
         Args:
             latents: Noisy latents.
-            first_frame: The first frame's condition: mask, then latents of the picture followed by grey.
+            first_frame: The first-frame condition: mask, then latents of the image followed by grey frames.
             timestep: In [0, 1000], fractional.
             conditions: From `conditions` and from adapters.
-            time_offset: What an adapter adds to the timestep's embedding.
+            time_offset: Added to the timestep embedding.
 
         Returns:
             The velocity, float32.
 
         Raises:
-            ValueError: Latents do not divide into patches, or a condition has no adapter.
+            ValueError: Latents are not divisible into patches, or a condition has no adapter.
         """
         _, frames, height, width, _ = latents.shape
         (rows, columns), config = self.config.patch, self.config
         if height % rows or width % columns:
-            raise ValueError(f"latents of {height} x {width} do not divide into patches {rows} x {columns}")
+            raise ValueError(
+                f"latents of {height} x {width} are not divisible into patches {rows} x {columns}"
+            )
         if unknown := set(conditions) - {"text", "image"} - set(self.adapters):
             raise ValueError(f"no adapter for {sorted(unknown)}; the model has {sorted(self.adapters)}")
         grid = (height // rows, width // columns)
@@ -314,12 +327,13 @@ class WanTransformer(nnx.Module):
             time = time + time_offset
         modulation = self.time_modulation(nnx.silu(time)).reshape(-1, 6, config.dim)
 
-        def step(layer: tuple[Block, Mapping[str, KeyValue]], x: Array) -> Array:
-            block, hearers = layer
-            return block(x, modulation, rotary, space, conditions, hearers, self.context_parallelism)
+        def step(layer: tuple[Block, Mapping[str, KVProjection]], x: Array) -> Array:
+            block, kv_layers = layer
+            return block(x, modulation, rotary, space, conditions, kv_layers, self.context_parallelism)
 
-        hearers = {name: adapter.layers for name, adapter in self.adapters.items() if name in conditions}
-        x = scan_layers(step, (self.blocks, hearers), x, saved_names=self.saved_names)
+        conditions = {name: _shard_mask(condition, padding) for name, condition in conditions.items()}
+        kv_layers = {name: adapter.layers for name, adapter in self.adapters.items() if name in conditions}
+        x = scan_layers(step, (self.blocks, kv_layers), x, remat_save_names=self.remat_save_names)
 
         shift, scale = jnp.moveaxis(self.modulation_out + time[:, None], 1, 0)[:, :, None, None]
         x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)
@@ -338,8 +352,16 @@ def _pad_space(x: Array, axis: int, padding: int) -> Array:
     return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)]) if padding else x
 
 
+def _shard_mask(condition: Condition, padding: int) -> Condition:
+    """A condition whose mask is padded and sharded along space like the video tokens."""
+    if condition.mask is None:
+        return condition
+    mask = constrain(_pad_space(condition.mask, 1, padding), "batch", "space", None, None)
+    return replace(condition, mask=mask)
+
+
 def _patchify(x: Float[Array, "B F h w C"], patch: tuple[int, int]) -> Float[Array, "B S F P"]:
-    """Squares of latents to tokens; within a token: row, column, channel."""
+    """Patches of latents to tokens, each ordered by row, column, channel."""
     batch, frames, height, width, channels = x.shape
     rows, columns = patch
     x = x.reshape(batch, frames, height // rows, rows, width // columns, columns, channels)

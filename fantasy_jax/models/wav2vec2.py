@@ -1,7 +1,7 @@
-"""wav2vec2, which hears the speech. Source: transformers, `models/wav2vec2/modeling_wav2vec2.py`.
+"""wav2vec2, the speech encoder. Source: transformers, `models/wav2vec2/modeling_wav2vec2.py`.
 
-Two kinds exist: `base`, with one norm over time in the first convolution and norms behind each layer, and
-the larger models', with a layer norm in every convolution and norms in front of each layer.
+There are two variants. The base model has a group norm in its first convolution, and norms after each layer
+(post-norm); the larger models have a layer norm in every convolution, and norms before each layer (pre-norm).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Wav2Vec2Config:
-    """Sizes of the network, under transformers' names; the defaults are wav2vec2-base-960h's."""
+    """Sizes of the network, named as in transformers; the defaults are those of wav2vec2-base-960h."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -46,11 +46,11 @@ WAV2VEC2_LARGE = Wav2Vec2Config(
     feat_extract_norm="layer",
     do_stable_layer_norm=True,
 )
-"""Sizes of wav2vec2-large-960h-lv60-self, and of the XLSR models of other languages."""
+"""Sizes of wav2vec2-large-960h-lv60-self and of the multilingual XLSR models."""
 
 
 class FeatureConv(nnx.Module):
-    """One strided convolution of the waveform's encoder, perhaps a norm, GELU."""
+    """Strided convolution of the feature encoder, optional norm, GELU."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class FeatureConv(nnx.Module):
         dtype: DType,
         param_dtype: DType,
     ):
-        """Builds the `index`-th of them."""
+        """Builds the convolution at `index`."""
         types = {"rngs": rngs, "param_dtype": param_dtype}
         width = config.conv_dim[index]
         self.conv = nnx.Conv(
@@ -78,35 +78,19 @@ class FeatureConv(nnx.Module):
         if config.feat_extract_norm == "layer":
             self.norm = LayerNorm(width, epsilon=_EPSILON, **types)
         else:
-            self.norm = TimeNorm(width, **types) if index == 0 else None
+            self.norm = _time_norm(width, **types) if index == 0 else None
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B U D"]:
-        """Convolves, normalises, activates."""
+        """Runs the convolution."""
         x = self.conv(x)
         return nnx.gelu(x if self.norm is None else self.norm(x), approximate=False)
 
 
-class TimeNorm(nnx.Module):
-    """Each channel normalised over time: PyTorch's GroupNorm with as many groups as channels."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs, param_dtype: DType):
-        """Starts from the identity."""
-        self.scale = nnx.Param(jnp.ones(width, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        """Normalises in float32."""
-        x = x.astype(jnp.float32)
-        centered = x - x.mean(axis=1, keepdims=True)
-        variance = jnp.mean(centered**2, axis=1, keepdims=True)
-        return centered * jax.lax.rsqrt(variance + _EPSILON) * self.scale + self.bias
-
-
 class PositionConv(nnx.Module):
-    """Positions by a wide grouped convolution, whose kernel is kept as direction and length (weight norm)."""
+    """Positional embedding by a wide grouped convolution with weight norm (direction and length)."""
 
     def __init__(self, config: Wav2Vec2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
-        """Builds direction, length and bias."""
+        """Builds the kernel's direction and length, and the bias."""
         width, taps = config.hidden_size, config.num_conv_pos_embeddings
         self.groups = config.num_conv_pos_embedding_groups
         shape = (taps, width // self.groups, width)
@@ -117,7 +101,7 @@ class PositionConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B A D"]) -> Float[Array, "B A D"]:
-        """Convolves around each position and activates."""
+        """Runs convolution and GELU."""
         direction = self.direction.astype(jnp.float32)
         kernel = direction * (self.length.astype(jnp.float32) / _norm(direction))[:, None, None]
         taps = kernel.shape[0]
@@ -133,7 +117,7 @@ class PositionConv(nnx.Module):
 
 
 class Wav2Vec2Layer(nnx.Module):
-    """Self-attention and MLP, with norms behind or in front."""
+    """Self-attention and MLP, post-norm or pre-norm."""
 
     def __init__(self, config: Wav2Vec2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         """Builds one layer."""
@@ -165,7 +149,7 @@ class Wav2Vec2Layer(nnx.Module):
 
 
 class Wav2Vec2Model(nnx.Module):
-    """Waveform to the last hidden state, at 50 Hz."""
+    """Encoder of a waveform; features are the last hidden state, at 50 Hz."""
 
     def __init__(
         self,
@@ -196,7 +180,7 @@ class Wav2Vec2Model(nnx.Module):
         """Encodes; float32.
 
         Args:
-            waveform: 16 kHz, of zero mean and unit variance.
+            waveform: Audio at 16 kHz, with zero mean and unit variance.
         """
         x = waveform[..., None]
         for layer in self.features:
@@ -207,6 +191,19 @@ class Wav2Vec2Model(nnx.Module):
             x = self.norm(x)
         x = scan_layers(lambda layer, x: layer(x), self.layers, x)
         return self.norm(x) if self.config.do_stable_layer_norm else x
+
+
+def _time_norm(width: int, *, rngs: nnx.Rngs, param_dtype: DType) -> nnx.GroupNorm:
+    """Normalises each channel over time, in float32: a group norm with a group per channel."""
+    return nnx.GroupNorm(
+        width,
+        num_groups=width,
+        epsilon=_EPSILON,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
 
 
 def _norm(direction: Float[Array, "taps C D"]) -> Float[Array, " taps"]:

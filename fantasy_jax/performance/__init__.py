@@ -1,1 +1,1 @@
-"""What a program costs: counted from the model, read off compiled programs, measured on devices."""
+"""Cost of programs: operation counts, AOT compilation for TPU topologies, and timings."""

@@ -1,24 +1,24 @@
-"""Peaks of the accelerators that are known here, a chip each, from their makers' pages."""
+"""Peak rates of known accelerators, per chip, from their vendors' pages."""
 
 from dataclasses import dataclass
 
 import jax
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.errors import ConfigError
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip can do at best.
+    """Peak rates of a chip.
 
     Attributes:
-        name: As people say it.
-        flops: bfloat16 operations a second, dense.
+        name: Common name.
+        flops: Dense bfloat16 operations per second.
         memory: High-bandwidth memory, in bytes.
-        memory_rate: Bytes a second to and from it.
-        link_rate: Bytes a second to and from other chips, all links and both directions together.
+        memory_rate: Memory bandwidth, in bytes per second.
+        link_rate: Bandwidth to other chips, in bytes per second, over all links and both directions.
     """
 
     name: str
@@ -41,18 +41,16 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80 * GIB, 3350e9, 900e9),
     "NVIDIA H200": Chip("H200", 989e12, 141 * 10**9, 4800e9, 900e9),
 }
-"""By JAX's name of the device."""
+"""Chips by JAX's `device_kind`."""
 
 
 def chip_of(device: jax.Device) -> Chip:
-    """What is known of a device.
+    """Returns the peak rates of a device.
 
     Raises:
-        ConfigError: Nothing is.
+        ConfigError: They are not in `CHIPS`.
     """
     if device.device_kind not in CHIPS:
         known = ", ".join(CHIPS)
-        raise ConfigError(
-            f"device {device.device_kind!r}: its peaks are not known here, those of {known} are"
-        )
+        raise ConfigError(f"device {device.device_kind!r}: its peak rates are unknown; known are {known}")
     return CHIPS[device.device_kind]

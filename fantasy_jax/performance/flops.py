@@ -1,7 +1,7 @@
-"""Floating point operations of a program, counted exactly where it is written, before any compiler.
+"""Floating point operations of a program, counted exactly in its jaxpr, before any compiler.
 
-Matrix products and convolutions, as the field counts them; a loop's body counts as often as it runs, and what
-is computed anew for the backward pass counts again. XLA's own count takes a loop's body once.
+Only matrix products and convolutions count, as is usual. A loop's body counts once per iteration (XLA's own
+cost analysis counts it once), and what the backward pass recomputes counts again.
 """
 
 import math
@@ -15,20 +15,18 @@ from fantasy_jax.models.attention import use_backend
 
 
 def count_flops(function: Callable, *arguments: Any) -> int:
-    """Operations of one call, on all devices together.
+    """Counts the operations of one call, on all devices together.
 
     Args:
-        function: Pure; jitted or not.
+        function: A pure function, jitted or not.
         arguments: Arrays, or `jax.ShapeDtypeStruct`s of the same shapes.
+
+    Raises:
+        ValueError: A `while` loop contains products; its trip count is unknown.
     """
     plain = function.__wrapped__ if hasattr(function, "lower") else function
-
-    def anew(*arguments: Any) -> Any:
-        """JAX remembers what it traced, whatever the backend was then; it has never seen this function."""
-        return plain(*arguments)
-
-    with use_backend("plain"):  # kernels hide their products, and do the same number of them
-        return _count(jax.make_jaxpr(anew)(*arguments).jaxpr)
+    with use_backend("xla"):  # kernels hide their products, of which there are as many
+        return _count(jax.make_jaxpr(plain)(*arguments).jaxpr)
 
 
 def _count(jaxpr: Jaxpr) -> int:
@@ -36,24 +34,23 @@ def _count(jaxpr: Jaxpr) -> int:
 
 
 def _count_equation(equation: JaxprEqn) -> int:
-    name, inner = equation.primitive.name, list(_inner(equation))
+    name, inner = equation.primitive.name, list(_inner_jaxprs(equation))
     if name == "dot_general":
-        return _of_product(equation)
+        return _count_product(equation)
     if name == "conv_general_dilated":
-        return _of_convolution(equation)
+        return _count_convolution(equation)
     if name == "scan":
         return equation.params["length"] * sum(map(_count, inner))
     if name == "cond":
         return max(map(_count, inner))
-    if name == "shard_map":  # written for one device, run by all
+    if name == "shard_map":  # its body is for one device, and every device runs it
         return equation.params["mesh"].size * sum(map(_count, inner))
     if name == "while" and any(map(_count, inner)):
-        raise ValueError("a while loop with products in it: nobody knows how often it runs")
+        raise ValueError("a while loop contains products: its trip count is unknown")
     return sum(map(_count, inner))
 
 
-def _inner(equation: JaxprEqn) -> list[Jaxpr]:
-    """Programs that an equation calls."""
+def _inner_jaxprs(equation: JaxprEqn) -> list[Jaxpr]:
     found = []
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
@@ -64,14 +61,14 @@ def _inner(equation: JaxprEqn) -> list[Jaxpr]:
     return found
 
 
-def _of_product(equation: JaxprEqn) -> int:
+def _count_product(equation: JaxprEqn) -> int:
     left, right = (variable.aval.shape for variable in equation.invars)
     (_, contracted), (_, batch) = equation.params["dimension_numbers"]
     free = (size for i, size in enumerate(right) if i not in (*contracted, *batch))
     return 2 * math.prod(left) * math.prod(free)
 
 
-def _of_convolution(equation: JaxprEqn) -> int:
+def _count_convolution(equation: JaxprEqn) -> int:
     kernel, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
     output_features = equation.params["dimension_numbers"].rhs_spec[0]
     per_result = math.prod(kernel) // kernel[output_features]

@@ -1,4 +1,4 @@
-"""The programs of a configuration: the very callables that run, and arguments that have no values."""
+"""The programs of a config: the jitted functions that training and sampling run, with abstract arguments."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,54 +8,76 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fantasy_jax.data.speech import SAMPLE_RATE
-from fantasy_jax.data.text import byte_tokenizer
-from fantasy_jax.diffusion.guidance import branches
-from fantasy_jax.diffusion.sampler import SamplerInputs, branch_conditions, euler_step
+from fantasy_jax.data.encoded import batch_spec
+from fantasy_jax.diffusion.sampler import StepProgram, branch_conditions, guided_step, hashable
+from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
-from fantasy_jax.models.rows import sharing_rows
 from fantasy_jax.models.tiling import decode
-from fantasy_jax.performance.ahead import Program
 from fantasy_jax.performance.flops import count_flops
-from fantasy_jax.pipeline import ModelConfig, RandomNetworks, SampleConfig, encode_first_frame
-from fantasy_jax.sharding import share
-from fantasy_jax.training.stages import STAGES, StagesConfig, abstract_batch, ready_for_stage
+from fantasy_jax.performance.program import Program
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.sharding import batch_sharding
+from fantasy_jax.system.encoders import encode_first_frame
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks, abstract_networks
+from fantasy_jax.system.registry import slots
+from fantasy_jax.training.objective import velocity_objective
+from fantasy_jax.training.stages import StagesConfig, prepare_for_stage
 from fantasy_jax.training.state import Trainer
-from fantasy_jax.training.talking import talking_loss
 from fantasy_jax.typing import Array, DType
+from fantasy_jax.video import VideoConfig
+
+InputSpec = tuple[tuple[int, ...], DType]
+"""Shape and type of an array."""
 
 
-def training_steps(
-    model: ModelConfig, sampling: SampleConfig, config: StagesConfig, size: tuple[int, int], mesh: Mesh
+def _image(slot: str) -> Callable[[ModelConfig, VideoConfig], list[InputSpec]]:
+    def inputs(model: ModelConfig, video: VideoConfig) -> list[InputSpec]:
+        size = model.networks[slot].image_size
+        return [((1, size, size, 3), np.float32)]
+
+    return inputs
+
+
+ENCODER_INPUTS: dict[str, Callable[[ModelConfig, VideoConfig], list[InputSpec]]] = {
+    # Two prompts, the positive and the negative one.
+    "text_encoder": lambda model, video: [((2, model.transformer.text_length), np.int32), ((2,), np.int32)],
+    "image_encoder": _image("image_encoder"),
+    "face_encoder": _image("face_encoder"),
+    "speech_encoder": lambda model, video: [((1, video.num_samples), np.float32)],
+}
+"""Inputs of the networks that `models.layers.run` runs once per clip, by slot."""
+
+
+def training_programs(
+    model: ModelConfig, config: StagesConfig, video: VideoConfig, mesh: Mesh
 ) -> Iterator[Program]:
-    """A step of each stage: loss, gradients, optimizer, running mean.
+    """Yields the train step of each stage: loss, gradients, optimizer, moving average.
 
     Args:
         model: All sizes.
-        sampling: Length of the clips.
-        config: Of the stages.
-        size: Height and width of the clips, in pixels.
-        mesh: That is in force.
+        config: Settings of the stages.
+        video: Size and length of the clips.
+        mesh: The current mesh.
     """
-    networks = RandomNetworks(model, byte_tokenizer())
-    for name in STAGES:
-        stage = getattr(config, name)
-        transformer = nnx.eval_shape(lambda name=name: ready_for_stage(networks.transformer(), name, config))
-        empty_text = np.zeros((1, 1, model.text_encoder.dim), np.float32)
+    networks = abstract_networks(model, mesh, config.mesh)
+    empty_text = np.zeros((1, 1, model.text_encoder.dim), np.float32)
+    step = _replicated((), mesh, np.int32)
+    for index, stage in enumerate(config.stages):
         trainer = Trainer(
-            transformer,
-            partial(talking_loss, config=stage, empty_text=empty_text),
+            nnx.eval_shape(partial(prepare_for_stage, stage=stage, config=config), networks["transformer"]),
+            partial(velocity_objective, config=stage, empty_text=empty_text),
             stage.optimizer,
-            stage.steps,
+            stage.num_steps,
             seed=config.loop.seed,
             mesh=mesh,
             rules=stage.parameters,
         )
-        number = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-        batch = abstract_batch(model, sampling, size, stage.batch_size, mesh)
-        arguments = (trainer.initial(), trainer.rest, batch, number)
+        batch = batch_spec(model, video, stage.batch_size, sharding=batch_sharding(mesh))
+        arguments = (trainer.init_state(), trainer.frozen_state, batch, step)
         yield Program(
-            f"{name} step",
+            f"stage {index + 1} step",
             partial(trainer.step.lower, *arguments),
             arguments,
             count_flops(trainer.step, *arguments),
@@ -64,56 +86,89 @@ def training_steps(
 
 
 def sampling_programs(
-    model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh
+    model: ModelConfig, config: SampleConfig, video: VideoConfig, mesh: Mesh
 ) -> Iterator[Program]:
-    """All that makes the longest clip, in the order in which it runs.
+    """Yields the programs that sample the longest clip: encoders, guided step, decoder.
 
     Args:
         model: All sizes.
-        config: Of the sampler.
-        size: Height and width, in pixels.
-        mesh: That is in force.
+        config: Settings of sampling.
+        video: Size and length of the clip.
+        mesh: The current mesh.
     """
-    networks = RandomNetworks(model, byte_tokenizer())
-    tokens = _whole((2, model.transformer.text_length), mesh, np.int32)  # the prompt's and the negative one's
-    lengths = _whole((2,), mesh, np.int32)
-    portrait = _whole((1, model.image_encoder.image_size, model.image_encoder.image_size, 3), mesh)
-    yield _of_network("text encoder", lambda: networks.text_encoder()[0], mesh, run, (tokens, lengths))
-    yield _of_network("picture encoder", networks.image_encoder, mesh, run, (portrait,))
-    if model.face_encoder:
-        face = _whole((1, model.face_encoder.image_size, model.face_encoder.image_size, 3), mesh)
-        yield _of_network("face encoder", networks.face_encoder, mesh, run, (face,))
-    sound = _whole((1, int(config.max_frames / config.fps * SAMPLE_RATE)), mesh)
-    yield _of_network("speech encoder", lambda: networks.speech_encoder().model, mesh, run, (sound,))
-    yield vae_encode(model, config, size, mesh)
-    yield from guided_step(model, config, size, mesh)
-    yield vae_decode(model, config, size, mesh)
+    networks = abstract_networks(model, mesh, config.mesh)
+    for slot in slots():
+        if slot in networks and slot in ENCODER_INPUTS:
+            inputs = [_replicated(shape, mesh, dtype) for shape, dtype in ENCODER_INPUTS[slot](model, video)]
+            yield _network_program(slot.replace("_", " "), networks[slot], run, *inputs)
+    yield vae_encode_program(networks, video, mesh)
+    yield guided_step_program(networks, config, video, mesh)
+    yield vae_decode_program(networks, config, video, mesh)
 
 
-def vae_encode(model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh) -> Program:
-    """The first frame of the longest clip; arguments as of `sampling_programs`."""
-    make, picture = RandomNetworks(model, byte_tokenizer()).vae, _whole((1, *size, 3), mesh)
-    return _of_network(
-        "first frame to latents", make, mesh, encode_first_frame, (picture,), (config.max_frames,)
+def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh) -> Program:
+    """Encoding of the first frame, followed by grey frames.
+
+    Args:
+        networks: Abstract networks on the mesh.
+        video: Size and length of the clip.
+        mesh: The current mesh.
+    """
+    pixels, num_frames = _replicated((1, *video.size, 3), mesh), (video.num_frames,)
+    return _network_program(
+        "first frame to latents", networks["vae"], encode_first_frame, pixels, static=num_frames
     )
 
 
-def vae_decode(model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh) -> Program:
-    """The longest clip, or a tile of it where one device decodes; arguments as of `sampling_programs`."""
-    make = RandomNetworks(model, byte_tokenizer()).vae
-    latents = abstract_batch(model, config, size, 1, mesh)["latents"].shape
-    if sharing_rows() > 1:
-        return _of_network("latents to video", make, mesh, decode, (_whole(latents, mesh),))
-    sides = map(min, latents[2:4], config.tile)
-    tile = _whole((*latents[:2], *sides, latents[-1]), mesh)
-    return _of_network("a tile of latents to video", make, mesh, decode, (tile,))
+def vae_decode_program(networks: Networks, config: SampleConfig, video: VideoConfig, mesh: Mesh) -> Program:
+    """Decoding of a clip or, where one device decodes it, of a tile of it.
+
+    Args:
+        networks: Abstract networks on the mesh.
+        config: Settings of sampling.
+        video: Size and length of the clip.
+        mesh: The current mesh.
+    """
+    batch, frames, *sides, channels = video.latent_shape(1, networks.config.vae.latent_channels)
+    name = "latents to video"
+    if num_row_shards() == 1:
+        sides, name = map(min, sides, config.tile), f"a tile of {name}"
+    latents = _replicated((batch, frames, *sides, channels), mesh)
+    return _network_program(name, networks["vae"], decode, latents)
 
 
-def _of_network(
-    name: str, make: Callable, mesh: Mesh, function: Callable, inputs: tuple, static: tuple = ()
+def guided_step_program(networks: Networks, config: SampleConfig, video: VideoConfig, mesh: Mesh) -> Program:
+    """A step of the sampler with all its guidance branches.
+
+    Args:
+        networks: Abstract networks on the mesh.
+        config: Settings of sampling.
+        video: Size and length of the clip.
+        mesh: The current mesh.
+    """
+    model, branches = networks.config, config.guidance
+    graphdef, state = nnx.split(networks["transformer"])
+    inputs = ClipInputs.spec(model, video, 1, sharding=_sharding(mesh))
+    dropped, options = tuple(branch.dropped for branch in branches), hashable(config.adapter_options)
+    conditions = jax.eval_shape(partial(branch_conditions, graphdef, dropped, options), state, inputs)
+    conditions = jax.tree.map(lambda x: _replicated(x.shape, mesh, x.dtype), conditions)
+    latents = video.latent_shape(1, model.transformer.latent_channels)
+    latents, sigmas, scales = (_replicated(x, mesh) for x in (latents, (2,), (len(branches) - 1,)))
+    static = (graphdef, StepProgram(config.batch_branches))
+    arguments = (state, latents, conditions, sigmas, scales)
+    return Program(
+        f"guided step, {len(branches)} branches",
+        partial(guided_step.lower, *static, *arguments),
+        arguments,
+        count_flops(partial(guided_step.__wrapped__, *static), *arguments),
+        partial(guided_step, *static),
+    )
+
+
+def _network_program(
+    name: str, network: nnx.Module, function: Callable, *inputs: jax.ShapeDtypeStruct, static: tuple = ()
 ) -> Program:
-    """A jitted function of a network, arrays, and what is no array."""
-    network = share(nnx.eval_shape(make), mesh)
+    """A jitted function of a network, arrays, and static arguments."""
     graphdef, state = nnx.split(network)
 
     def plain(state: nnx.State, *inputs: Array) -> Array:
@@ -122,48 +177,13 @@ def _of_network(
     def call(state: nnx.State, *inputs: Array) -> Array:
         return function(nnx.merge(graphdef, state), *inputs, *static)
 
-    arguments = (state, *inputs)
     lower = partial(function.lower, network, *inputs, *static)
-    return Program(name, lower, arguments, count_flops(plain, *arguments), call)
+    return Program(name, lower, (state, *inputs), count_flops(plain, state, *inputs), call)
 
 
-def _whole(shape: tuple[int, ...], mesh: Mesh, dtype: DType = np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+def _sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
-def guided_step(
-    model: ModelConfig, config: SampleConfig, size: tuple[int, int], mesh: Mesh
-) -> Iterator[Program]:
-    """A step of the sampler with all its branches, for the longest clip.
-
-    Args:
-        model: All sizes.
-        config: Of the sampler.
-        size: Height and width, in pixels.
-        mesh: That is in force.
-    """
-    transformer = share(nnx.eval_shape(RandomNetworks(model, byte_tokenizer()).transformer), mesh)
-    transformer.context_parallelism = config.mesh.context_parallelism
-    graphdef, state = nnx.split(transformer)
-    whole = NamedSharding(mesh, PartitionSpec())
-    batch = {
-        name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), np.float32, sharding=whole)
-        for name, leaf in abstract_batch(model, config, size, 1, mesh).items()
-    }
-    latents, text = batch["latents"], batch["text"]
-    mask = (*latents.shape[:-1], model.transformer.condition_channels)
-    first_frame = jax.ShapeDtypeStruct(mask, latents.dtype, sharding=whole)
-    inputs = SamplerInputs(first_frame, text, text, batch["image"], batch["audio"], face=batch.get("face"))
-    needed = branches(config.prompt_scale, config.audio_scale, loudness=config.loudness)
-    conditions = jax.eval_shape(partial(branch_conditions, graphdef, needed, config.audio), state, inputs)
-    pair, motion, scale = (_whole(shape, mesh) for shape in ((2,), (1, 2), ()))
-    moves = (motion, scale) if model.motion_adapter else ()
-    arguments = (state, latents, first_frame, conditions, pair, pair, *moves)
-    static = (graphdef, config.batch_branches)
-    yield Program(
-        f"guided step, {len(needed)} branches",
-        partial(euler_step.lower, *static, *arguments),
-        arguments,
-        count_flops(partial(euler_step.__wrapped__, *static), *arguments),
-        partial(euler_step, *static),
-    )
+def _replicated(shape: tuple[int, ...], mesh: Mesh, dtype: DType = np.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(mesh))

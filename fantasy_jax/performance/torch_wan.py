@@ -1,8 +1,8 @@
-"""PyTorch's Wan transformer, timed in a process of its own: what the same device does without JAX.
+"""Timings of PyTorch's Wan transformer in a process of its own, for comparison on the same device.
 
-diffusers' module with image conditioning and random weights, without the audio adapter, scaled-dot-product
-attention; eager, and compiled by `torch.compile`. Sizes come as JSON on standard input, seconds go as JSON to
-standard output.
+The model is diffusers' transformer with image conditioning and random weights, without the audio adapter,
+with scaled-dot-product attention, eager and compiled by `torch.compile`. The process reads sizes as JSON from
+standard input and writes seconds as JSON to standard output.
 """
 
 import json
@@ -10,37 +10,38 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fantasy_jax.config import ConfigError
-from fantasy_jax.pipeline import ModelConfig
-from fantasy_jax.typing import Leaf
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.video import VideoConfig
 
 
-def time_in_process(
-    model: ModelConfig, batch: Mapping[str, Leaf], repeats: int, warm_up: int
-) -> dict[str, Any]:
-    """Times a forward pass in another process, which has ended when this returns.
+def time_in_process(model: ModelConfig, video: VideoConfig, repeats: int, warm_up: int) -> dict[str, Any]:
+    """Times forward passes for one clip in another process, which has ended when this returns.
 
     Args:
-        model: The transformer's sizes and type.
-        batch: Arrays, or abstract ones, with the shapes of `latents`, `text` and `image`.
-        repeats: How many passes are timed.
-        warm_up: How many before that are not.
+        model: Sizes and type of the transformer.
+        video: Size and length of the clip.
+        repeats: Number of timed passes.
+        warm_up: Number of passes before them.
 
     Returns:
-        `device`, `dtype` and `torch` (its version); `eager` and `compiled`: seconds of each pass, or in one
-        word why there are none.
+        `device`, `dtype` and `torch` (the version); `eager` and `compiled`: seconds of each pass, or one word
+        that says why there are none.
 
     Raises:
-        ConfigError: PyTorch or diffusers cannot run it; the message is the last line of what they say.
+        ConfigError: PyTorch or diffusers cannot run the model; the message ends with their last line.
     """
+    inputs = ClipInputs.spec(model, video, 1)
     request = {
         "transformer": asdict(model.transformer),
         "dtype": model.dtype,
-        "shapes": {name: batch[name].shape for name in ("latents", "text", "image")},
+        "latents": video.latent_shape(1, model.transformer.latent_channels),
+        "text": inputs.text.shape,
+        "image": inputs.image.shape,
         "repeats": repeats,
         "warm_up": warm_up,
     }
@@ -48,15 +49,15 @@ def time_in_process(
         [sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True
     )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1][:300]
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
         raise ConfigError(
-            f"--against=torch: {reason} (it takes PyTorch and diffusers: pip install '.[test]')"
+            f"--against=torch: failed; it needs PyTorch and diffusers (pip install '.[test]'): {reason}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Reads sizes, and writes what they took."""
+    """Reads a request and writes the seconds."""
     import torch
 
     request = json.load(sys.stdin)
@@ -65,17 +66,17 @@ def main() -> None:
     dtype = getattr(torch, request["dtype"] if on_cpu else "bfloat16")
     torch.set_default_dtype(dtype)
     with torch.device(device), torch.inference_mode():
-        model, inputs = _model(request["transformer"]), _inputs(request["shapes"], request["transformer"])
+        model, inputs = _model(request["transformer"]), _inputs(request)
         found = {"eager": _times(model, inputs, request)}
         if torch._dynamo.config.disable:
             found["compiled"] = "disabled"
         else:
             try:
                 found["compiled"] = _times(torch.compile(model), inputs, request)
-            except Exception as error:  # no compiler, none for this device or this Python, or one that fails
+            except Exception as error:  # no compiler for this device or Python, or one that fails
                 found["compiled"] = type(error).__name__
-    about = {"device": device, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
-    print(json.dumps(about | found))
+    environment = {"device": device, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
+    print(json.dumps(environment | found))
 
 
 def _model(config: dict[str, Any]) -> Any:
@@ -97,15 +98,16 @@ def _model(config: dict[str, Any]) -> Any:
     ).eval()
 
 
-def _inputs(shapes: dict[str, list[int]], config: dict[str, Any]) -> dict[str, Any]:
+def _inputs(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    batch, *grid, channels = shapes["latents"]
+    batch, *grid, channels = request["latents"]
+    channels += request["transformer"]["condition_channels"]
     return {
-        "hidden_states": torch.randn(batch, channels + config["condition_channels"], *grid),
+        "hidden_states": torch.randn(batch, channels, *grid),
         "timestep": torch.full((batch,), 500.0),
-        "encoder_hidden_states": torch.randn(shapes["text"]),
-        "encoder_hidden_states_image": torch.randn(shapes["image"]),
+        "encoder_hidden_states": torch.randn(request["text"]),
+        "encoder_hidden_states_image": torch.randn(request["image"]),
         "return_dict": False,
     }
 
@@ -115,11 +117,11 @@ def _times(model: Any, inputs: dict[str, Any], request: dict[str, Any]) -> list[
 
     seconds = []
     for _ in range(request["warm_up"] + request["repeats"]):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         model(**inputs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return seconds[request["warm_up"] :]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run by step, written by Orbax, complete or not there."""
+"""Checkpoints of a run, written asynchronously by Orbax and moved into place when complete."""
 
 import logging
 from pathlib import Path
@@ -6,21 +6,22 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from fantasy_jax.config import ConfigError, as_json
+from fantasy_jax.config import as_json
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.training.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, written beside the steps and moved into place when they are complete."""
+    """The checkpoints of one run, by step."""
 
     def __init__(self, folder: Path, settings: dict, *, keep_last: int, keep_every: int):
-        """Opens a folder, or makes it.
+        """Opens a folder, or creates it.
 
         Args:
-            folder: Of this run alone.
-            settings: That a run must have to go on from here.
-            keep_last: How many of the newest are kept.
-            keep_every: Those whose step is a multiple of this are kept, too; 0 for none.
+            folder: Folder of this run only.
+            settings: Settings that a run must share to resume from these checkpoints.
+            keep_last: Number of newest checkpoints that are kept.
+            keep_every: Checkpoints whose step is a multiple of this are kept too; 0 for none.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
         self.folder, self.settings = Path(folder).absolute(), as_json(settings)
@@ -30,7 +31,12 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState, position: dict[str, int]) -> None:
-        """Saves, unless this step is saved; `position` says in words where in the data the run stands."""
+        """Saves a state unless its step is saved already.
+
+        Args:
+            state: The state.
+            position: Position of the run in its data, kept for readers of the checkpoint.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -40,28 +46,29 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
         )
 
-    def restore(self, start: TrainState) -> TrainState:
-        """The newest state, cut as `start` is; `start` itself where there is none.
+    def restore(self, initial: TrainState) -> TrainState:
+        """Returns the newest state, sharded as `initial` is, or `initial` itself if there is no checkpoint.
 
         Raises:
-            ConfigError: It was made with other settings.
+            ConfigError: The checkpoint was written with other settings.
         """
         step = self.manager.latest_step()
         if step is None:
-            return start
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)
+            return initial
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, initial)
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if differing := [k for k, v in self.settings.items() if about["settings"].get(k) != v]:
             raise ConfigError(
-                f"{self.folder}: was begun with another {differing[0]}; keep it, or choose another workdir"
+                f"{self.folder}: was started with other settings ({differing[0]}); keep them, or choose "
+                "another workdir"
             )
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self.manager.restore(step, args=arguments)["state"]
 
     def wait(self) -> None:
-        """Waits until what is being written is complete."""
+        """Waits until pending writes are complete."""
         self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for pending writes and closes the manager."""
         self.manager.close()

@@ -1,6 +1,6 @@
-"""What a run tells TensorBoard, written when it is told.
+"""TensorBoard event files, flushed after each write.
 
-`SummaryWriter` has a thread that writes, and may be behind a checkpoint that is on disk.
+`SummaryWriter` writes in a thread, which may be behind a checkpoint that is already on disk.
 """
 
 import time
@@ -17,10 +17,10 @@ from fantasy_jax.typing import UInt8
 
 
 class Events:
-    """A file of a run's numbers and pictures; on disk when a method returns."""
+    """An event file of scalars and images; what a method writes is on disk when it returns."""
 
     def __init__(self, folder: Path | None):
-        """Begins a file in a folder; None tells nobody, for all processes but the first."""
+        """Opens a file in `folder`; None writes nothing, for all processes but the first."""
         self._writer = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -33,18 +33,17 @@ class Events:
         if self._writer is not None:
             self._writer.close()
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Tells numbers, by name."""
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Writes scalars by name."""
         self._write((summary.scalar(name, value) for name, value in values.items()), step)
 
-    def pictures(self, values: Mapping[str, UInt8[np.ndarray, "H W 3"]], step: int) -> None:
-        """Tells pictures, by name."""
-        made = (summary.image(name, picture, dataformats="HWC") for name, picture in values.items())
-        self._write(made, step)
+    def images(self, values: Mapping[str, UInt8[np.ndarray, "H W 3"]], step: int) -> None:
+        """Writes images by name."""
+        self._write((summary.image(name, image, dataformats="HWC") for name, image in values.items()), step)
 
     def _write(self, parts: Iterator[Summary], step: int) -> None:
         if self._writer is None:
             return
-        whole = Summary(value=[value for part in parts for value in part.value])
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=whole))
+        merged = Summary(value=[value for part in parts for value in part.value])
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=merged))
         self._writer.flush()

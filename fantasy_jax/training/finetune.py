@@ -1,4 +1,4 @@
-"""Training on top of converted weights: the two stages, on encoded clips that lie ready."""
+"""Training on top of converted weights, on encoded clips."""
 
 import shutil
 from pathlib import Path
@@ -8,16 +8,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from fantasy_jax.data.motion import MOTION_FILE
+from fantasy_jax.data.records import check_metadata
 from fantasy_jax.models.lora import lora_of
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipeline import ModelConfig, SampleConfig
+from fantasy_jax.pipelines.config import SampleConfig, check_pipeline, write_pipeline
+from fantasy_jax.preprocessing.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.sharding import in_host_memory, make_mesh
-from fantasy_jax.training.parameters import treatments
-from fantasy_jax.training.stages import STAGES, StagesConfig, train_stages
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.registry import component_of, slots
+from fantasy_jax.training.parameters import parameter_modes
+from fantasy_jax.training.stages import StagesConfig, train_stages
 from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.typing import DType
-from fantasy_jax.weights import ADAPTERS, FOLDERS, LORA, StoredNetworks, record_hashes, save_network
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.store import LORA, record_hashes, save_network
+
+PIPELINE = "FantasyTalkingPipeline"
 
 
 def finetune(
@@ -26,69 +33,97 @@ def finetune(
     workdir: Path,
     *,
     model: ModelConfig,
+    video: VideoConfig,
     sampling: SampleConfig,
     config: StagesConfig,
 ) -> Path:
-    """Trains both stages, or from where an earlier call stopped; adapters that the store lacks start anew.
+    """Trains all stages, or resumes where an earlier call stopped.
 
-    Checkpoints hold what is trained and refer to the rest by the hash of its record. So does the store that
-    is written in the end: what was not trained is a link to where it lies.
+    Adapters that the store lacks are initialised. Checkpoints hold what is trained and refer to frozen
+    networks by the hash of their record. So does the store that is written in the end: what was not trained
+    is a link to the original.
 
     Args:
         weights: The store to start from.
         records: Folder of the encoded clips.
         workdir: For checkpoints, logs and the trained weights.
         model: All sizes.
-        sampling: How samples are shown.
-        config: Of the stages.
+        video: Size and length of the clips.
+        sampling: How samples are made.
+        config: Settings of the stages.
 
     Returns:
         The trained store.
+
+    Raises:
+        ConfigError: The records were made with another VAE, size, length, frame rate or motion normaliser.
+        WeightsError: The store is missing, damaged, or of another model or pipeline.
     """
-    networks = StoredNetworks(weights, model, new_adapters=True, merge_lora=False)
+    check_pipeline(weights, PIPELINE)
+    networks = stored_networks(weights, model, new_adapters=True, merge_lora=False)
+    hashes = record_hashes(weights)
+    check_metadata(records, _wanted_metadata(weights, hashes, video))
     mesh = make_mesh(**config.mesh.axes)
-    settings = {"model": model, "weights": record_hashes(weights)}
     store = workdir / "weights"
     stages = train_stages(
-        networks, records, workdir, mesh=mesh, sampling=sampling, config=config, settings=settings
+        networks,
+        records,
+        workdir,
+        mesh=mesh,
+        fps=video.fps,
+        sampling=sampling,
+        config=config,
+        settings={"model": model, "weights": hashes},
     )
-    for name, transformer in stages:
-        if name == STAGES[-1]:
+    for index, transformer in stages:
+        if index == len(config.stages) - 1:
             _save(store, weights, transformer, config, jnp.dtype(model.dtype))
-    # What 0 and 1 mean to the motion adapter, as `data.prepare` wrote it beside the records.
-    normaliser, adapter = records.parents[1] / MOTION_FILE, store / FOLDERS["motion_adapter"]
-    if normaliser.is_file() and adapter.is_dir() and not adapter.is_symlink() and not jax.process_index():
-        shutil.copy(normaliser, adapter)
+    if not jax.process_index():
+        write_pipeline(store, PIPELINE, video, sampling)
+        # The meaning of 0 and 1 to the motion adapter, as `prepare` wrote it beside the records.
+        normaliser, adapter = records.parents[1] / MOTION_FILE, store / "motion_adapter"
+        if normaliser.is_file() and adapter.is_dir() and not adapter.is_symlink():
+            shutil.copy(normaliser, adapter)
     return store
+
+
+def _wanted_metadata(weights: Path, hashes: dict[str, str], video: VideoConfig) -> dict[str, object]:
+    """What the records' metadata must agree with."""
+    wanted = {"video": video, "vae": hashes["vae"]}
+    if (normaliser := weights / "motion_adapter" / MOTION_FILE).is_file():
+        wanted["motion"] = MotionNormaliser.load(normaliser)
+    return wanted
 
 
 def _save(
     store: Path, weights: Path, transformer: WanTransformer, config: StagesConfig, dtype: DType
 ) -> None:
-    rules = [getattr(config, name).parameters for name in STAGES]
     changed = {
-        path for each in rules for path, how in treatments(transformer, each).items() if how == "trained"
+        path
+        for stage in config.stages
+        for path, mode in parameter_modes(transformer, stage.parameters).items()
+        if mode == "trained"
     }
-    networks = {
-        ADAPTERS[name]: adapter
-        for name, adapter in transformer.adapters.items()
-        if any(path.startswith(f"adapters/{name}/") for path in changed)
-        or not (weights / FOLDERS[ADAPTERS[name]]).exists()
-    }
+    networks = {}
+    for name, adapter in transformer.adapters.items():
+        component = component_of(adapter.config)
+        if any(x.startswith(f"adapters/{name}/") for x in changed) or not (weights / component.slot).exists():
+            networks[component.slot] = adapter
     if any(not path.startswith("adapters/") for path in changed):
-        networks["wan2.1_i2v_dit"] = transformer
+        networks["transformer"] = transformer
     if (lora := lora_of(transformer)) is not None:
         networks[LORA] = lora
-    # Parameters lie in parts on all processes' devices; each gathers them, one writes.
-    gathered = {name: _gather(cast_parameters(network, dtype)) for name, network in networks.items()}
+    # Parameters are sharded over all processes; each gathers them, and the first writes.
+    gathered = {slot: _gather(cast_parameters(network, dtype)) for slot, network in networks.items()}
     if jax.process_index():
         return
     store.mkdir(parents=True, exist_ok=True)
-    for component, folder in (FOLDERS | {LORA: LORA}).items():
-        if component in gathered:
-            save_network(store / folder, gathered[component], component=component)
-        elif (weights / folder).exists() and not (store / folder).exists():
-            (store / folder).symlink_to((weights / folder).resolve(), target_is_directory=True)
+    for slot in slots():
+        if slot in gathered:
+            component = component_of(gathered[slot].config).name
+            save_network(store / slot, gathered[slot], component=component)
+        elif (weights / slot).exists() and not (store / slot).exists():
+            (store / slot).symlink_to((weights / slot).resolve(), target_is_directory=True)
 
 
 def _gather(network: nnx.Module) -> nnx.Module:

@@ -1,11 +1,11 @@
-"""The loop: batches in, steps, a bar, logs, checkpoints, and a stop that loses nothing."""
+"""The training loop: batches, steps, logs, checkpoints, and a stop on signals that loses no step."""
 
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,74 +18,73 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from fantasy_jax.cli import Stopped
-from fantasy_jax.config import ConfigError
-from fantasy_jax.sharding import assemble_batch, rows_of_this_process
+from fantasy_jax.errors import ConfigError, Stopped
+from fantasy_jax.files import lock_folder
+from fantasy_jax.sharding import make_global_batch, process_rows
 from fantasy_jax.training.checkpoint import Checkpoints
 from fantasy_jax.training.events import Events
 from fantasy_jax.training.optim import OptimizerConfig
-from fantasy_jax.training.parameters import EVERYTHING, Rules
+from fantasy_jax.training.parameters import ALL_TRAINED, ParameterRules
 from fantasy_jax.training.state import Batch, Loss, Metrics, Trainer
 from fantasy_jax.typing import UInt8
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What a run does beside its steps.
+    """Logging, checkpoints, samples and the data loader of a run.
 
     Attributes:
-        log_every: Steps between two looks at the loss.
-        save_every: Steps between two checkpoints.
-        keep_last: So many of the newest are kept.
-        keep_every: And those whose step is a multiple of this; 0 for none.
-        show_every: Steps between two sample pictures; 0 for none.
-        show_videos: Whether samples are also written as mp4 with their sound, into `samples`. Nobody needs
-            thousands of files of what pictures show, so only when asked for.
-        validate_every: Steps between two looks at the loss of held-out clips; 0 for none. One costs about as
-            much as two steps.
-        grace_seconds: From SIGTERM to the end by force. Two steps (several processes agree on the next) and
-            two saves (one may be under way) must fit; the run warns at its first save if they do not.
-        workers: Processes that read and prepare batches; 0 reads in the run's own.
-        seed: Of initial weights, data order, noise and dropout.
+        log_every: Steps from one log of the metrics to the next.
+        save_every: Steps from one checkpoint to the next.
+        keep_last: Number of newest checkpoints that are kept.
+        keep_every: Checkpoints whose step is a multiple of this are kept too; 0 for none.
+        sample_every: Steps from one set of sample images to the next; 0 for none.
+        sample_videos: Whether samples are also written as mp4 with their audio, into `samples`.
+        validate_every: Steps from one loss of held-out clips to the next; 0 for none. One costs about as much
+            as two steps.
+        grace_seconds: Time from SIGTERM to SIGKILL. Two steps (several processes agree on the next one) and
+            two saves (one may be pending) must fit; otherwise the run warns at its first save.
+        num_workers: Processes that read and prepare batches; 0 reads in threads of the run's own process.
+        seed: Seed of initial weights, data order, noise and dropout.
     """
 
     log_every: int = 20
     save_every: int = 500
     keep_last: int = 2
     keep_every: int = 0
-    show_every: int = 500
-    show_videos: bool = False
+    sample_every: int = 500
+    sample_videos: bool = False
     validate_every: int = 500
     grace_seconds: float = 30.0
-    workers: int = 1
+    num_workers: int = 1
     seed: int = 0
 
     def __post_init__(self):
         for name in ("log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("keep_every", "show_every", "validate_every", "grace_seconds", "workers"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("keep_every", "sample_every", "validate_every", "grace_seconds", "num_workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
-class Task:
-    """A thing to train.
+class TrainingTask:
+    """One model to train.
 
     Attributes:
-        name: Of the stage.
-        model: Where it starts.
-        loss: What is lowered.
-        batches: Gives the batches from a step on: `data.loader.batches` with its source and preparation.
-        batch_size: Examples in each.
-        steps: How long.
-        optimizer: How.
-        parameters: Which of the model's are trained.
-        show: Makes pictures of what the model can do by now, and writes videos into a folder, if it is given
-            one; None: there are none.
-        validate: Measures it on held-out examples; None: it is not.
-        settings: Everything that decides the result; a run goes on only with the same.
+        name: Name of the stage.
+        model: Initial model.
+        loss: Loss to minimise.
+        batches: Returns the batches from a step on: `data.loader.batches` with its source and transform.
+        batch_size: Examples in a batch of all processes.
+        num_steps: Length of the run.
+        optimizer: Settings of the optimizer.
+        parameters: Which parameters are trained.
+        sample: `(model, folder) -> images`: samples from the model, and writes videos into `folder` unless it
+            is None. None for a model that is not sampled from.
+        validate: Returns metrics of held-out examples; None for none.
+        settings: Everything that decides the result; a run resumes only with the same settings.
     """
 
     name: str
@@ -93,53 +92,75 @@ class Task:
     loss: Loss
     batches: Callable[..., Iterator[Batch]]
     batch_size: int
-    steps: int
+    num_steps: int
     optimizer: OptimizerConfig
-    parameters: Rules = EVERYTHING
-    show: Callable[[nnx.Module, Path | None], dict[str, UInt8[np.ndarray, "H W 3"]]] | None = None
+    parameters: ParameterRules = ALL_TRAINED
+    sample: Callable[[nnx.Module, Path | None], dict[str, UInt8[np.ndarray, "H W 3"]]] | None = None
     validate: Callable[[nnx.Module], dict[str, float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def train(task: Task, config: LoopConfig, folder: Path, mesh: Mesh) -> nnx.Module:
-    """Trains until the task's last step, or from where an earlier call stopped.
+def train(task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh) -> nnx.Module:
+    """Trains until the task's last step, starting from the newest checkpoint in `folder` if there is one.
 
     Args:
-        task: What.
-        config: What is done on the way.
-        folder: For checkpoints and TensorBoard's files.
-        mesh: Of all devices of all processes.
+        task: What to train.
+        config: Logs, checkpoints and loader.
+        folder: Folder of the checkpoints and TensorBoard files; one run at a time may use it.
+        mesh: Mesh of all devices of all processes.
 
     Returns:
-        The model with the running mean of its parameters, if one is kept.
+        The model with the moving average of its parameters, if one is kept.
 
     Raises:
-        Stopped: SIGINT or SIGTERM came; everything is saved.
-        FloatingPointError: A step was not finite; what was before it is saved.
-        ConfigError: The folder holds a run with other settings, or devices cannot share a batch evenly.
+        Stopped: SIGINT or SIGTERM was received; everything is saved.
+        FloatingPointError: A step was not finite; the state before it is saved.
+        ConfigError: The folder holds a run with other settings or one that another process trains, or the
+            batch cannot be sharded evenly.
     """
-    with jax.set_mesh(mesh):
+    with lock_workdir(folder), jax.set_mesh(mesh):
         run = _Run(task, config, folder, mesh)
         try:
-            if run.step < task.steps:
-                run.go()
+            if run.step < task.num_steps:
+                run.run()
         finally:
             run.checkpoints.close()
-        return run.trainer.model(run.state.result)
+        return run.trainer.model(run.state.eval_params)
+
+
+@contextmanager
+def lock_workdir(folder: Path) -> Iterator[None]:
+    """Locks a folder for one run at a time; the first process of a run holds the lock for all of them.
+
+    Raises:
+        ConfigError: Another run has locked the folder; raised in every process.
+    """
+    error = None
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock_folder(folder))
+            except ConfigError as refused:
+                error = refused
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(error is not None)):
+            error = error or ConfigError(f"{folder}: is in use, as the first process reports")
+        if error is not None:
+            raise error
+        yield
 
 
 class _Run:
-    """One task on its way."""
+    """The state of one call of `train`."""
 
-    def __init__(self, task: Task, config: LoopConfig, folder: Path, mesh: Mesh):
+    def __init__(self, task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh):
         self.task, self.config, self.folder, self.mesh = task, config, folder, mesh
-        rows_of_this_process(task.batch_size // task.optimizer.accumulate, mesh)  # or it raises
-        self.rows = rows_of_this_process(task.batch_size, mesh)
+        process_rows(task.batch_size // task.optimizer.grad_accum_steps, mesh)  # raises if it does not divide
+        self.rows = process_rows(task.batch_size, mesh)
         self.trainer = Trainer(
             task.model,
             task.loss,
             task.optimizer,
-            task.steps,
+            task.num_steps,
             seed=config.seed,
             mesh=mesh,
             rules=task.parameters,
@@ -147,167 +168,183 @@ class _Run:
         self.checkpoints = Checkpoints(
             folder / "checkpoints", task.settings, keep_last=config.keep_last, keep_every=config.keep_every
         )
-        self.state = self.checkpoints.restore(self.trainer.initial())
+        self.state = self.checkpoints.restore(self.trainer.init_state())
         self.step = int(self.state.step)
+        self.clock = _Clock(self.step)
         self.save_seconds: float | None = None
 
-    def go(self) -> None:
-        """Steps to the end, or to a signal to stop."""
-        task, config = self.task, self.config
-        first = jax.process_index() == 0
+    def run(self) -> None:
+        """Trains to the last step, or until a signal."""
+        is_first = jax.process_index() == 0
         bar = tqdm(
-            total=task.steps,
+            total=self.task.num_steps,
             initial=self.step,
-            desc=task.name,
+            desc=self.task.name,
             unit="step",
             smoothing=0.05,
-            disable=not first,
+            disable=not is_first,
             postfix="compiling",
         )
-        with _stop_signals() as stop, Events(self.folder if first else None) as events, bar:
-            clock, previous = _Clock(self.step), None
-            read = task.batches(
-                batch_size=task.batch_size,
-                start=self.step,
-                workers=config.workers,
-                seed=config.seed,
-                rows=self.rows.tolist(),
-            )
-            for local in read:
+        with _stop_signals() as signals, Events(self.folder if is_first else None) as events, bar:
+            previous = None
+            for local in self._batches():
                 records = local.pop("record", None)
-                batch = assemble_batch(local, self.rows, task.batch_size, self.mesh)
-                number = jax.device_put(np.int32(self.step), NamedSharding(self.mesh, PartitionSpec()))
-                self.state, metrics = self.trainer.step(self.state, self.trainer.rest, batch, number)
-                if previous is None:  # no later step takes as long
+                metrics = self._dispatch(local)
+                if previous is None:  # includes compilation: not timed
                     jax.block_until_ready(metrics)
                     bar.unpause()
-                    clock = _Clock(self.step)
+                    self.clock.reset(self.step)
                 else:  # while this step runs
                     self._check(*previous)
                 self.step += 1
                 previous = (metrics, records)
                 bar.update()
-                last = self.step == task.steps
-                if self.step % config.log_every == 0 or last:
+                last = self.step == self.task.num_steps
+                if self.step % self.config.log_every == 0 or last:
                     self._check(*previous)
-                    self._log(metrics, clock, events, bar)
-                looks = self._due(last)
-                stopping = self._stops(stop)
-                # Before a look, too: told to stop in the middle of one, the run has nothing left to save.
-                if self.step % config.save_every == 0 or last or looks or stopping:
+                    self._log(metrics, events, bar)
+                evaluations = self._due_evaluations(last)
+                stopping = self._should_stop(signals)
+                # Evaluations may be long: a signal that arrives during one must find everything saved.
+                if self.step % self.config.save_every == 0 or last or evaluations or stopping:
                     self._check(*previous)
-                    self._save_and_time(clock, events)
-                if looks and not stopping:
-                    for look in looks:
-                        look(events)
-                    clock.reset(self.step)
-                    stopping = self._stops(stop)
+                    self._save_and_time(events)
+                if evaluations and not stopping:
+                    for evaluate in evaluations:
+                        evaluate(events)
+                    self.clock.reset(self.step)
+                    stopping = self._should_stop(signals)
                 if stopping:
-                    self.checkpoints.wait()
-                    raise Stopped(
-                        f"{task.name}: stopped and saved at step {self.step} of {task.steps}; "
-                        "the same command goes on from there",
-                        stop[0] if stop else signal.SIGTERM,
-                    )
+                    self._stop(signals)
                 if last:
                     break
 
+    def _batches(self) -> Iterator[Batch]:
+        return self.task.batches(
+            batch_size=self.task.batch_size,
+            start=self.step,
+            num_workers=self.config.num_workers,
+            seed=self.config.seed,
+            rows=self.rows.tolist(),
+        )
+
+    def _dispatch(self, local: Batch) -> Metrics:
+        """Dispatches a step on the examples of this process, and returns its metrics without waiting."""
+        batch = make_global_batch(local, self.rows, self.task.batch_size, self.mesh)
+        step = jax.device_put(np.int32(self.step), NamedSharding(self.mesh, PartitionSpec()))
+        self.state, metrics = self.trainer.step(self.state, self.trainer.frozen_state, batch, step)
+        return metrics
+
     def _check(self, metrics: Metrics, records: np.ndarray | None) -> None:
-        """Stops before anything is built on a step that was not finite, which has left the state alone."""
+        """Ends the run if a step was not finite; that step and all after it have left the state unchanged."""
         if bool(metrics["finite"]):
             return
         self.step = int(self.state.step)
         self._save()
-        among = "" if records is None else f" (records {', '.join(map(str, records))})"
+        of_records = "" if records is None else f" (records {', '.join(map(str, records))})"
         raise FloatingPointError(
-            f"{self.task.name}: step {self.step + 1}{among} is not finite (loss {float(metrics['loss'])}); "
-            f"step {self.step} is saved in {self.checkpoints.folder}; look at the records, or lower the "
-            "learning rate"
+            f"{self.task.name}: step {self.step + 1}{of_records} is not finite "
+            f"(loss {float(metrics['loss'])}); step {self.step} is saved in {self.checkpoints.folder}; "
+            "inspect the records, or lower the learning rate"
         )
 
-    def _stops(self, received: list[int]) -> bool:
-        """Whether it is time to stop.
+    def _should_stop(self, signals: list[int]) -> bool:
+        """Whether to stop after this step.
 
-        Of several processes any may be told, and all must save the same step: JAX passes the signal on beside
-        the steps, and agrees on one that none of them has reached.
+        Any of several processes may receive the signal, and all must save the same step: JAX shares the
+        signal between them, and agrees on a step that none of them has reached.
         """
         if jax.process_count() == 1:
-            return bool(received)
+            return bool(signals)
         return multihost_utils.reached_preemption_sync_point(self.step)
 
-    def _log(self, metrics: Metrics, clock: "_Clock", events: Events, bar: tqdm) -> None:
-        numbers = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
-        numbers["seconds_per_step"] = clock.per_step(self.step)
-        events.numbers({f"{self.task.name}/{name}": value for name, value in numbers.items()}, self.step)
-        bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['seconds_per_step']:.2f} s a step")
+    def _stop(self, signals: list[int]) -> None:
+        self.checkpoints.wait()
+        raise Stopped(
+            f"{self.task.name}: stopped and saved at step {self.step} of {self.task.num_steps}; run the same "
+            "command to resume",
+            signals[0] if signals else signal.SIGTERM,
+        )
+
+    def _log(self, metrics: Metrics, events: Events, bar: tqdm) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
+        values["seconds_per_step"] = self.clock.per_step(self.step)
+        events.scalars({f"{self.task.name}/{name}": value for name, value in values.items()}, self.step)
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['seconds_per_step']:.2f} s/step")
 
     def _save(self) -> None:
         self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
 
-    def _due(self, last: bool) -> list[Callable[[Events], None]]:
-        """What shows and measures what the model can do, if it is time."""
-        task, config = self.task, self.config
-        looks = (
-            (task.validate, config.validate_every, self._validate),
-            (task.show, config.show_every, self._show),
+    def _save_and_time(self, events: Events) -> None:
+        """Saves; times the run's first save, and warns if a stop would leave no time for another."""
+        step_seconds, start, grace = (
+            self.clock.per_step(self.step),
+            time.perf_counter(),
+            self.config.grace_seconds,
         )
-        return [look for given, every, look in looks if given and every and (last or self.step % every == 0)]
-
-    def _validate(self, events: Events) -> None:
-        found = self.task.validate(self.trainer.model(self.state.result))
-        name = f"{self.task.name}/validation"
-        events.numbers({f"{name}/{key}": value for key, value in found.items()}, self.step)
-
-    def _save_and_time(self, clock: "_Clock", events: Events) -> None:
-        """Saves; waits for the run's first save, to know whether a stop would leave time for another."""
-        step_seconds, begun, grace = clock.per_step(self.step), time.perf_counter(), self.config.grace_seconds
         self._save()
         if self.save_seconds is not None:
             return
         self.checkpoints.wait()
-        self.save_seconds = time.perf_counter() - begun
-        clock.reset(self.step)
-        events.numbers({f"{self.task.name}/save_seconds": self.save_seconds}, self.step)
+        self.save_seconds = time.perf_counter() - start
+        self.clock.reset(self.step)
+        events.scalars({f"{self.task.name}/save_seconds": self.save_seconds}, self.step)
         if 2 * (step_seconds + self.save_seconds) > grace:
             logging.getLogger(__name__).warning(
                 "%s: a step takes %.1f s and a save %.1f s; after SIGTERM two of each may take more than "
-                "grace_seconds, %g; have the signal sent earlier and raise train.loop.grace_seconds, or save "
-                "to faster storage",
+                "grace_seconds (%g); have the signal sent earlier and raise train.loop.grace_seconds, or "
+                "save to faster storage",
                 self.task.name,
                 step_seconds,
                 self.save_seconds,
                 grace,
             )
 
-    def _show(self, events: Events) -> None:
-        films = self.config.show_videos and jax.process_index() == 0
-        videos = self.folder / f"samples/{self.step:06d}" if films else None
-        made = self.task.show(self.trainer.model(self.state.result), videos)
-        events.pictures({f"{self.task.name}/{name}": picture for name, picture in made.items()}, self.step)
+    def _due_evaluations(self, last: bool) -> list[Callable[[Events], None]]:
+        """Validation and sampling, each if it is due at this step."""
+        task, config = self.task, self.config
+        evaluations = (
+            (task.validate, config.validate_every, self._validate),
+            (task.sample, config.sample_every, self._sample),
+        )
+        return [
+            run for given, every, run in evaluations if given and every and (last or self.step % every == 0)
+        ]
+
+    def _validate(self, events: Events) -> None:
+        metrics = self.task.validate(self.trainer.model(self.state.eval_params))
+        name = f"{self.task.name}/validation"
+        events.scalars({f"{name}/{key}": value for key, value in metrics.items()}, self.step)
+
+    def _sample(self, events: Events) -> None:
+        with_videos = self.config.sample_videos and jax.process_index() == 0
+        folder = self.folder / f"samples/{self.step:06d}" if with_videos else None
+        images = self.task.sample(self.trainer.model(self.state.eval_params), folder)
+        events.images({f"{self.task.name}/{name}": image for name, image in images.items()}, self.step)
 
 
 class _Clock:
-    """Seconds a step since the last look."""
+    """Seconds per step since the last reading."""
 
     def __init__(self, step: int):
         self.latest = 0.0
         self.reset(step)
 
     def reset(self, step: int) -> None:
-        self.begun, self.seen = time.perf_counter(), step
+        self.start, self.start_step = time.perf_counter(), step
 
     def per_step(self, step: int) -> float:
-        if step > self.seen:
-            self.latest = (time.perf_counter() - self.begun) / (step - self.seen)
+        if step > self.start_step:
+            self.latest = (time.perf_counter() - self.start) / (step - self.start_step)
             self.reset(step)
         return self.latest
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are put in, instead of ending the process in the middle of a step.
+    """Yields a list to which SIGINT and SIGTERM are appended instead of interrupting a step.
 
-    In one of several processes JAX has a handler for SIGTERM, and SIGINT is made one.
+    With several processes JAX handles SIGTERM, and SIGINT is forwarded as SIGTERM.
     """
     received: list[int] = []
     several = jax.process_count() > 1
@@ -317,10 +354,10 @@ def _stop_signals() -> Iterator[list[int]]:
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    wanted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, receive) for number in wanted]
+    handled = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, receive) for number in handled]
     try:
         yield received
     finally:
-        for number, handler in zip(wanted, before, strict=True):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Which parameters are frozen, trained, or trained through a LoRA: ordered rules that leave none out."""
+"""Which parameters are trained: ordered rules over their paths, which must cover every parameter."""
 
 import re
 from collections.abc import Callable
@@ -6,75 +6,75 @@ from typing import Literal
 
 from flax import nnx
 
-from fantasy_jax.config import ConfigError
+from fantasy_jax.errors import ConfigError
 
-Treatment = Literal["frozen", "trained", "lora"]
-"""`lora`: a linear layer's kernel is frozen, and the thin matrices beside it are trained (`models.lora`)."""
+ParameterMode = Literal["frozen", "trained", "lora"]
+"""`lora`: a linear layer's kernel is frozen, and low-rank matrices beside it are trained (`models.lora`)."""
 
-Rules = tuple[tuple[str, Treatment], ...]
-"""Pattern, searched for in a parameter's path (`blocks/self_attention/query/kernel`), and its treatment. The
-first whose pattern is found counts."""
+ParameterRules = tuple[tuple[str, ParameterMode], ...]
+"""Pairs of a regular expression and a mode. The first expression that is found in a parameter's path
+(`blocks/self_attention/query/kernel`) decides."""
 
-EVERYTHING: Rules = (("", "trained"),)
+ALL_TRAINED: ParameterRules = (("", "trained"),)
 
-_THIN = re.compile(r"/dot_general/lora_[ab]$")
-_SHOWN = 3
+_LORA = re.compile(r"/dot_general/lora_[ab]$")
+_NUM_SHOWN = 3
 
 
-def treatments(model: nnx.Module, rules: Rules) -> dict[str, Treatment]:
-    """What the rules say of every parameter, by path.
+def parameter_modes(model: nnx.Module, rules: ParameterRules) -> dict[str, ParameterMode]:
+    """Returns the mode of every parameter by its path.
 
-    A LoRA that lies beside a kernel is left out: it is trained unless the kernel is frozen.
+    Matrices of a LoRA are left out: they are trained unless the kernel that they lie beside is frozen.
 
     Args:
-        model: Or its `nnx.eval_shape`.
-        rules: In order.
+        model: The model, or its `nnx.eval_shape`.
+        rules: Ordered rules.
 
     Raises:
-        ConfigError: A parameter has no rule, or a rule decides on no parameter.
+        ConfigError: A parameter matches no rule, or a rule is the first match of no parameter.
     """
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    paths = [path for path in paths if not _THIN.search(path)]
-    found = {path: _first(rules, path) for path in paths}
+    paths = [path for path in paths if not _LORA.search(path)]
+    found = {path: _first_match(rules, path) for path in paths}
     if uncovered := [path for path, rule in found.items() if rule is None]:
-        more = f" and {len(uncovered) - _SHOWN} more" if len(uncovered) > _SHOWN else ""
+        more = f" and {len(uncovered) - _NUM_SHOWN} more" if len(uncovered) > _NUM_SHOWN else ""
         raise ConfigError(
-            f"parameters: no rule for {', '.join(uncovered[:_SHOWN])}{more}; end with ('', 'frozen') or "
-            "('', 'trained')"
+            f"parameters: no rule matches {', '.join(uncovered[:_NUM_SHOWN])}{more}; end with "
+            "('', 'frozen') or ('', 'trained')"
         )
-    if idle := [pattern for pattern, _ in rules if pattern not in {rule[0] for rule in found.values()}]:
+    if unused := [pattern for pattern, _ in rules if pattern not in {rule[0] for rule in found.values()}]:
         raise ConfigError(
-            f"parameters: the rule for {idle[0]!r} decides on nothing; there are "
-            f"{', '.join(paths[:_SHOWN])} and {len(paths) - _SHOWN} more"
+            f"parameters: {unused[0]!r} matches no parameter that an earlier rule leaves; paths are "
+            f"{', '.join(paths[:_NUM_SHOWN])} and {len(paths) - _NUM_SHOWN} more"
         )
     return {path: rule[1] for path, rule in found.items()}
 
 
-def trained(rules: Rules) -> Callable[[tuple, object], bool]:
-    """A filter, as Flax takes it, of what is trained: parameters, and what lies beside them as LoRA."""
+def trainable(rules: ParameterRules) -> Callable[[tuple, object], bool]:
+    """Returns a Flax filter of the parameters that are trained, matrices of a LoRA included."""
 
-    def chosen(path: tuple, value: object) -> bool:
+    def is_trainable(path: tuple, value: object) -> bool:
         name = "/".join(map(str, path))
-        kernel = _THIN.sub("/kernel", name)
-        rule = _first(rules, kernel)
+        kernel = _LORA.sub("/kernel", name)
+        rule = _first_match(rules, kernel)
         if not isinstance(value, nnx.Param) or rule is None:
             return False
         return rule[1] == "trained" or (rule[1] == "lora" and name != kernel)
 
-    return chosen
+    return is_trainable
 
 
-def lora_layers(model: nnx.Module, rules: Rules) -> list[str]:
-    """Paths of the linear layers that are trained through a LoRA.
+def lora_layers(model: nnx.Module, rules: ParameterRules) -> list[str]:
+    """Returns the paths of the linear layers that are trained through a LoRA.
 
     Raises:
-        ConfigError: As `treatments`; or it is asked for what is no kernel.
+        ConfigError: As `parameter_modes`; or a parameter that is no kernel has mode `lora`.
     """
-    wanted = [path for path, treatment in treatments(model, rules).items() if treatment == "lora"]
-    if wrong := [path for path in wanted if not path.endswith("/kernel")]:
-        raise ConfigError(f"parameters: {wrong[0]} can have no LoRA; a linear layer's kernel can")
-    return [path.removesuffix("/kernel") for path in wanted]
+    selected = [path for path, mode in parameter_modes(model, rules).items() if mode == "lora"]
+    if wrong := [path for path in selected if not path.endswith("/kernel")]:
+        raise ConfigError(f"parameters: {wrong[0]} cannot have a LoRA; only kernels of linear layers can")
+    return [path.removesuffix("/kernel") for path in selected]
 
 
-def _first(rules: Rules, path: str) -> tuple[str, Treatment] | None:
+def _first_match(rules: ParameterRules, path: str) -> tuple[str, ParameterMode] | None:
     return next((rule for rule in rules if re.search(rule[0], path)), None)

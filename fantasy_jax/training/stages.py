@@ -1,4 +1,4 @@
-"""The transformer's two stages, on encoded clips: the whole clip's sound first, then each frame its own."""
+"""The stages of the transformer's training, on encoded clips, one after another."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,73 +13,80 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fantasy_jax import cli
-from fantasy_jax.data.encoded import STORED
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.preprocessing import wav2vec2_length
 from fantasy_jax.data.records import open_split
-from fantasy_jax.data.speech import SAMPLE_RATE
 from fantasy_jax.diffusion.sampler import sample
-from fantasy_jax.media import write_sound, write_video
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.media import write_audio, write_video
 from fantasy_jax.models.lora import LoRAConfig, add_lora
-from fantasy_jax.models.vae import CHUNK
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipeline import PIXELS_PER_LATENT, ModelConfig, Networks, SampleConfig, encode_text, to_uint8
-from fantasy_jax.sharding import (
-    MeshConfig,
-    assemble_batch,
-    batch_sharding,
-    in_host_memory,
-    rows_of_this_process,
-)
-from fantasy_jax.training.loop import LoopConfig, Task, train
-from fantasy_jax.training.parameters import lora_layers, treatments
-from fantasy_jax.training.state import Batch, Metrics
-from fantasy_jax.training.talking import (
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.preprocessing.images import to_uint8
+from fantasy_jax.sharding import MeshConfig, in_host_memory, make_global_batch, process_rows
+from fantasy_jax.system.encoders import encode_text
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.networks import Networks
+from fantasy_jax.training.loop import LoopConfig, TrainingTask, train
+from fantasy_jax.training.objective import (
     VALIDATION_SIGMAS,
     PadText,
-    TalkingStageConfig,
-    sampling_inputs,
-    talking_loss,
+    StageConfig,
+    check_inputs,
     validation_losses,
+    velocity_objective,
 )
+from fantasy_jax.training.parameters import lora_layers, parameter_modes
+from fantasy_jax.training.state import Batch, Metrics
 from fantasy_jax.typing import Array, Float, Int16, UInt8
+from fantasy_jax.video import SAMPLE_RATE
 
-STAGES = ("clip_stage", "frame_stage")
-SHOWN = 4
+NUM_SAMPLES = 4
+"""Held-out clips that are sampled during training."""
 
 
 @dataclass(frozen=True)
 class StagesConfig:
-    """How the transformer is trained, and what happens beside the steps.
+    """Training of the transformer.
 
     Attributes:
         loop: Logs, checkpoints, loader.
-        mesh: How devices share the work.
-        clip_stage: The first stage.
-        frame_stage: The second, from where the first ended.
-        lora: Sizes of a LoRA, where a stage's rules ask for one.
+        mesh: Sizes of the mesh.
+        stages: The stages, each starting where the one before ended.
+        lora: Sizes of the LoRA, where a stage's rules ask for one.
     """
 
     loop: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
-    clip_stage: TalkingStageConfig = TalkingStageConfig()
-    frame_stage: TalkingStageConfig = TalkingStageConfig(audio="frame", lip_probability=0.8)
+    stages: tuple[StageConfig, ...] = (
+        StageConfig(),
+        StageConfig(audio_attention="frame", lip_mask_probability=0.8),
+    )
     lora: LoRAConfig = LoRAConfig()
 
+    def __post_init__(self):
+        if not self.stages:
+            raise ConfigError("stages is empty; at least one stage is needed")
 
-def ready_for_stage(transformer: WanTransformer, name: str, config: StagesConfig) -> WanTransformer:
-    """The transformer as a stage trains it, in place: with the LoRA that its rules ask for.
+
+def stage_name(index: int) -> str:
+    """Name of a stage in logs, and of its folder in the workdir: `stage_1` for the first."""
+    return f"stage_{index + 1}"
+
+
+def prepare_for_stage(
+    transformer: WanTransformer, stage: StageConfig, config: StagesConfig
+) -> WanTransformer:
+    """Sets up the transformer as a stage trains it, in place, with the LoRA that the stage's rules ask for.
 
     Args:
-        transformer: Or its `nnx.eval_shape`'s, inside of it.
-        name: Of the stage.
+        transformer: The transformer; inside `nnx.eval_shape`, an abstract one.
+        stage: The stage.
         config: All settings.
 
     Raises:
         ConfigError: The stage's rules do not fit.
     """
-    stage = getattr(config, name)
-    transformer.saved_names = stage.saved
+    transformer.remat_save_names = stage.remat_save_names
     transformer.context_parallelism = config.mesh.context_parallelism
     layers = lora_layers(transformer, stage.parameters)
     add_lora(transformer, layers, config.lora, rngs=nnx.Rngs(config.loop.seed))
@@ -92,168 +99,144 @@ def train_stages(
     workdir: Path,
     *,
     mesh: Mesh,
+    fps: int,
     sampling: SampleConfig,
     config: StagesConfig,
     settings: dict[str, Any],
-) -> Iterator[tuple[str, WanTransformer]]:
-    """Trains both stages, or from where an earlier call stopped.
+) -> Iterator[tuple[int, WanTransformer]]:
+    """Trains all stages, or resumes where an earlier call stopped.
 
     Args:
-        networks: The transformer to start from, and what is needed to show samples.
+        networks: The initial transformer, and the encoders and the VAE for samples.
         records: Folder of the encoded clips (`data.encoded`).
-        workdir: For a folder of each stage.
-        mesh: Of all devices.
-        sampling: How samples are shown.
+        workdir: Gets a folder for each stage.
+        mesh: Mesh of all devices.
+        fps: Frames per second of the clips.
+        sampling: How samples are made.
         config: All settings.
-        settings: What else decides the result.
+        settings: Further settings that decide the result.
 
     Yields:
-        Each stage's name and the transformer that it made.
+        Each stage's index and the transformer that it trained.
+
+    Raises:
+        ConfigError: Rules do not fit the parameters, or records do not fit the adapters.
     """
     empty_text = encode_text(networks, [""])[0]
-    with in_host_memory():  # one device of many need not hold what all of them will share
-        transformer = networks.transformer()
-    for name in STAGES:  # the second's fault would be found after days
-        treatments(transformer, getattr(config, name).parameters)
+    with in_host_memory():  # no device has to hold all of what the mesh shares
+        transformer = networks["transformer"]
+    for stage in config.stages:  # an error in the last stage's rules must not show up after days
+        parameter_modes(transformer, stage.parameters)
+    check_inputs(transformer, open_split(records, "train")[0])
     settings = settings | {"lora": config.lora}
-    for name in STAGES:
-        settings = settings | {name: getattr(config, name)}
-        with cli.phase(name.replace("_", " ").capitalize()):
+    for index, stage in enumerate(config.stages):
+        name = stage_name(index)
+        settings = settings | {name: stage}
+        with cli.timed(f"Stage {index + 1}"):
             with in_host_memory():
-                transformer = ready_for_stage(transformer, name, config)
-            task = _task(name, transformer, empty_text, networks, records, mesh, sampling, config, settings)
+                transformer = prepare_for_stage(transformer, stage, config)
+            data = _StageData(networks, records, empty_text, mesh, fps)
+            task = data.task(name, transformer, stage, sampling, config.loop, settings)
             transformer = train(task, config.loop, workdir / name, mesh)
-        yield name, transformer
+        yield index, transformer
 
 
-def _task(
-    name: str,
-    transformer: WanTransformer,
-    empty_text: Float[Array, "1 L C"],
-    networks: Networks,
-    records: Path,
-    mesh: Mesh,
-    sampling: SampleConfig,
-    config: StagesConfig,
-    settings: dict[str, Any],
-) -> Task:
-    stage, pad = getattr(config, name), PadText(networks.config.transformer.text_length)
-    return Task(
-        name,
-        transformer,
-        partial(talking_loss, config=stage, empty_text=empty_text),
-        partial(batches, open_split(records, "train"), pad),
-        stage.batch_size,
-        stage.steps,
-        stage.optimizer,
-        parameters=stage.parameters,
-        show=_shower(networks, records, empty_text, replace(sampling, audio=stage.audio))
-        if config.loop.show_every
-        else None,
-        validate=_validator(records, pad, mesh, stage, empty_text) if config.loop.validate_every else None,
-        settings=settings,
-    )
+@dataclass(frozen=True)
+class _StageData:
+    """What the stages have in common."""
 
+    networks: Networks
+    records: Path
+    empty_text: Float[Array, "1 L C"]
+    mesh: Mesh
+    fps: int
 
-def _validator(
-    records: Path, pad: PadText, mesh: Mesh, stage: TalkingStageConfig, empty_text: Float[Array, "1 L C"]
-) -> Callable[[WanTransformer], dict[str, float]]:
-    """What takes the losses of a batch of held-out clips, at each of the noise levels and their mean."""
-    tests, rows = open_split(records, "test"), rows_of_this_process(stage.batch_size, mesh)
-    examples = [pad(tests[int(row) % len(tests)]) for row in rows]
-    local = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    batch = assemble_batch(local, rows, stage.batch_size, mesh)
+    def task(
+        self,
+        name: str,
+        transformer: WanTransformer,
+        stage: StageConfig,
+        sampling: SampleConfig,
+        loop: LoopConfig,
+        settings: dict[str, Any],
+    ) -> TrainingTask:
+        pad = PadText(self.networks.config.transformer.text_length)
+        sampling = replace(sampling, audio_attention=stage.audio_attention)
+        return TrainingTask(
+            name,
+            transformer,
+            partial(velocity_objective, config=stage, empty_text=self.empty_text),
+            partial(batches, open_split(self.records, "train"), pad),
+            stage.batch_size,
+            stage.num_steps,
+            stage.optimizer,
+            parameters=stage.parameters,
+            sample=self._sampler(sampling) if loop.sample_every else None,
+            validate=self._validator(pad, stage) if loop.validate_every else None,
+            settings=settings,
+        )
 
-    @partial(jax.jit, static_argnums=0)
-    def losses(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, sigma: Array) -> Metrics:
-        model = nnx.merge(graphdef, state)
-        return validation_losses(model, batch, sigma, config=stage, empty_text=empty_text)
+    def _validator(self, pad: PadText, stage: StageConfig) -> Callable[[WanTransformer], dict[str, float]]:
+        """Returns a function that computes the losses of a batch of held-out clips at each noise level."""
+        tests, rows = open_split(self.records, "test"), process_rows(stage.batch_size, self.mesh)
+        examples = [pad(tests[int(row) % len(tests)]) for row in rows]
+        local = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        batch = make_global_batch(local, rows, stage.batch_size, self.mesh)
 
-    def validate(model: WanTransformer) -> dict[str, float]:
-        graphdef, state = nnx.split(model)
-        found = [jax.device_get(losses(graphdef, state, batch, sigma)) for sigma in VALIDATION_SIGMAS]
-        means = {name: float(np.mean([level[name] for level in found])) for name in found[0]}
-        levels = zip(VALIDATION_SIGMAS, found, strict=True)
-        return means | {f"at_{sigma}/{name}": float(x[name]) for sigma, x in levels for name in x}
+        @partial(jax.jit, static_argnums=0)
+        def losses(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, sigma: Array) -> Metrics:
+            model = nnx.merge(graphdef, state)
+            return validation_losses(model, batch, sigma, config=stage, empty_text=self.empty_text)
 
-    return validate
+        def validate(model: WanTransformer) -> dict[str, float]:
+            graphdef, state = nnx.split(model)
+            found = [jax.device_get(losses(graphdef, state, batch, sigma)) for sigma in VALIDATION_SIGMAS]
+            means = {name: float(np.mean([level[name] for level in found])) for name in found[0]}
+            levels = zip(VALIDATION_SIGMAS, found, strict=True)
+            return means | {f"at_{sigma}/{name}": float(x[name]) for sigma, x in levels for name in x}
 
+        return validate
 
-def _shower(
-    networks: Networks, records: Path, empty_text: Float[Array, "1 L C"], sampling: SampleConfig
-) -> Callable[[WanTransformer, Path | None], dict[str, np.ndarray]]:
-    """What makes pictures and videos of held-out clips, as the stage hears while it is trained."""
-    tests = open_split(records, "test")
-    shown = [tests[i] for i in range(min(SHOWN, len(tests)))]
-    inputs = sampling_inputs(shown, empty_text)
-    truth = jnp.asarray(np.stack([record["latents"] for record in shown]), jnp.float32)
-    decode = nnx.jit(lambda vae, latents: vae.decode(latents))
+    def _sampler(
+        self, sampling: SampleConfig
+    ) -> Callable[[WanTransformer, Path | None], dict[str, np.ndarray]]:
+        """Returns a function that samples held-out clips, as images and, if a folder is given, as videos."""
+        tests = open_split(self.records, "test")
+        shown = [tests[i] for i in range(min(NUM_SAMPLES, len(tests)))]
+        inputs = ClipInputs.from_records(shown, self.empty_text)
+        truth = jnp.asarray(np.stack([record["latents"] for record in shown]), jnp.float32)
+        decode = nnx.jit(lambda vae, latents: vae.decode(latents))
 
-    def show(model: WanTransformer, videos: Path | None) -> dict[str, np.ndarray]:
-        noise = jax.random.normal(jax.random.key(0), truth.shape)
-        latents = sample(model, noise, inputs, sampling)
-        true, made = (to_uint8(np.asarray(decode(networks.vae(), x))) for x in (truth, latents))
-        for i in range(len(made) if videos else 0):
-            _write_clip(videos / f"{i}.mp4", made[i], sampling.fps, shown[i].get("sound"))
-        return {"sampled": pairs(true, made)}
+        def show(model: WanTransformer, videos: Path | None) -> dict[str, np.ndarray]:
+            noise = jax.random.normal(jax.random.key(0), truth.shape)
+            options = {"guidance": sampling.guidance, "options": sampling.adapter_options}
+            latents = sample(model, noise, inputs, sampling, **options)
+            vae = self.networks["vae"]
+            true, sampled = (to_uint8(np.asarray(decode(vae, x))) for x in (truth, latents))
+            for i in range(len(sampled) if videos else 0):
+                _write_clip(videos / f"{i}.mp4", sampled[i], self.fps, shown[i].get("waveform"))
+            return {"sampled": pairs(true, sampled)}
 
-    return show
+        return show
 
 
 def _write_clip(
-    path: Path, video: UInt8[np.ndarray, "T H W 3"], fps: int, sound: Int16[np.ndarray, " samples"] | None
+    path: Path, video: UInt8[np.ndarray, "T H W 3"], fps: int, waveform: Int16[np.ndarray, " samples"] | None
 ) -> None:
-    """Writes a video, and its sound, if it is known, in it and beside it."""
+    """Writes a video and, if its audio is known, the audio in it and beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if sound is not None:
-        write_sound(path.with_suffix(".wav"), sound, SAMPLE_RATE)
-    write_video(path, video, fps, sound=None if sound is None else path.with_suffix(".wav"))
+    if waveform is not None:
+        write_audio(path.with_suffix(".wav"), waveform, SAMPLE_RATE)
+    write_video(path, video, fps, audio=None if waveform is None else path.with_suffix(".wav"))
 
 
 def pairs(
-    true: UInt8[np.ndarray, "B T H W 3"], made: UInt8[np.ndarray, "B T H W 3"]
+    true: UInt8[np.ndarray, "B T H W 3"], generated: UInt8[np.ndarray, "B T H W 3"]
 ) -> UInt8[np.ndarray, "R C 3"]:
-    """One picture: every other frame side by side, each made clip below its true one."""
+    """One image: every other frame side by side, each generated clip below its ground truth."""
     rows = [
-        np.concatenate(list(video[::2]), axis=1) for pair in zip(true, made, strict=True) for video in pair
+        np.concatenate(list(video[::2]), axis=1)
+        for pair in zip(true, generated, strict=True)
+        for video in pair
     ]
     return np.concatenate(rows, axis=0)
-
-
-def abstract_batch(
-    model: ModelConfig,
-    sampling: SampleConfig,
-    size: tuple[int, int],
-    batch_size: int,
-    mesh: Mesh,
-) -> Batch:
-    """A batch without values, of the longest clips of a size.
-
-    Args:
-        model: Widths of what encoders give.
-        sampling: Frames, and how many a second.
-        size: Height and width in pixels.
-        batch_size: Clips.
-        mesh: That they are cut for.
-    """
-    frames = (sampling.max_frames - 1) // CHUNK + 1
-    height, width = (side // PIXELS_PER_LATENT for side in size)
-    latents = (frames, height, width, model.vae.latent_channels)
-    samples = int(sampling.max_frames / sampling.fps * SAMPLE_RATE)
-    image = model.image_encoder
-    shapes = {
-        "latents": latents,
-        "first_frame": latents,
-        "lips": latents[:3],
-        "text": (model.transformer.text_length, model.text_encoder.dim),
-        "image": ((image.image_size // image.patch_size) ** 2 + 1, image.dim),
-        "audio": (wav2vec2_length(samples), model.audio_adapter.feature_width),
-    }
-    if model.motion_adapter:
-        shapes["motion"] = (2,)
-    if model.identity_adapter:
-        shapes["face"] = (model.identity_adapter.feature_size**2, model.identity_adapter.feature_width)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), STORED, sharding=batch_sharding(mesh))
-        for name, shape in shapes.items()
-    }

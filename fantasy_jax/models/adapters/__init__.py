@@ -1,1 +1,1 @@
-"""What the transformer's cross-attention can listen to besides text and picture."""
+"""Adapters: what the transformer can also be conditioned on."""

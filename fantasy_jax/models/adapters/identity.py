@@ -1,9 +1,10 @@
-"""The identity adapter: a face's features to tokens by a Q-Former, and keys and values for every block.
+"""The identity adapter: features of a face to tokens by a Q-Former, and keys and values for every block.
 
 Source: arXiv 2504.04842, section 3, figure 2 and equation 4. The paper names ArcFace, a Q-Former, and a
-cross-attention of its own in every block, added with weight 0.5; the released weights have none of it. Sizes
-are therefore chosen here, each with its reason. Values start from zero, as the audio adapter's do, so that a
-new adapter leaves a trained transformer as it was.
+    separate
+cross-attention in every block, added with weight 0.5; there are no released weights. Sizes are therefore
+chosen here, each with its reason. Values are zero-initialised, as the audio adapter's are, so that a new
+adapter is a no-op.
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.attention import attention
-from fantasy_jax.models.condition import Condition, silent_layers
+from fantasy_jax.models.condition import Condition, zero_init_kv_layers
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
+from fantasy_jax.video import VideoConfig
 
 IDENTITY_SCALE = 0.5
-"""Weight of what is attended: lambda 2 of the paper's equation 4."""
+"""Multiplier of the attended face: lambda 2 of the paper's equation 4."""
 
 _EPSILON = 1e-5
 
@@ -29,18 +33,18 @@ class IdentityAdapterConfig:
 
     Attributes:
         feature_width: Channels of the face encoder's spatial features.
-        feature_size: Rows, and columns, of these features. Faces are aligned, so that a place has a meaning,
-            and each gets an embedding that is learned.
-        num_queries: Identity tokens. BLIP-2's Q-Former has 32, as has PuLID's; InstantID's and IP-Adapter's
-            have 16. The larger, for they cost nothing beside 512 tokens of text.
+        feature_size: Rows, and columns, of these features. Faces are aligned, so each place has a meaning and
+            gets a learned embedding.
+        num_queries: Identity tokens. BLIP-2's and PuLID's Q-Formers have 32, InstantID's and IP-Adapter's 16;
+            32 cost little beside 512 tokens of text.
         depth: Blocks of the Q-Former: 4, as in InstantID and IP-Adapter. BLIP-2's 12 were pretrained as BERT;
-            these are trained from nothing.
-        token_width: Of the Q-Former and of the tokens: 1024, between BLIP-2's 768 and InstantID's 1280.
-        token_heads: Of the Q-Former's attention: 64 wide, as in all of these.
+            these are trained from scratch.
+        token_width: Width of the Q-Former and of its tokens: 1024, between BLIP-2's 768 and InstantID's 1280.
+        token_heads: Attention heads of the Q-Former, 64 wide as in all of these.
         mlp_ratio: Hidden width of the Q-Former's MLPs over `token_width`: 4, as in all of these.
-        width: The transformer's.
-        num_heads: The transformer's.
-        num_layers: The transformer's.
+        width: Width D of the transformer.
+        num_heads: Attention heads of the transformer.
+        num_layers: Blocks of the transformer.
     """
 
     feature_width: int = 512
@@ -56,13 +60,13 @@ class IdentityAdapterConfig:
 
     def __post_init__(self):
         if self.token_width % self.token_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"token_heads is {self.token_heads}; it must divide token_width {self.token_width}"
             )
 
 
 class QFormerBlock(nnx.Module):
-    """Queries attend to each other, then to the face; then an MLP. Each behind a norm."""
+    """Self-attention of the queries, cross-attention to the face, and an MLP, each after a norm."""
 
     def __init__(self, config: IdentityAdapterConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         """Builds one block."""
@@ -87,13 +91,22 @@ class QFormerBlock(nnx.Module):
         return x + self.mlp_out(nnx.gelu(self.mlp_in(self.norm3(x)), approximate=False))
 
     def _heads(self, x: Array, count: int) -> list[Array]:
-        """What lies side by side in the last axis, each cut into heads."""
+        """Splits the last axis into `count` arrays, each into heads."""
         x = x.reshape(*x.shape[:2], count, self.num_heads, -1)
         return [x[:, :, i] for i in range(count)]
 
 
-class IdentityAdapter(nnx.Module):
-    """Turns a face's features into what the transformer's blocks attend to."""
+class IdentityAdapter(Adapter):
+    """Turns the features of a face into tokens that the transformer's blocks attend to."""
+
+    input = "face"
+    dropout_group = "image"  # the face is the image's, and is dropped with it
+    default_scale = IDENTITY_SCALE
+
+    @classmethod
+    def input_shape(cls, config: IdentityAdapterConfig, video: VideoConfig) -> tuple[int, ...]:
+        """Shape `[P, C]` of the face encoder's spatial features."""
+        return config.feature_size**2, config.feature_width
 
     def __init__(
         self,
@@ -103,7 +116,7 @@ class IdentityAdapter(nnx.Module):
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
     ):
-        """Builds the adapter; the values of all blocks start from zero."""
+        """Builds the adapter; the values of all blocks are zero-initialised."""
         self.config = config
         width, types = config.token_width, {"rngs": rngs, "param_dtype": param_dtype}
         self.face_in = nnx.Linear(config.feature_width, width, dtype=dtype, **types)
@@ -116,7 +129,7 @@ class IdentityAdapter(nnx.Module):
             rngs=rngs,
         )
         self.norm_out = LayerNorm(width, epsilon=_EPSILON, **types)
-        self.layers = silent_layers(
+        self.layers = zero_init_kv_layers(
             width,
             config.width,
             config.num_heads,
@@ -134,15 +147,21 @@ class IdentityAdapter(nnx.Module):
         )
         return self.norm_out(scan_layers(lambda block, x: block(x, face), self.blocks, queries))
 
-    def __call__(
-        self, features: Float[Array, "B P C"], *, scale: float | Float[Array, " B"] = IDENTITY_SCALE
+    def condition(
+        self,
+        features: Float[Array, "B P C"],
+        num_frames: int,
+        *,
+        scale: float | Float[Array, " B"] = IDENTITY_SCALE,
     ) -> Condition:
-        """Every video token sees the whole face.
+        """Identity tokens, seen by every video token.
 
         Args:
-            features: Of the face encoder: P places of C channels, before they are pooled into a vector.
-            scale: Weight of what is attended; 0 for a sample without a face.
+            features: Spatial features of the face encoder: P places of C channels, before pooling.
+            num_frames: Video frames; the tokens are the same for all of them.
+            scale: Multiplier of the attended values; 0 for a sample without a face.
         """
+        del num_frames
         return Condition(self.tokens(features), scale=scale)
 
 

@@ -1,9 +1,10 @@
-"""The motion adapter: how much face and body are to move becomes a part of the timestep's embedding.
+"""The motion adapter: the intensities of face and body motion become a part of the timestep embedding.
 
-Source: arXiv 2504.04842, section 3 and figure 2: an MLP for each of the two intensities, joined along the
-channels, a residual block, average pooling, added to the timestep's embedding. The released weights have none
-of it and the paper gives no sizes; they are chosen here. The last layer starts from zero, so that a new
-adapter leaves a trained transformer as it was.
+Source: arXiv 2504.04842, section 3 and figure 2: an MLP for each of the two intensities, concatenated along
+    the
+channels, a residual block, average pooling, added to the timestep embedding. There are no released weights
+and the paper gives no sizes; they are chosen here. The last layer is zero-initialised, so that a new adapter
+is a no-op.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.layers import LayerNorm
 from fantasy_jax.typing import Array, DType, Float
+from fantasy_jax.video import VideoConfig
 
 NEUTRAL = 0.5
-"""The intensity of a usual clip, of face and of body."""
+"""Intensity of a usual clip, of face and of body."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,12 @@ class MotionAdapterConfig:
     """Sizes of the adapter; the defaults are for the 14B transformer.
 
     Attributes:
-        hidden: Of each MLP, and of what it gives: a number in [0, 1] holds little, and 256 is the width of
-            the timestep's own sinusoid, too. With it the adapter has five million parameters.
-        positions: Vectors that an MLP makes of its number. The paper pools, and a number alone has no axis to
-            pool over: the residual block mixes these, the pooling takes their mean.
-        width: The transformer's.
+        hidden: Hidden width of each MLP; 256 is also the width of the timestep sinusoid. The adapter then has
+            five million parameters.
+        positions: Vectors that each MLP makes of its number. The paper pools, and a number alone has no axis
+            to pool
+            over: the residual block mixes these vectors, and the pooling averages them.
+        width: Width D of the transformer.
     """
 
     hidden: int = 256
@@ -35,8 +39,19 @@ class MotionAdapterConfig:
     width: int = 5120
 
 
-class MotionAdapter(nnx.Module):
-    """Turns the two intensities of a clip into what is added to its timestep's embedding."""
+class MotionAdapter(Adapter):
+    """Turns the two intensities of a clip into an offset of its timestep embedding.
+
+    It has no dropout group: the paper neither drops the intensities nor guides by them.
+    """
+
+    input = "motion"
+    gives = "time_offset"
+
+    @classmethod
+    def input_shape(cls, config: MotionAdapterConfig, video: VideoConfig) -> tuple[int, ...]:
+        """Shape `[2]` of the intensities."""
+        return (2,)
 
     def __init__(
         self,
@@ -46,7 +61,7 @@ class MotionAdapter(nnx.Module):
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
     ):
-        """Builds the adapter; `dtype` is of no consequence, for all of it is float32, as the timestep is."""
+        """Builds the adapter; it computes in float32, as the timestep embedding does, whatever the `dtype`."""
         del dtype
         self.config = config
         types = {"rngs": rngs, "param_dtype": param_dtype}
@@ -60,7 +75,7 @@ class MotionAdapter(nnx.Module):
         self.out = nnx.Linear(joined, config.width, kernel_init=nnx.initializers.zeros, **types)
 
     def __call__(self, intensities: Float[Array, "B 2"]) -> Float[Array, "B D"]:
-        """Intensities of face and body in [0, 1], normalised as `data.motion` does, to an offset; float32."""
+        """Maps intensities of face and body in [0, 1] (`preprocessing.motion`) to the offset, float32."""
         centred = (2 * intensities.astype(jnp.float32) - 1)[..., None]
         face = self.face_out(nnx.silu(self.face_in(centred[:, 0])))
         body = self.body_out(nnx.silu(self.body_in(centred[:, 1])))
@@ -69,9 +84,11 @@ class MotionAdapter(nnx.Module):
         x = x + self.conv2(nnx.silu(self.norm2(hidden)))
         return self.out(x.mean(axis=1))
 
-    def exaggerated(
-        self, intensities: Float[Array, "B 2"], scale: float | Float[Array, ""]
+    def time_offset(
+        self, features: Float[Array, "B 2"], *, scale: float | Float[Array, ""] | None = None
     ) -> Float[Array, "B D"]:
-        """The offset, so many times as far from that of neutral intensities; 1 is as trained."""
-        neutral = self(jnp.full_like(intensities, NEUTRAL))
-        return neutral + scale * (self(intensities) - neutral)
+        """The offset of these intensities, extrapolated away from neutral by `scale` (None: as trained)."""
+        if scale is None:
+            return self(features)
+        neutral = self(jnp.full_like(features, NEUTRAL))
+        return neutral + scale * (self(features) - neutral)

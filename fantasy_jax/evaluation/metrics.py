@@ -1,0 +1,39 @@
+"""Correlation of curves, energy of audio per video frame, and differences of images."""
+
+import numpy as np
+
+from fantasy_jax.typing import Float, UInt8
+from fantasy_jax.video import SAMPLE_RATE
+
+_WINDOW = 0.08
+"""Length of the window around a frame in seconds, about half of a short syllable."""
+
+
+def correlation(one: Float[np.ndarray, " T"], other: Float[np.ndarray, " T"]) -> float:
+    """Pearson correlation; 0 if one of the two is constant."""
+    one, other = one - one.mean(), other - other.mean()
+    scale = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(one @ other / scale) if scale > 1e-9 else 0.0
+
+
+def windowed_rms(
+    waveform: Float[np.ndarray, " samples"], num_frames: int, fps: int | float
+) -> Float[np.ndarray, " T"]:
+    """Root mean square of the audio under a Hann window of 80 ms around the middle of every video frame.
+
+    Args:
+        waveform: Audio at 16 kHz; zeros follow if it is shorter than the video.
+        num_frames: Number of video frames T.
+        fps: Video frames per second.
+    """
+    half = int(_WINDOW / 2 * SAMPLE_RATE)
+    window = np.hanning(2 * half)
+    last = int(np.ceil(num_frames / fps * SAMPLE_RATE)) + half
+    padded = np.pad(waveform, (half, max(last - waveform.size, 0)))
+    middles = ((np.arange(num_frames) + 0.5) / fps * SAMPLE_RATE).astype(int)
+    return np.sqrt([np.average(padded[i : i + 2 * half] ** 2, weights=window) for i in middles])
+
+
+def psnr(one: UInt8[np.ndarray, "*n"], other: UInt8[np.ndarray, "*n"]) -> float:
+    """Peak signal-to-noise ratio of two images or videos of equal size, in dB; 100 if they are identical."""
+    return float(-10 * np.log10(np.square((one.astype(np.float64) - other) / 255).mean() + 1e-10))

@@ -1,0 +1,83 @@
+"""Output files and folders: checked before work begins, written whole or not at all, locked while in use."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fantasy_jax.errors import ConfigError, MediaError
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_writable(path: str | Path) -> None:
+    """Creates the folder of an output file and checks that it is writable, before any work is done.
+
+    Raises:
+        MediaError: The folder cannot be created or written to, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path` that replaces it on success and is removed on failure.
+
+    Raises:
+        MediaError: The file cannot be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Locks a folder, which is created if needed, for one run at a time.
+
+    The operating system holds the lock (`flock` on a file `.lock`) and releases it when the process ends,
+    however it ends. On a file system without locks a warning is logged instead.
+
+    Raises:
+        ConfigError: Another run has locked the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise ConfigError(f"{folder}: is in use by {owner}; stop it, or choose another folder") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logging.getLogger(__name__).warning("%s: cannot be locked (%s); run it once only", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

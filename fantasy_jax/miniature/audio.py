@@ -1,0 +1,90 @@
+"""The miniature's audio adapter: queries and keys are rotated by their time.
+
+A large wav2vec2's features carry their position, those of a small one hardly do. The released weights have no
+such rotation.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig, AudioAttention
+from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_layers
+from fantasy_jax.models.rope import rotate, time_table
+from fantasy_jax.models.windows import window_ranges
+from fantasy_jax.typing import Array, DType, Float, Leaf
+from fantasy_jax.video import TEMPORAL_FACTOR
+
+
+@dataclass(frozen=True)
+class RotaryAudioAdapterConfig(AudioAdapterConfig):
+    """Sizes of the adapter."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TimedCondition(Condition):
+    """A condition whose tokens have a time.
+
+    Attributes:
+        frame_times: Times of the latent frames, `[B, F]`, in tokens from the start of the clip.
+        token_times: Times of the tokens, `[B, L]` or `[B, F, L]`, in the same unit.
+    """
+
+    frame_times: Leaf = None
+    token_times: Leaf = None
+
+
+class RotaryKVProjection(KVProjection):
+    """Key and value projections whose queries and keys are rotated by their time."""
+
+    def keys_and_values(
+        self, condition: TimedCondition
+    ) -> tuple[Float[Array, "B *n L N K"], Float[Array, "B *n L N K"]]:
+        """Rotated keys, and values."""
+        k, v = super().keys_and_values(condition)
+        return rotate(k, *time_table(condition.token_times, k.shape[-1])), v
+
+    def positioned_queries(
+        self, q: Float[Array, "B S F N K"], condition: TimedCondition
+    ) -> Float[Array, "B S F N K"]:
+        """Rotated queries."""
+        return rotate(q, *time_table(condition.frame_times[:, None], q.shape[-1]))
+
+
+class RotaryAudioAdapter(AudioAdapter):
+    """The audio adapter with rotary time in queries and keys."""
+
+    def make_layers(self, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType) -> nnx.Module:
+        """The stacked key and value projections of all blocks."""
+        c = self.config
+        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype, "projection": RotaryKVProjection}
+        return zero_init_kv_layers(c.token_width, c.width, c.num_heads, c.num_layers, **types)
+
+    def condition(
+        self,
+        features: Float[Array, "B A C"],
+        num_frames: int,
+        *,
+        scale: float | Float[Array, " B"] = 1.0,
+        attention: AudioAttention = "frame",
+        expand: int = 4,
+    ) -> TimedCondition:
+        """As of the audio adapter, with the times of latent frames and tokens."""
+        settings = {"scale": scale, "attention": attention, "expand": expand}
+        plain = super().condition(features, num_frames, **settings)
+        batch, num_tokens = features.shape[:2]
+        times = np.arange(num_tokens)
+        if attention == "frame":
+            ranges = window_ranges(num_tokens, num_frames, expand=expand)
+            times = np.maximum(ranges[:, :1], 0) + np.arange(plain.tokens.shape[2])
+        per_frame = num_tokens / num_frames
+        # Latent frame 0 is video frame 0, latent frame i the four from 4i - 3 on. A token has length 1.
+        middles = per_frame * np.array([0.5, *range(3, num_frames, TEMPORAL_FACTOR)]) - 0.5
+        frame_times, token_times = (
+            jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, *x.shape)) for x in (middles, times)
+        )
+        return TimedCondition(plain.tokens, plain.lengths, plain.scale, None, frame_times, token_times)

@@ -1,0 +1,209 @@
+"""Held-out synthetic clips, generated again from their first frame, prompt and audio.
+
+Shared by `lip_sync` and `controls`, which compare what is generated with the ground truth.
+"""
+
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fantasy_jax import cli
+from fantasy_jax.config import as_json, build
+from fantasy_jax.data.encoded import encode_records
+from fantasy_jax.data.records import Record
+from fantasy_jax.diffusion.sampler import sample
+from fantasy_jax.evaluation.metrics import correlation
+from fantasy_jax.evaluation.mouth import mouth_opening
+from fantasy_jax.files import atomic_write
+from fantasy_jax.miniature.synthetic import SyntheticConfig, records
+from fantasy_jax.models.vae import WanVAE
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.latents import initial_noise
+from fantasy_jax.preprocessing.images import to_uint8
+from fantasy_jax.system.encoders import encode_text
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks
+from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_networks
+
+_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over clips.
+
+    Attributes:
+        mean: The mean.
+        standard_error: Standard error of the mean.
+        clips: Number of clips.
+    """
+
+    mean: float
+    standard_error: float
+    clips: int
+
+
+def figure(values: Sequence[float] | Float[np.ndarray, " N"]) -> Figure:
+    """Mean and standard error of one value per clip."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Figure(float(np.mean(values)), float(error), len(values))
+
+
+class HeldOutClips:
+    """Encoded clips with their ground truth, and the networks that generate them again.
+
+    Attributes:
+        networks: The networks.
+        video: Size, length and frame rate of the clips.
+        config: Sampling settings.
+        clips: The records.
+        encoded: The encoded clips.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        video: VideoConfig,
+        config: SampleConfig,
+        clips: Sequence[Record],
+        *,
+        seed: int = 0,
+    ):
+        """Encodes the clips.
+
+        Args:
+            networks: Networks with trained weights.
+            video: Size, length and frame rate of the clips.
+            config: Sampling settings.
+            clips: Records of `miniature.synthetic`.
+            seed: Seed of the initial noise.
+        """
+        self.networks = networks.keeping("all")
+        self.video, self.config, self.clips, self.seed = video, config, clips, seed
+        self.encoded = list(encode_records(self.networks, clips))
+        self.empty_text = encode_text(self.networks, [""])[0]
+
+    def generate(
+        self, examples: Sequence[Record], description: str, **settings: Any
+    ) -> UInt8[np.ndarray, "N T H W 3"]:
+        """Generates the videos of encoded clips.
+
+        Args:
+            examples: Encoded clips.
+            description: Label of the progress bar.
+            settings: Changes of the sampling settings.
+        """
+        config = replace(self.config, **settings)
+        videos = []
+        for i, batch in enumerate(tqdm(batched(examples), desc=description, unit="batch")):
+            inputs = ClipInputs.from_records(batch, self.empty_text)
+            if "motion" in inputs.adapters:  # the configured intensities instead of the clip's
+                motion = jnp.array([[config.face_motion, config.body_motion]] * len(batch), jnp.float32)
+                inputs = replace(inputs, adapters=inputs.adapters | {"motion": motion})
+            shape = self.video.latent_shape(len(batch), self.networks.config.vae.latent_channels)
+            latents = sample(
+                self.networks["transformer"],
+                initial_noise(self.seed + i, shape),
+                inputs,
+                config,
+                guidance=config.guidance,
+                options=config.adapter_options,
+            )
+            videos.append(self.decode(latents))
+        return np.concatenate(videos)
+
+    def decode(self, latents: Float[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
+        """Decodes latents to frames."""
+        return to_uint8(np.asarray(_decode(self.networks["vae"], jnp.asarray(latents))))
+
+    def correlation_with(
+        self, videos: UInt8[np.ndarray, "N T H W 3"], curves: Sequence[Float[np.ndarray, " T"]]
+    ) -> Figure:
+        """Correlation of the mouth openings measured in videos with one curve per clip."""
+        boxes = [clip["face_box"][0] for clip in self.clips]
+        return figure(
+            [
+                correlation(mouth_opening(video, box), curve)
+                for video, box, curve in zip(videos, boxes, curves, strict=True)
+            ]
+        )
+
+
+def batched(examples: Sequence[Record]) -> list[list[Record]]:
+    """Splits encoded clips into batches for generation."""
+    return [list(examples[i : i + _BATCH_SIZE]) for i in range(0, len(examples), _BATCH_SIZE)]
+
+
+@nnx.jit
+def _decode(vae: WanVAE, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
+    return vae.decode(latents)
+
+
+def load_held_out(
+    config: ConfigDict, weights: str | Path | None, *, num_clips: int, seed: int = 0
+) -> HeldOutClips:
+    """Loads the networks, and renders and encodes test clips, as configured.
+
+    Args:
+        config: Settings of the miniature.
+        weights: Weight store; None: the config's.
+        num_clips: Number of test clips.
+        seed: Seed of the initial noise.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        WeightsError: The store does not hold these networks.
+    """
+    video = build(VideoConfig, config.video, "video")
+    data = build(SyntheticConfig, config.data, "data")
+    sampling = build(SampleConfig, config.sample, "sample")
+    model = build(ModelConfig, config.model, "model")
+    networks = stored_networks(weights or config.weights, model)
+    return HeldOutClips(networks, video, sampling, list(records(data, video, "test", num_clips)), seed=seed)
+
+
+def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
+    """Adds the arguments of every measurement on held-out clips."""
+    cli.add_config_argument(parser)
+    parser.add_argument("--weights", metavar="DIR", help="weight store (default: `weights` of the config)")
+    parser.add_argument(
+        "--clips",
+        type=_at_least(min_clips),
+        default=64,
+        metavar="N",
+        help="number of clips (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """A type of command-line arguments: integers of at least `least`."""
+
+    def convert(text: str) -> int:
+        if int(text) < least:
+            raise ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
+    convert.__name__ = "int"  # named by argparse where `int` fails
+    return convert
+
+
+def write_figures(figures: Mapping[str, Any], path: str | Path) -> None:
+    """Writes figures as JSON."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(as_json(figures), indent=1) + "\n")

@@ -1,0 +1,248 @@
+"""Training of the miniature from scratch: clips, speech encoder, face encoder, VAE, transformer.
+
+Each part is done once: complete parts are reused, an interrupted part resumes. The workdir holds
+
+    data/          the clips
+    speech/ face/ vae/ stage_1/ stage_2/    checkpoints and logs
+    encoded/       the encoded clips
+    weights/       the weight store; those of earlier stages are in stage_1/weights/
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fantasy_jax import cli
+from fantasy_jax.data.encoded import encode_dataset
+from fantasy_jax.data.loader import batches
+from fantasy_jax.data.records import Record, open_split
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.stage import EncoderStageConfig
+from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
+from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss, initialise_norms
+from fantasy_jax.miniature.train_speech_encoder import (
+    MouthRegressor,
+    SpeechStageConfig,
+    speech_example,
+    speech_loss,
+)
+from fantasy_jax.miniature.train_vae import (
+    RandomCrop,
+    VAEStageConfig,
+    initialise_from_pca,
+    normalise_latents,
+    vae_loss,
+)
+from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.pipelines.config import SampleConfig, write_pipeline
+from fantasy_jax.preprocessing.images import from_uint8, to_uint8
+from fantasy_jax.preprocessing.text import byte_tokenizer
+from fantasy_jax.sharding import make_mesh, process_rows
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks, random_networks
+from fantasy_jax.system.registry import component_of
+from fantasy_jax.training.finetune import PIPELINE
+from fantasy_jax.training.loop import TrainingTask, train
+from fantasy_jax.training.stages import NUM_SAMPLES, StagesConfig, pairs, stage_name, train_stages
+from fantasy_jax.training.state import Loss, cast_parameters
+from fantasy_jax.typing import UInt8
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.store import save_network
+
+_INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
+"""Clips for the initial weights of face encoder and VAE, and for the statistics of the VAE's latents."""
+
+
+@dataclass(frozen=True)
+class MiniatureConfig(StagesConfig):
+    """Training of the miniature: the stages of the transformer, and before them its encoders.
+
+    Attributes:
+        loop: Logs, checkpoints, loader.
+        mesh: Sizes of the mesh.
+        stages: The stages of the transformer.
+        lora: Sizes of the LoRA, where a stage's rules ask for one.
+        speech: Training of the speech encoder.
+        face: Training of the face encoder.
+        vae: Training of the VAE.
+    """
+
+    speech: SpeechStageConfig = SpeechStageConfig()
+    face: FaceStageConfig = FaceStageConfig()
+    vae: VAEStageConfig = VAEStageConfig()
+
+
+class MiniatureTrainer:
+    """Trains a small system from scratch on synthetic clips.
+
+    Text and image encoder keep their random weights: tokens of random networks distinguish prompts and images
+    well enough for a small transformer.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        data: SyntheticConfig,
+        video: VideoConfig,
+        model: ModelConfig,
+        sampling: SampleConfig,
+        config: MiniatureConfig,
+    ):
+        """Checks the settings; nothing is trained before `run`.
+
+        Args:
+            workdir: Folder for data, checkpoints, logs and weights.
+            data: The dataset.
+            video: Size, length and frame rate of the clips.
+            model: Sizes of the networks.
+            sampling: Settings of samples during training, and defaults of the weight store.
+            config: Settings of the training.
+
+        Raises:
+            ConfigError: Clips of this size cannot be rendered, the VAE's crops do not fit them, or the mesh
+                does not fit the devices or batch sizes.
+        """
+        check_video(video)
+        _check_crops(config.vae, video, model)
+        self.workdir, self.data, self.video = workdir, data, video
+        self.model, self.sampling, self.config = model, sampling, config
+        self.mesh = make_mesh(**config.mesh.axes)
+        for stage in (config.speech, config.face, config.vae, *config.stages):
+            process_rows(stage.batch_size // stage.optimizer.grad_accum_steps, self.mesh)
+
+    def run(self) -> Path:
+        """Trains everything, or resumes where an earlier call stopped; returns the weight store."""
+        networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
+        with cli.timed("Clips"):
+            clips = write_clips(self.data, self.video, self.workdir / "data")
+        with cli.timed("Speech encoder"):
+            networks = self._train_speech_encoder(networks, clips)
+        if self.model.face_encoder is not None:
+            with cli.timed("Face encoder"):
+                networks = self._train_face_encoder(networks, clips)
+        with cli.timed("VAE"):
+            networks = self._train_vae(networks, clips)
+        config = self.config
+        settings = {"data": self.data, "video": self.video, "model": self.model}
+        settings |= {"speech": config.speech, "face": config.face, "vae": config.vae}
+        with cli.timed("Encoded clips"):
+            encoded = encode_dataset(networks, clips, self.workdir / "encoded", settings)
+        stages = train_stages(
+            networks,
+            encoded,
+            self.workdir,
+            mesh=self.mesh,
+            fps=self.video.fps,
+            sampling=self.sampling,
+            config=config,
+            settings=settings,
+        )
+        store = self.workdir / "weights"
+        for index, transformer in stages:
+            is_last = index == len(config.stages) - 1
+            folder = store if is_last else self.workdir / stage_name(index) / "weights"
+            self._save(folder, networks, transformer)
+        return store
+
+    def _train_speech_encoder(self, networks: Networks, clips: Path) -> Networks:
+        encoder = networks["speech_encoder"]
+        regressor = MouthRegressor(encoder, rngs=nnx.Rngs(self.config.loop.seed))
+        records, settings = open_split(clips, "train"), {"model": encoder.config}
+        trained = self._train(
+            "speech", regressor, speech_loss, records, speech_example, self.config.speech, settings
+        )
+        return networks.replace(speech_encoder=trained.encoder)
+
+    def _train_face_encoder(self, networks: Networks, clips: Path) -> Networks:
+        config, records = self.config.face, open_split(clips, "train")
+        encoder = networks["face_encoder"]
+        crop = FacePairs(encoder.config.image_size, config.jitter, config.light)
+        rng = np.random.default_rng(self.config.loop.seed)
+        initial = range(min(_INITIALISATION_CLIPS, len(records)))
+        initialise_norms(encoder, np.concatenate([crop(records[i], rng)["faces"] for i in initial]))
+        loss = partial(face_loss, temperature=config.temperature)
+        settings = {"model": encoder.config}
+        trained = self._train("face", encoder, loss, records, crop, config, settings)
+        return networks.replace(face_encoder=trained)
+
+    def _train_vae(self, networks: Networks, clips: Path) -> Networks:
+        config, records = self.config.vae, open_split(clips, "train")
+        shown = _stack_videos(open_split(clips, "test"), range(NUM_SAMPLES))
+
+        def sample(vae: nnx.Module, folder: Path | None) -> dict[str, np.ndarray]:
+            decoded = nnx.jit(lambda vae, video: vae.decode(vae.encode(video)))(vae, from_uint8(shown))
+            return {"reconstructed": pairs(shown, to_uint8(np.asarray(decoded)))}
+
+        vae = networks["vae"]
+        initial = [records[i] for i in range(min(_INITIALISATION_CLIPS, len(records)))]
+        video, lips = (np.stack([record[name] for record in initial]) for name in ("video", "lips"))
+        initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
+        crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
+        loss = partial(vae_loss, config=config)
+        trained = self._train("vae", vae, loss, records, crop, config, {}, sample=sample)
+        starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
+        normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
+        return networks.replace(vae=trained)
+
+    def _train(
+        self,
+        name: str,
+        model: nnx.Module,
+        loss: Loss,
+        records: Any,
+        transform: Callable[[Record, np.random.Generator], Record],
+        config: EncoderStageConfig,
+        settings: dict[str, Any],
+        *,
+        sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
+    ) -> nnx.Module:
+        """Trains one encoder in the folder of its name."""
+        loop = self.config.loop
+        common = {"data": self.data, "video": self.video, name: config, "seed": loop.seed}
+        task = TrainingTask(
+            name,
+            model,
+            loss,
+            partial(batches, records, transform),
+            config.batch_size,
+            config.num_steps,
+            config.optimizer,
+            sample=sample,
+            settings=common | settings,
+        )
+        return train(task, loop, self.workdir / name, self.mesh)
+
+    def _save(self, store: Path, networks: Networks, transformer: WanTransformer) -> None:
+        """Writes a weight store in bfloat16: half the size, without a visible effect on samples."""
+        trained = {row.slot: transformer.adapters[name] for name, row in self.model.adapters.items()}
+        trained["transformer"] = transformer
+        for slot in networks:
+            network = trained[slot] if slot in trained else networks[slot]
+            component = component_of(network.config).name
+            save_network(store / slot, cast_parameters(network, jnp.bfloat16), component=component)
+        write_pipeline(store, PIPELINE, self.video, self.sampling)
+
+
+def _check_crops(config: VAEStageConfig, video: VideoConfig, model: ModelConfig) -> None:
+    """Raises a ConfigError if the VAE's crops do not fit the clips or its latents."""
+    size, factor = config.crop_size, model.vae.spatial_factor
+    if size > video.height or size % factor:
+        raise ConfigError(
+            f"train.vae.crop_size is {size}; it must be a multiple of {factor} and at most {video.height}"
+        )
+    if config.num_frames > video.num_frames:
+        raise ConfigError(
+            f"train.vae.num_frames is {config.num_frames}; it must be at most {video.num_frames}, "
+            "video.num_frames"
+        )
+
+
+def _stack_videos(records: Any, indices: range) -> UInt8[np.ndarray, "B T H W 3"]:
+    return np.stack([records[i]["video"] for i in indices if i < len(records)])

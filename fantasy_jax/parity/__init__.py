@@ -1,0 +1,1 @@
+"""Verification against outputs of the PyTorch modules."""

@@ -1,0 +1,108 @@
+"""Verification of networks against references: the same weights and inputs must give the same outputs.
+
+A reference is a folder of `config.json`, `weights.safetensors` (official keys) and `activations.safetensors`
+(`input.*` and `output.*`, channels first as in PyTorch), made by running the original modules.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fantasy_jax.convert.files import open_weights
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.parity.runners import RUNNERS, Outputs
+from fantasy_jax.typing import DType
+from fantasy_jax.weights.detect import detect
+
+
+@dataclass(frozen=True)
+class Row:
+    """Comparison of one output.
+
+    Attributes:
+        reference: Name of the reference folder.
+        output: Name of the output.
+        shape: Its shape.
+        largest: Largest absolute difference.
+        relative: Norm of the difference over norm of the reference.
+        limit: Largest allowed `relative`, 0 for outputs that must be equal; None: there is no limit.
+    """
+
+    reference: str
+    output: str
+    shape: tuple[int, ...]
+    largest: float
+    relative: float
+    limit: float | None
+
+    @property
+    def verdict(self) -> str:
+        """`pass`, `fail`, or `reported` where there is no limit."""
+        if self.limit is None:
+            return "reported"
+        return "pass" if self.relative <= self.limit else "fail"
+
+
+def verify(folder: str | Path, *, dtype: DType = jnp.float32) -> list[Row]:
+    """Compares every output of a reference.
+
+    Args:
+        folder: The reference.
+        dtype: Dtype of matrix products and weights; there are limits for float32 only.
+
+    Raises:
+        WeightsError: The folder is not a reference, or of an unknown network.
+        ConversionError: Its weights do not fit the network.
+    """
+    folder = Path(folder)
+    weights = open_weights(folder)
+    name = weights.config.get("component")
+    if name not in RUNNERS:
+        known = ", ".join(RUNNERS)
+        raise WeightsError(f"{folder}: component {name!r} of config.json is not one of {known}")
+    file = open_weights(folder / "activations.safetensors")
+    activations = {key: file.read(key) for key in file.specs}
+    expected = {key.removeprefix("output."): x for key, x in activations.items() if key.startswith("output.")}
+    if not expected:
+        raise WeightsError(f"{folder}: activations.safetensors holds no output.* to compare with")
+    modules = {found.component.name: found.load(dtype) for found in detect(weights)}
+    rows = []
+    with jax.default_matmul_precision("highest"):
+        for output, value in _outputs(folder, RUNNERS[name](modules, activations, weights.config)):
+            if output in expected:  # a reference need not hold every output
+                limit = _limit(name, output, expected[output]) if dtype == jnp.float32 else None
+                rows.append(_compare(folder.name, output, np.asarray(value), expected[output], limit))
+    if missed := expected.keys() - {row.output for row in rows}:
+        raise WeightsError(f"{folder}: nothing computes {', '.join(sorted(missed))}")
+    return rows
+
+
+def _outputs(folder: Path, computed: Outputs) -> Iterator[tuple[str, Any]]:
+    """Yields the outputs of a runner; an input or setting that is missing becomes a WeightsError."""
+    try:
+        yield from computed
+    except KeyError as error:
+        raise WeightsError(f"{folder}: lacks {error.args[0]!r}, which its outputs depend on") from error
+
+
+def _limit(component: str, output: str, expected: np.ndarray) -> float:
+    """Limit close to the rounding errors of float32; looser limits have hidden real errors."""
+    if expected.dtype.kind in "iu":
+        return 0.0
+    return 5e-6 if component == "umt5_encoder" or output.startswith("sample_latents") else 2e-6
+
+
+def _compare(
+    reference: str, output: str, value: np.ndarray, expected: np.ndarray, limit: float | None
+) -> Row:
+    if value.shape != expected.shape:
+        raise WeightsError(f"{reference}: {output} has shape {value.shape}, not {expected.shape}")
+    difference = value.astype(np.float64) - expected.astype(np.float64)
+    norm = np.linalg.norm(expected.astype(np.float64))
+    relative = float(np.linalg.norm(difference) / norm) if norm else float(np.linalg.norm(difference))
+    return Row(reference, output, expected.shape, float(np.abs(difference).max()), relative, limit)

@@ -1,0 +1,27 @@
+"""A program to compile or to time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from fantasy_jax.typing import Leaf
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments.
+
+    Attributes:
+        name: Name for tables.
+        lower: Lowers the function for the arguments.
+        arguments: Pytree of `jax.ShapeDtypeStruct`s with shardings, one entry per argument of `call`.
+        flops: Floating point operations of a call, on all devices together.
+        call: The function, of arrays like the arguments.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    arguments: Leaf
+    flops: int
+    call: Callable[..., Leaf]

@@ -1,0 +1,1 @@
+"""Pipelines that users call from Python."""

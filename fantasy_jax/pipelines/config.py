@@ -1,0 +1,159 @@
+"""Settings of sampling, and the file in a store that holds a pipeline's defaults."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fantasy_jax.config import as_json, build
+from fantasy_jax.diffusion.guidance import GuidanceBranch, Scale, guidance_branches
+from fantasy_jax.diffusion.sampler import SamplerConfig
+from fantasy_jax.errors import ConfigError, WeightsError
+from fantasy_jax.files import atomic_write
+from fantasy_jax.models.adapters.audio import AudioAttention
+from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
+from fantasy_jax.models.adapters.motion import NEUTRAL
+from fantasy_jax.preprocessing.landmarks import LandmarkConfig
+from fantasy_jax.sharding import MeshConfig
+from fantasy_jax.system.conditioning import AdapterOptions
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.video import VideoConfig
+
+PIPELINE_FILE = "pipeline.json"
+
+NEGATIVE_PROMPT = (
+    "人物静止不动，静止，色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The official script's."""
+
+
+@dataclass(frozen=True)
+class SampleConfig(SamplerConfig):
+    """How FantasyTalking samples a clip; the defaults are the official script's.
+
+    Attributes:
+        text_guidance_scale: Guidance scale of the prompt, a number or a schedule over the steps.
+        audio_guidance_scale: Guidance scale of the audio, likewise.
+        audio_attention: Whether each latent frame attends to its own window of the audio (second training
+            stage, and the released weights) or every token to the whole clip (first stage).
+        audio_attention_scale: Multiplier of the audio cross-attention in the branch that has audio.
+        identity_scale: Multiplier of the identity cross-attention, for a model with an identity adapter.
+        motion_scale: Extrapolation of the motion intensities away from neutral, for a model with a motion
+            adapter; 1 is as trained, more helps where training was short.
+        negative_prompt: What the video should not show.
+        face_motion: Intensity of the face's motion, in [0, 1] of the training clips; needs a motion adapter.
+            The paper's subtle, natural and intense clips have 0.1, 0.5 and 1 for face and body.
+        body_motion: Intensity of the body's motion, likewise.
+        landmarks: Settings of the face detector, for a model with an identity adapter.
+        face_box: The head's left, top, right and bottom as fractions of the image, for drawings in which no
+            detector finds a face. None: the face is detected.
+        face: Number of the face where there are several, from 1, counted from the left; None: the largest.
+        mesh: Sizes of the mesh; `tensor` shards weights, too. In the VAE, `context` and `tensor` together
+            share the rows.
+        merge_lora: Whether a LoRA of the store is added to the weights. Beside them it costs a percent more
+            operations (at rank 32), and nothing is rounded.
+        keep: Networks that stay in memory between clips.
+        tile: Rows and columns of latents that are decoded at once, where one device decodes.
+        tile_stride: Rows and columns from one tile to the next; overlaps are blended.
+    """
+
+    batch_branches: bool = False  # at full size each branch fills a device
+    text_guidance_scale: Scale = 5.0
+    audio_guidance_scale: Scale = 5.0
+    audio_attention: AudioAttention = "frame"
+    audio_attention_scale: float = 1.0
+    identity_scale: float = IDENTITY_SCALE
+    motion_scale: float = 1.0
+    negative_prompt: str = NEGATIVE_PROMPT
+    face_motion: float = NEUTRAL
+    body_motion: float = NEUTRAL
+    landmarks: LandmarkConfig = LandmarkConfig()
+    face_box: tuple[float, float, float, float] | None = None
+    face: int | None = None
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    merge_lora: bool = True
+    keep: Literal["all", "transformer", "none"] = "none"
+    tile: tuple[int, int] = (30, 52)
+    tile_stride: tuple[int, int] = (15, 26)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.face is not None and self.face < 1:
+            raise ConfigError(f"face is {self.face}; faces are counted from 1")
+        for name in ("face_motion", "body_motion"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
+            raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
+
+    @property
+    def guidance(self) -> tuple[GuidanceBranch, ...]:
+        """The branches of guidance."""
+        return guidance_branches(
+            self.num_inference_steps, self.text_guidance_scale, self.audio_guidance_scale, "audio"
+        )
+
+    @property
+    def adapter_options(self) -> AdapterOptions:
+        """Keyword arguments of the adapters."""
+        return {
+            "audio": {"attention": self.audio_attention, "scale": self.audio_attention_scale},
+            "identity": {"scale": self.identity_scale},
+            "motion": {"scale": self.motion_scale},
+        }
+
+
+def check_motion(model: ModelConfig, config: SampleConfig) -> None:
+    """Raises a ConfigError if a motion is asked for that the model has no adapter for."""
+    wanted = (config.face_motion, config.body_motion)
+    if model.motion_adapter is None and wanted != (NEUTRAL, NEUTRAL):
+        raise ConfigError(
+            f"sample.face_motion and sample.body_motion are {wanted[0]} and {wanted[1]}, but the model has "
+            f"no motion_adapter; leave them at {NEUTRAL}, or use a model with one"
+        )
+
+
+def write_pipeline(directory: str | Path, pipeline: str, video: VideoConfig, sample: Any) -> None:
+    """Writes a store's `pipeline.json`, from which `from_pretrained` takes its defaults.
+
+    Args:
+        directory: The store.
+        pipeline: Name of the pipeline's class.
+        video: Size and length of clips.
+        sample: Settings of sampling.
+    """
+    content = {"pipeline": pipeline, "video": as_json(video), "sample": as_json(sample)}
+    with atomic_write(Path(directory) / PIPELINE_FILE) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_pipeline(directory: str | Path, pipeline: str) -> dict[str, Any]:
+    """The content of a store's `pipeline.json`; empty where there is none.
+
+    Raises:
+        WeightsError: The file is damaged, or the store was made for another pipeline.
+    """
+    path = Path(directory) / PIPELINE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name = content["pipeline"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: damaged ({error}); delete it to use the default settings") from error
+    if name != pipeline:
+        raise WeightsError(f"{directory}: is a store of {name}, but {pipeline} is asked for; use its config")
+    return content
+
+
+def read_pipeline(directory: str | Path, pipeline: str) -> tuple[VideoConfig, SampleConfig]:
+    """The settings of a store's `pipeline.json`; the official script's where there is none.
+
+    Raises:
+        WeightsError: The file is damaged, or the store was made for another pipeline.
+    """
+    content = check_pipeline(directory, pipeline)
+    video = build(VideoConfig, content.get("video", {}), "video")
+    return video, build(SampleConfig, content.get("sample", {}), "sample")

@@ -1,0 +1,224 @@
+"""The command line of the preparation: a folder of raw videos becomes records for training."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fantasy_jax import cli
+from fantasy_jax.config import build
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.files import atomic_write
+from fantasy_jax.prepare.analysis import OpenDetectors, PrepareTask
+from fantasy_jax.prepare.config import PrepareConfig
+from fantasy_jax.prepare.encode import EncodedClips, Encoders, dataset_metadata, write_encoded
+from fantasy_jax.prepare.report import ReadThumbnail, check_installed, render_report
+from fantasy_jax.prepare.scan import SourceVideo, read_captions, scan, unmatched
+from fantasy_jax.prepare.stages import PreparedClip, mediapipe_detectors
+from fantasy_jax.prepare.store import StoredClips, prepare_videos, read_thumbnail
+from fantasy_jax.preprocessing.text import byte_tokenizer
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks, random_networks
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_networks
+
+EXAMPLES = """\
+examples:
+  python -m fantasy_jax.prepare --config=configs/fantasy_talking_14b.py --input=videos --output=out \\
+      --captions=captions.csv --weights=weights/fantasy_talking_14b
+  only the report of what would be dropped, without the networks; the command above continues from there:
+  python -m fantasy_jax.prepare --config=configs/fantasy_talking_14b.py --input=videos --output=out \\
+      --clips_only --config.prepare.min_sync=0.3
+
+The same command resumes an interrupted run. Then train:
+  python train.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
+      --records=out/encoded_clips/1.0.0 --workdir=out/adapters
+--config.NAME=VALUE overrides any setting of the config file; filters are in the section prepare, the size,
+length and frame rate of clips in the section video.
+"""
+
+
+@dataclass(frozen=True)
+class InputVideos:
+    """The videos to prepare.
+
+    Attributes:
+        sources: Videos with distinct contents, and with a caption if there is a side file.
+        prompts: Prompts by video.
+        dropped: Videos that are dropped before they are opened.
+        about_captions: Messages about rows of the side file that match no video, by file name.
+    """
+
+    sources: list[SourceVideo]
+    prompts: dict[str, str]
+    dropped: list[PreparedClip]
+    about_captions: dict[str, str]
+
+
+def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = mediapipe_detectors) -> int:
+    """Runs the command line; `open_detectors` replaces MediaPipe's detectors."""
+    arguments, config = cli.parse(_parser(), argv)
+    if missing := {"model", "video", "prepare"} - set(config):
+        raise ConfigError(f"{arguments.config}: has no section {min(missing)}")
+    model = ModelConfig.from_config(config.model, "model")
+    settings = build(PrepareConfig, config.prepare, "prepare")
+    if arguments.face is not None:
+        settings = replace(settings, face=arguments.face)
+    task = PrepareTask(settings, build(VideoConfig, config.video, "video"))
+    weights = config.get("weights", "") if arguments.weights is None else arguments.weights
+    networks = partial(_networks, weights, model)
+    check_installed()  # everything that is missing is reported before any work
+    if not arguments.clips_only:
+        networks()
+        if not weights:
+            print("Warning: no weights are given; random ones make records that are useful for tests only")
+    with open_detectors(settings):
+        pass
+    videos, output = _find(arguments.input, arguments.captions), Path(arguments.output)
+    encoders = Encoders.of(model, Path(weights) if weights and not arguments.clips_only else None)
+    if arguments.beam is not None:
+        from fantasy_jax.prepare.beam import BeamRun
+
+        run = BeamRun(videos.sources, videos.prompts, task, networks, open_detectors, output)
+        folder, clips = run.write(arguments.beam.split(), dataset_metadata(task, encoders))
+        _report(videos, clips, settings, output, lambda clip: None)
+    else:
+        work = output / "work" / _short_digest(asdict(task))
+        clips = _prepare(work, videos.sources, task, open_detectors, arguments.processes)
+        kept = _report(videos, clips, settings, output, partial(read_thumbnail, work))
+        if arguments.clips_only:
+            return 0
+        encoded = EncodedClips(output / "work/encoded", networks(), encoders, task)
+        records = encoded.encode(StoredClips(work, kept), videos.prompts)
+        folder = write_encoded(output, records, kept, videos.prompts, task=task, encoders=encoders)
+    print(f"Wrote {folder}; train on it with train.py --records={folder}")
+    return 0
+
+
+def _find(folder: str, side_file: str | None) -> InputVideos:
+    """Finds videos and captions; reports those that do not match."""
+    sources, left_out = scan(folder)
+    dropped = [
+        PreparedClip.whole_video(SourceVideo("", name, ""), "same", message)
+        for name, message in left_out.items()
+    ]
+    if side_file is None:
+        videos = InputVideos(sources, {source.name: "" for source in sources}, dropped, {})
+    else:
+        captions = read_captions(side_file)
+        dropped += [
+            PreparedClip.whole_video(source, "caption", f"has no caption in {side_file}")
+            for source in sources
+            if source.name not in captions
+        ]
+        videos = InputVideos(
+            [source for source in sources if source.name in captions],
+            captions,
+            dropped,
+            unmatched(captions, {source.name for source in sources} | left_out.keys()),
+        )
+    for clip in videos.dropped:
+        print(f"dropped: {clip.line}", file=sys.stderr)
+    for name, message in videos.about_captions.items():
+        print(f"{name}: {message}", file=sys.stderr)
+    return videos
+
+
+def _prepare(
+    work: Path,
+    sources: Sequence[SourceVideo],
+    task: PrepareTask,
+    open_detectors: OpenDetectors,
+    processes: int,
+) -> list[PreparedClip]:
+    """Prepares all videos; prints messages of clips as they are ready."""
+    clips = []
+    ready = prepare_videos(work, sources, task, open_detectors, processes=processes)
+    for _, found in tqdm(ready, desc="Videos", unit="video", total=len(sources)):
+        for clip in found:
+            if clip.message:
+                tqdm.write(f"{'dropped: ' if clip.dropped else ''}{clip.line}", file=sys.stderr)
+        clips += found
+    return clips
+
+
+def _report(
+    videos: InputVideos,
+    clips: Sequence[PreparedClip],
+    settings: PrepareConfig,
+    output: Path,
+    thumbnails: ReadThumbnail,
+) -> list[PreparedClip]:
+    """Writes the report, and returns the clips that are kept in the order of the dataset."""
+    everything = sorted(
+        [*videos.dropped, *clips], key=lambda clip: (clip.source, clip.number < 0, clip.number)
+    )
+    report = output / "report.html"
+    with atomic_write(report) as partial_file:
+        page = render_report(everything, videos.about_captions, settings, thumbnails)
+        partial_file.write_text(page, encoding="utf-8")
+    kept = [clip for clip in everything if not clip.dropped]
+    print(f"Kept {len(kept)} of {len(everything)} clips; {report} shows what was dropped and why")
+    if not kept:
+        raise ConfigError(f"all clips were dropped; {report} shows why")
+    return kept
+
+
+def _networks(weights: str, model: ModelConfig) -> Networks:
+    # Only the encoders are used: the store need not have the adapters that will be trained.
+    return (
+        stored_networks(weights, model, new_adapters=True)
+        if weights
+        else random_networks(model, byte_tokenizer())
+    )
+
+
+def _short_digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(
+        prog="python -m fantasy_jax.prepare",
+        description="Makes records for training from raw videos.",
+        epilog=EXAMPLES,
+    )
+    cli.add_config_argument(parser)
+    parser.add_argument("--input", required=True, metavar="DIR", help="videos, in folders of any depth")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the dataset, the report and the work files"
+    )
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="a .csv file with the columns file_name and prompt, or a .jsonl file with these keys; "
+        "names are paths below the input folder (default: prompts are empty)",
+    )
+    parser.add_argument(
+        "--weights", metavar="DIR", help="weight store of the encoders (default: the config's)"
+    )
+    parser.add_argument(
+        "--face", type=int, metavar="N", help="face to use, counted from the left (default: the largest)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes that analyse videos (default: the number of cores)",
+    )
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument("--clips_only", action="store_true", help="stop before the clips are encoded")
+    more.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="run as an Apache Beam pipeline with these options, such as --beam='--runner=FlinkRunner'",
+    )
+    return parser

@@ -1,0 +1,107 @@
+"""Measurements of clips: speech, faces, sharpness, and synchrony of lips and audio."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from scipy.ndimage import uniform_filter1d
+
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.evaluation.metrics import correlation
+from fantasy_jax.preprocessing.face_crop import CROP_SIZE
+from fantasy_jax.preprocessing.landmarks import FaceTrack
+from fantasy_jax.typing import Float, Float32, UInt8
+from fantasy_jax.video import SAMPLE_RATE
+
+_WINDOW = 480
+"""Samples of a window of WebRTC's detector, 30 ms."""
+
+
+def speech_fraction(waveform: Float[np.ndarray, " samples"], strictness: int) -> float:
+    """Returns the fraction of windows of 30 ms in which WebRTC's voice activity detector finds speech.
+
+    Args:
+        waveform: 16 kHz.
+        strictness: Mode of the detector, from 0 to 3.
+
+    Raises:
+        ConfigError: The detector is not installed.
+    """
+    try:
+        import webrtcvad
+    except ImportError as error:
+        raise ConfigError(f"webrtcvad is missing ({error}); pip install 'fantasy_jax[prepare]'") from error
+    detector = webrtcvad.Vad(strictness)
+    samples = np.round(waveform.clip(-1, 1) * 32767).astype("<i2")
+    windows = [samples[i : i + _WINDOW] for i in range(0, samples.size - _WINDOW + 1, _WINDOW)]
+    return float(np.mean([detector.is_speech(x.tobytes(), SAMPLE_RATE) for x in windows])) if windows else 0.0
+
+
+def leftmost_first(faces: Sequence[FaceTrack]) -> list[FaceTrack]:
+    """Sorts faces by the mean of their left edge."""
+    return sorted(faces, key=lambda face: float(np.nanmean(face.boxes[:, 0])))
+
+
+def fraction_inside(face: FaceTrack, height: int, width: int) -> float:
+    """Returns the fraction of a face's landmarks inside the image, in the worst frame."""
+    points = face.points[face.present][..., :2]
+    inside = (points >= 0) & (points < np.array([width, height]))
+    return float(inside.all(axis=-1).mean(axis=1).min())
+
+
+def sharpness(video: UInt8[np.ndarray, "T H W 3"], face: FaceTrack) -> float:
+    """Returns the variance of the Laplacian of a face, the median of up to nine frames.
+
+    The face is scaled to one size, because larger faces would have other values.
+    """
+    values = []
+    frames = np.flatnonzero(face.present)
+    for index in frames[:: max(len(frames) // 8, 1)]:
+        left, top, right, bottom = face.boxes[index].round().astype(int).clip(0)
+        crop = video[index, top:bottom, left:right]
+        if crop.size:
+            scaled = cv2.resize(crop, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA)
+            grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)
+            values.append(cv2.Laplacian(grey, cv2.CV_64F).var())
+    return float(np.median(values)) if values else 0.0
+
+
+def lip_opening(face: FaceTrack) -> Float32[np.ndarray, " T"]:
+    """Returns the distance of the lips over the face's height; frames without a face are interpolated."""
+    upper, lower = (face.points[:, i, :2] for i in face.layout.lip_middles)
+    boxes = face.boxes
+    opening = np.linalg.norm(upper - lower, axis=-1) / (boxes[:, 3] - boxes[:, 1])
+    frames = np.arange(len(opening))
+    return np.interp(frames, frames[face.present], opening[face.present]).astype(np.float32)
+
+
+def frame_rms(waveform: Float[np.ndarray, " samples"], num_frames: int) -> Float32[np.ndarray, " T"]:
+    """Returns the root mean square of the samples of each video frame."""
+    pieces = np.array_split(waveform, num_frames)
+    return np.array([np.sqrt(np.square(piece).mean()) for piece in pieces], np.float32)
+
+
+def best_lag(
+    opening: Float[np.ndarray, " T"], rms: Float[np.ndarray, " T"], max_lag: int
+) -> tuple[float, int]:
+    """Returns the highest correlation of lips and audio over all lags, and its lag.
+
+    Both are averaged over three frames first, because lips do not follow faster changes.
+
+    Args:
+        opening: Opening of the lips in every frame.
+        rms: Root mean square of the audio of every frame.
+        max_lag: Largest lag in either direction, in frames.
+
+    Returns:
+        The correlation, and the lag in frames, positive if the lips are late.
+    """
+    length = len(opening)
+    opening, rms = (uniform_filter1d(x.astype(np.float64), 3, mode="nearest") for x in (opening, rms))
+
+    def at(lag: int) -> float:
+        lips = opening[max(lag, 0) : length + min(lag, 0)]
+        audio = rms[max(-lag, 0) : length - max(lag, 0)]
+        return correlation(lips, audio)
+
+    return max((at(lag), lag) for lag in range(-max_lag, max_lag + 1))

@@ -1,0 +1,1 @@
+"""Preprocessing of images, audio, text, faces and bodies."""

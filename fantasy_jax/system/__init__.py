@@ -1,0 +1,1 @@
+"""What a system consists of: its networks, and what a clip is conditioned on."""

@@ -1,0 +1,109 @@
+"""From the inputs of a clip to the transformer's conditions, and from these to the velocity."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fantasy_jax.models.condition import Condition
+from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
+from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.typing import Array, Float, Leaf
+from fantasy_jax.video import video_frames
+
+Kept = bool | Float[Array, " B"]
+"""Whether a dropout group is kept; or 1 and 0 for each sample."""
+
+AdapterOptions = Mapping[str, Mapping[str, Any]]
+"""Keyword arguments of each adapter's `condition` or `time_offset`, by the adapter's name."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that the transformer takes beside latents and noise level.
+
+    Attributes:
+        first_frame: The first-frame condition, `[B, F, h, w, 4 + C]`.
+        attended: Conditions of cross-attention by name.
+        time_offset: Added to the timestep embedding, `[B, D]`; None: nothing.
+    """
+
+    first_frame: Leaf
+    attended: dict[str, Condition]
+    time_offset: Leaf = None
+
+
+def condition(
+    transformer: WanTransformer,
+    inputs: ClipInputs,
+    *,
+    keep: Mapping[str, Kept] | None = None,
+    options: AdapterOptions | None = None,
+) -> Conditions:
+    """Builds the conditions of a batch of clips.
+
+    A dropped text becomes the negative text. A dropped image sets the first-frame condition to zero and
+    removes the image's tokens. A dropped adapter is removed, by a scale of 0.
+
+    Args:
+        transformer: With its adapters.
+        inputs: What the clips are conditioned on.
+        keep: By dropout group: `text`, `image`, and the groups of adapters. Groups that are missing are kept.
+        options: Keyword arguments of adapters, such as `{"audio": {"attention": "clip"}}`.
+    """
+    keep, options = keep or {}, options or {}
+    batch, frames = inputs.first_frame.shape[:2]
+    attended = transformer.conditions(_select_text(transformer, inputs, keep.get("text", True)), inputs.image)
+    image_weight = _weight(keep.get("image", True), batch)
+    attended["image"] = replace(attended["image"], scale=image_weight)
+    attended["text"] = replace(attended["text"], scale=jnp.ones(batch))
+    first_frame = inputs.first_frame
+    if keep.get("image", True) is not True:
+        first_frame = first_frame * image_weight[:, None, None, None, None]
+    offset = None
+    for name, adapter in transformer.adapters.items():
+        features = inputs.adapters.get(adapter.input)
+        if features is None:
+            continue
+        settings = dict(options.get(name, {}))
+        if adapter.gives == "time_offset":
+            more = adapter.time_offset(features, **settings)
+            offset = more if offset is None else offset + more
+            continue
+        scale = settings.pop("scale", adapter.default_scale) * _weight(
+            keep.get(adapter.dropout_group, True), batch
+        )
+        attended[name] = adapter.condition(features, video_frames(frames), scale=scale, **settings)
+    return Conditions(first_frame, attended, offset)
+
+
+def velocity(
+    transformer: WanTransformer,
+    latents: Float[Array, "B F h w C"],
+    sigma: Float[Array, ""] | Float[Array, " B"],
+    conditions: Conditions,
+) -> Float[Array, "B F h w C"]:
+    """The transformer's prediction of noise minus data.
+
+    Args:
+        transformer: With its adapters.
+        latents: Noisy latents.
+        sigma: Noise level in [0, 1], of all samples or of each.
+        conditions: From `condition`.
+    """
+    timestep = jnp.broadcast_to(jnp.asarray(NUM_TIMESTEPS * sigma, jnp.float32), latents.shape[:1])
+    return transformer(latents, conditions.first_frame, timestep, conditions.attended, conditions.time_offset)
+
+
+def _select_text(transformer: WanTransformer, inputs: ClipInputs, keep: Kept) -> Float[Array, "B L D"]:
+    if isinstance(keep, bool):
+        return inputs.text if keep else inputs.negative_text
+    text, negative = (transformer.pad_text(x) for x in (inputs.text, inputs.negative_text))
+    return jnp.where(keep[:, None, None] > 0, text, negative)
+
+
+def _weight(keep: Kept, batch: int) -> Float[Array, " B"]:
+    return jnp.full(batch, float(keep), jnp.float32) if isinstance(keep, bool) else keep

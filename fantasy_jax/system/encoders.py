@@ -1,0 +1,88 @@
+"""Text, image, audio, face and first frame through the encoders."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from fantasy_jax.models.face_encoder import FaceEncoder
+from fantasy_jax.models.layers import run
+from fantasy_jax.models.vae import WanVAE
+from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
+from fantasy_jax.preprocessing.audio import normalise_waveform
+from fantasy_jax.preprocessing.face_crop import crop_face
+from fantasy_jax.preprocessing.images import clip_image_preprocess, from_uint8
+from fantasy_jax.preprocessing.text import tokenize
+from fantasy_jax.sharding import constrain
+from fantasy_jax.system.networks import Networks
+from fantasy_jax.typing import Array, Float, UInt8
+
+
+def encode_text(networks: Networks, prompts: list[str]) -> list[Float[Array, "1 L C"]]:
+    """Encodes each prompt with the text encoder, without padding."""
+    max_length = networks.config.transformer.text_length
+    ids, lengths = tokenize(prompts, networks.tokenizer, max_length=max_length)
+    encoded = run(networks["text_encoder"], jnp.asarray(ids), jnp.asarray(lengths))
+    return [encoded[i : i + 1, :length].astype(jnp.float32) for i, length in enumerate(lengths)]
+
+
+def encode_image(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[Array, "1 L C"]:
+    """Encodes the portrait, pixels in [-1, 1], with the image encoder."""
+    encoder = networks["image_encoder"]
+    small = clip_image_preprocess(pixels[None], encoder.config.image_size)
+    return run(encoder, small).astype(jnp.float32)
+
+
+def encode_audio(encoder: Wav2Vec2Model, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
+    """wav2vec2's last hidden state of a waveform of 16 kHz (fantasy-talking, `utils.py`).
+
+    The waveform is normalised to zero mean and unit variance, as by transformers' processor.
+    """
+    return run(encoder, jnp.asarray(normalise_waveform(waveform))[None])
+
+
+def encode_face(
+    networks: Networks, image: Image.Image, points: Float[np.ndarray, "5 2"] | None
+) -> Float[Array, "1 P C"]:
+    """Spatial features of the portrait's face.
+
+    Args:
+        networks: With a face encoder.
+        image: RGB.
+        points: Five points of the face (`preprocessing.face_crop`); None: no face was found.
+
+    Raises:
+        MediaError: There is no face, or part of it lies outside the image.
+    """
+    crop = crop_face(image, points, networks.config.face_encoder.image_size)
+    return encode_faces(networks["face_encoder"], crop[None])[1]
+
+
+def encode_faces(
+    encoder: FaceEncoder, crops: UInt8[np.ndarray, "B H W 3"]
+) -> tuple[Float[Array, "B E"], Float[Array, "B P C"]]:
+    """Embeddings and spatial features of aligned face crops (`preprocessing.face_crop`).
+
+    Returns:
+        Unit embeddings, whose products are the cosines by which persons are compared; and spatial features,
+        which the identity adapter takes.
+    """
+    embedding, features = run(encoder, from_uint8(crops))
+    return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True), features
+
+
+def first_frame_latents(
+    vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int
+) -> Float[Array, "B F h w C"]:
+    """Latents of images followed by mid-grey frames, which are not zero latents.
+
+    They are replicated over the mesh axes that share a clip, as the transformer takes them.
+    """
+    batch, *image = pixels.shape
+    grey = jnp.zeros((batch, num_frames - 1, *image), pixels.dtype)
+    video = jnp.concatenate([pixels[:, None], grey], axis=1)
+    return constrain(vae.encode(video).astype(jnp.float32), "batch", None, None, None, None)
+
+
+encode_first_frame = jax.jit(first_frame_latents, static_argnums=2)
+"""`first_frame_latents` as one compiled program."""

@@ -1,0 +1,193 @@
+"""The networks of a system as one mapping, whatever their weights come from."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.preprocessing.text import Tokenizer
+from fantasy_jax.sharding import MeshConfig, in_host_memory, make_mesh, shard_module
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.registry import Component, component_of
+
+Keep = Literal["all", "transformer", "none"]
+"""Networks that stay in memory after their use."""
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Makes one network: with random, stored or trained weights."""
+
+    def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
+        """Makes a network.
+
+        Args:
+            component: Its row.
+            config: Its sizes.
+            dtype: Type of weights and matrix products.
+            mesh: Mesh that its parameters are sharded over; None: one device.
+        """
+        ...
+
+
+# Not `Mapping[str, nnx.Module]`, whose items run-time type checkers would load to check their type.
+class Networks(Mapping):
+    """Networks by slot, each made when it is asked for; `networks["transformer"]` has its adapters.
+
+    Attributes:
+        config: All sizes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        loader: Loader,
+        tokenizer: Callable[[], Tokenizer],
+        *,
+        given: Mapping[str, nnx.Module] | None = None,
+        mesh: Mesh | None = None,
+        mesh_config: MeshConfig | None = None,
+        keep: Keep = "none",
+        kept: dict[str, nnx.Module] | None = None,
+    ):
+        """Keeps what is needed to make each network.
+
+        Args:
+            config: All sizes.
+            loader: Makes a network.
+            tokenizer: Makes the text encoder's tokenizer.
+            given: Networks that are in memory already, by slot.
+            mesh: Mesh that parameters are sharded over.
+            mesh_config: Its settings.
+            keep: Networks that stay in memory once they are made.
+            kept: Those that were made before.
+        """
+        self.config = config
+        self._loader, self._tokenizer = loader, tokenizer
+        self._given = dict(given or {})
+        self._mesh, self._mesh_config, self._keep = mesh, mesh_config, keep
+        self._kept = {} if kept is None else kept
+
+    def __getitem__(self, slot: str) -> nnx.Module:
+        """The network in a slot; KeyError if the system has none."""
+        if slot in self._given:
+            return self._given[slot]
+        if slot not in self._kept:
+            network = self._make(slot)
+            if self._keep != "all" and slot != self._keep:
+                return network
+            self._kept[slot] = network
+        return self._kept[slot]
+
+    def __iter__(self) -> Iterator[str]:
+        """The slots."""
+        return iter(self.config.networks)
+
+    def __len__(self) -> int:
+        """Number of networks."""
+        return len(self.config.networks)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The text encoder's tokenizer."""
+        return self._tokenizer()
+
+    def replace(self, **given: nnx.Module) -> "Networks":
+        """A copy in which some networks are given, by slot, such as ones that were trained."""
+        return self._copy(given=self._given | given)
+
+    def keeping(self, keep: Keep) -> "Networks":
+        """A copy whose networks stay in memory once they are made: all, the transformer alone, or none."""
+        return self._copy(keep=keep)
+
+    @contextmanager
+    def on_mesh(self, mesh_config: MeshConfig, mesh: Mesh | None = None) -> Iterator["Networks"]:
+        """Sets the mesh, and yields the networks sharded over it; on one device, the networks as they are.
+
+        Args:
+            mesh_config: Sizes of the mesh.
+            mesh: The mesh of these sizes, if it has been made before.
+        """
+        mesh = mesh or make_mesh(**mesh_config.axes)
+        if mesh.size == 1:
+            yield self
+            return
+        with jax.set_mesh(mesh):
+            yield self if self._mesh is mesh else self._copy(mesh=mesh, mesh_config=mesh_config, kept={})
+
+    def release(self, slots: Iterable[str] | None = None) -> None:
+        """Removes networks from memory, by default all that were kept."""
+        for slot in list(self._kept) if slots is None else slots:
+            self._kept.pop(slot, None)
+
+    def _copy(self, **changes: Any) -> "Networks":
+        settings = {
+            "given": self._given,
+            "mesh": self._mesh,
+            "mesh_config": self._mesh_config,
+            "keep": self._keep,
+            "kept": self._kept,
+        }
+        return Networks(self.config, self._loader, self._tokenizer, **(settings | changes))
+
+    def _make(self, slot: str) -> nnx.Module:
+        config = self.config.networks[slot]
+        component = component_of(config)
+        network = self._loader(component, config, jnp.dtype(component.dtype or self.config.dtype), self._mesh)
+        if slot == "transformer":
+            for name, adapter in self.config.adapters.items():
+                network.adapters[name] = self[adapter.slot]
+            if self._mesh_config is not None:
+                network.context_parallelism = self._mesh_config.context_parallelism
+        return network
+
+
+def random_networks(config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0) -> Networks:
+    """Networks with random weights: the whole path runs, and its output is noise.
+
+    Args:
+        config: All sizes.
+        tokenizer: The text encoder's.
+        seed: Seed of the weights.
+
+    Raises:
+        ConfigError: The tokenizer has more tokens than the text encoder.
+    """
+    if config.text_encoder is not None and len(tokenizer) > config.text_encoder.vocab_size:
+        raise ConfigError(
+            f"model.text_encoder.vocab_size ({config.text_encoder.vocab_size}) must be at least the "
+            f"tokenizer's {len(tokenizer)} tokens; set --config.model.text_encoder.vocab_size"
+        )
+    return Networks(config, RandomLoader(seed), lambda: tokenizer)
+
+
+class RandomLoader:
+    """Draws initial weights (a `Loader`)."""
+
+    def __init__(self, seed: int = 0):
+        """Keeps the seed."""
+        self.seed = seed
+
+    def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
+        """Draws one network; on a mesh in host memory first, so that no device holds all of it."""
+        if mesh is None:
+            return component.init(config, dtype, seed=self.seed)
+        with in_host_memory():
+            return shard_module(component.init(config, dtype, seed=self.seed), mesh)
+
+
+def abstract_networks(config: ModelConfig, mesh: Mesh, mesh_config: MeshConfig) -> Networks:
+    """Networks of `jax.ShapeDtypeStruct`s with shardings: their programs can be compiled but not run."""
+
+    def load(component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
+        return shard_module(component.abstract(config, dtype), mesh)
+
+    def no_tokenizer() -> Tokenizer:
+        raise NotImplementedError("abstract networks have no tokenizer")
+
+    return Networks(config, load, no_tokenizer, mesh=mesh, mesh_config=mesh_config)

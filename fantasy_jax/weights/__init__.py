@@ -1,0 +1,1 @@
+"""The store of weights: import, export, download, inspect."""

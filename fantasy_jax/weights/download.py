@@ -1,0 +1,118 @@
+"""Download of the published files from the Hugging Face hub, into the folders of fantasy-talking's README."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.system.registry import components
+from fantasy_jax.weights.disk import check_space, free_bytes
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the hub.
+
+    Attributes:
+        name: Its name.
+        folder: Folder for its files, relative to the output folder.
+        patterns: Shell patterns of the files that are needed.
+    """
+
+    name: str
+    folder: str
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HostedFile:
+    """A file on the hub, with its size in bytes."""
+
+    repository: Repository
+    name: str
+    bytes: int
+
+    def is_in(self, output: Path) -> bool:
+        """Whether the output folder holds the complete file."""
+        path = output / self.repository.folder / self.name
+        return path.is_file() and path.stat().st_size == self.bytes
+
+
+def repositories() -> list[Repository]:
+    """Returns the repositories of all networks."""
+    found: dict[str, Repository] = {}
+    for source in (row.download for row in components().values()):
+        if source.repository:
+            patterns = found[source.repository].patterns if source.repository in found else ()
+            found[source.repository] = Repository(
+                source.repository, source.folder, (*patterns, *source.patterns)
+            )
+    return list(found.values())
+
+
+def hosted_files() -> list[HostedFile]:
+    """Returns all files that the system needs, with their sizes.
+
+    Raises:
+        WeightsError: The hub cannot be reached, or a repository does not hold a file.
+    """
+    from huggingface_hub import HfApi
+
+    files = []
+    for repository in repositories():
+        try:
+            siblings = HfApi().model_info(repository.name, files_metadata=True, timeout=30).siblings or []
+        except (
+            Exception
+        ) as error:  # errors of the hub, the transport and the system have no common base class
+            raise WeightsError(_failure(repository.name, error)) from error
+        for pattern in repository.patterns:
+            found = [x for x in siblings if fnmatchcase(x.rfilename, pattern)]
+            if not found:
+                raise WeightsError(f"{repository.name}: holds no {pattern}; is there a newer fantasy_jax?")
+            files += [HostedFile(repository, x.rfilename, x.size or 0) for x in found]
+    return list(dict.fromkeys(files))
+
+
+def download(output: str | Path) -> None:
+    """Downloads all files and prints their sizes first; continues an interrupted call.
+
+    Args:
+        output: A folder; 80 GiB are needed.
+
+    Raises:
+        WeightsError: The hub cannot be reached, the disk has not enough space, or a download fails.
+    """
+    from huggingface_hub import hf_hub_download
+
+    output = Path(output)
+    files = hosted_files()
+    missing = [file for file in files if not file.is_in(output)]
+    for file in files:
+        state = "to download" if file in missing else "complete"
+        print(f"{file.bytes / 2**30:8.2f} GiB  {file.repository.name}/{file.name}  {state}")
+    needed = sum(file.bytes for file in missing)
+    free = free_bytes(output) + _incomplete_bytes(output)
+    print(
+        f"{needed / 2**30:8.2f} GiB  to download into {output}; {free / 2**30:.2f} GiB are free", flush=True
+    )
+    check_space(output, needed, free)
+    for file in missing:
+        folder = output / file.repository.folder
+        try:
+            hf_hub_download(file.repository.name, file.name, local_dir=folder)
+        except Exception as error:  # as above
+            raise WeightsError(_failure(f"{file.repository.name}/{file.name}", error)) from error
+        if not file.is_in(output):
+            raise WeightsError(f"{folder / file.name}: is incomplete; run the same command again")
+
+
+def _incomplete_bytes(output: Path) -> int:
+    """Size of the partial downloads of an interrupted call, which are continued."""
+    folders = {output / repository.folder / ".cache" for repository in repositories()}
+    return sum(x.stat().st_size for folder in folders for x in folder.rglob("*.incomplete"))
+
+
+def _failure(name: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return f"{name}: download failed ({reason}); check the connection, then run the same command again"

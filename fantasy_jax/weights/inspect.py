@@ -1,0 +1,61 @@
+"""Inspection of a weights file: its networks, and whether every tensor maps onto a parameter."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from fantasy_jax.convert.files import open_weights
+from fantasy_jax.convert.rules import Plan
+from fantasy_jax.weights.detect import Detected, detect
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One network of a file, and how it maps onto the module."""
+
+    detected: Detected
+    plan: Plan
+
+    def lines(self, *, every_key: bool = False) -> list[str]:
+        """The result as text.
+
+        Args:
+            every_key: Whether to list the parameter of each tensor.
+        """
+        found, specs = self.detected, self.detected.weights.specs
+        parameters = sum(math.prod(spec.shape) for spec in specs.values())
+        sizes: Counter[str] = Counter()
+        for spec in specs.values():
+            sizes[str(spec.dtype)] += math.prod(spec.shape) * spec.dtype.itemsize
+        groups = Counter(entry.path.split("/")[0] for entry in self.plan.entries)
+        lines = [
+            f"component   {found.component.name}, {found.layout.name} keys, sizes of {found.preset}",
+            f"tensors     {len(specs)}",
+            f"parameters  {parameters:,}",
+            "bytes       "
+            + ", ".join(f"{size:,} of {dtype}" for dtype, size in sizes.items())
+            + f" ({sizes.total() / 2**30:.2f} GiB)",
+            f"mapped      {len(self.plan.entries)}: "
+            + ", ".join(f"{count} to {group}" for group, count in groups.items()),
+        ]
+        for pattern, count in Counter(self.plan.ignored.values()).items():
+            lines.append(f"ignored     {count} that match {pattern}")
+        if every_key:
+            lines += [
+                f"  {entry.key} {list(specs[entry.key].shape)} -> {entry.path}"
+                f"{'' if entry.layer is None else f'[{entry.layer}]'} by {entry.transform.name}"
+                for entry in self.plan.entries
+            ]
+        lines += [f"  {problem}" for problem in self.plan.problems]
+        lines.append(f"INCOMPLETE  {len(self.plan.problems)} problems" if self.plan.problems else "complete")
+        return lines
+
+
+def inspect(path: str | Path, *, preset: str | None = None) -> list[Inspection]:
+    """Inspects every network in a file; reads no weights.
+
+    Raises:
+        WeightsError: The file cannot be read, or no network is detected in it.
+    """
+    return [Inspection(found, found.plan()[1]) for found in detect(open_weights(path), preset=preset)]

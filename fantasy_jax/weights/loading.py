@@ -1,0 +1,215 @@
+"""Networks from a store, whole on one device or sharded over a mesh."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fantasy_jax.config import as_json
+from fantasy_jax.convert.rules import flat_parameters
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.models.lora import attach_lora, merged_kernel
+from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
+from fantasy_jax.sharding import shard_module
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks, RandomLoader
+from fantasy_jax.system.registry import Component, component_of
+from fantasy_jax.typing import DType
+from fantasy_jax.weights.store import (
+    LORA,
+    TOKENIZER,
+    items,
+    read_config,
+    read_item,
+    read_record,
+    stored_networks_of,
+)
+
+Values = dict[str, Any]
+Merge = Callable[[str, Values], Values]
+"""Hook `(item, parameters by path) -> parameters`, such as one that adds LoRA deltas."""
+
+
+def stored_networks(
+    directory: str | Path,
+    config: ModelConfig | None = None,
+    *,
+    dtype: str = "bfloat16",
+    new_adapters: bool = False,
+    merge_lora: bool = True,
+) -> Networks:
+    """Networks from a store, each loaded when it is asked for.
+
+    Args:
+        directory: The store.
+        config: Sizes that the store must have, and type of weights and products; None takes the store's
+            sizes.
+        dtype: Type of weights and products where there is no `config`.
+        new_adapters: Whether adapters that the store lacks are initialised, to be trained.
+        merge_lora: Whether the store's LoRA is added to the transformer's weights, or stays beside them.
+
+    Raises:
+        WeightsError: A network is missing, damaged, or of another model; no weights are read to find out.
+    """
+    directory = Path(directory)
+    found = stored_networks_of(directory)
+    if config is None:
+        config = ModelConfig(dtype=dtype, **{slot: sizes for slot, (_, sizes) in found.items()})
+    adapters = {row.slot for row in config.adapters.values()} if new_adapters else set()
+    new = adapters - found.keys()
+    for slot, sizes in config.networks.items():
+        if slot in new:
+            continue
+        if slot not in found:
+            raise WeightsError(
+                f"{directory / slot}: is missing; the store holds {', '.join(found) or 'nothing'}. Import "
+                "it, or take the config that the store was made for"
+            )
+        _check_sizes(directory / slot, sizes)
+    return Networks(
+        config, StoredLoader(directory, new=new, merge_lora=merge_lora), partial(_tokenizer, directory)
+    )
+
+
+class StoredLoader:
+    """Loads networks from a store (a `system.networks.Loader`)."""
+
+    def __init__(self, directory: Path, *, new: set[str] = frozenset(), merge_lora: bool = True):
+        """Keeps where they are; those of the slots in `new` are initialised instead."""
+        self.directory, self.new, self.merge_lora = directory, new, merge_lora
+
+    def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
+        """Loads one network; the transformer with the store's LoRA."""
+        if component.slot in self.new:
+            return RandomLoader()(component, config, dtype, mesh)
+        folder, lora = self.directory / component.slot, self.directory / LORA
+        if component.slot != "transformer" or not lora.exists():
+            return load_network(folder, config, dtype=dtype, mesh=mesh)
+        if self.merge_lora:
+            return load_network(folder, config, dtype=dtype, mesh=mesh, merge=lora_merge(lora))
+        network = load_network(folder, config, dtype=dtype, mesh=mesh)
+        attach_lora(network, load_network(lora, read_config(lora)[1], dtype=dtype, mesh=mesh))
+        # Beside a layer, A and B are sharded like its kernel.
+        return network if mesh is None else shard_module(network, mesh)
+
+
+def load_network(
+    folder: Path,
+    config: Any,
+    *,
+    dtype: DType,
+    mesh: Mesh | None = None,
+    merge: Merge = lambda item, values: values,
+) -> nnx.Module:
+    """Loads a stored network of the given sizes.
+
+    On a mesh each process reads its own shards only, one block at a time, so that its host memory holds one
+    block beside the shards.
+
+    Args:
+        folder: The network's own, such as `DIR/transformer`.
+        config: Its sizes.
+        dtype: Type of weights and products. Parameters that the store holds in another type than most of the
+            network (`other_dtypes`) keep theirs.
+        mesh: Mesh that the parameters are sharded over; None: one device.
+        merge: Changes what is read.
+
+    Raises:
+        WeightsError: The folder is missing, incomplete, damaged, or of another model.
+    """
+    component = _check_sizes(folder, config)
+    others = read_record(folder)[1].get("other_dtypes", {})
+    abstract = component.abstract(config, dtype)
+    target = flat_parameters(abstract if mesh is None else shard_module(abstract, mesh))
+    values: Values = {}
+    for item, places in items(component, config).items():
+        wanted = {path: _layer_spec(target[path], layer, mesh) for path, layer in places.items()}
+        read = merge(item, read_item(folder, item, wanted))
+        for path, layer in places.items():
+            if read[path].shape != wanted[path].shape:
+                raise WeightsError(f"{folder / item}: {path} is {read[path].shape}, not {wanted[path].shape}")
+            put = _put_numpy if mesh is None else _put_sharded
+            values[path] = put(
+                values.get(path), target[path], read.pop(path), layer, np.dtype(others.get(path, dtype))
+            )
+    return component.build(config, dtype, values)
+
+
+def lora_merge(folder: Path) -> Merge:
+    """A hook that adds a stored LoRA to the network that it is for, item by item.
+
+    Raises:
+        WeightsError: The LoRA is missing or damaged. The hook raises it where the LoRA is for another
+            network.
+    """
+    component, config = read_config(folder)
+    places = items(component, config)
+
+    def merge(item: str, values: Values) -> Values:
+        thin = read_item(folder, item, places[item]) if item in places else {}
+        merged = {}
+        for layer in {path.rpartition("/")[0] for path in thin}:
+            kernel, (a, b) = f"{layer}/kernel", (thin[f"{layer}/{name}"] for name in ("lora_a", "lora_b"))
+            if kernel not in values or values[kernel].shape != (len(a), b.shape[1]):
+                raise WeightsError(f"{folder}: is for {layer} of {len(a)} x {b.shape[1]}, of another model")
+            merged[kernel] = merged_kernel(values[kernel], a, b, config.scale)
+        return values | merged
+
+    return merge
+
+
+def _put_numpy(stack: Any, spec: Any, value: Any, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    """Puts a parameter, or a layer of a stacked one, into host memory."""
+    if stack is None:
+        stack = np.empty(spec.shape, dtype)
+    stack[... if layer is None else layer] = value
+    return stack
+
+
+def _put_sharded(stack: Any, spec: Any, value: Any, layer: int | None, dtype: np.dtype) -> jax.Array:
+    """Puts a parameter, or a layer of a stacked one, onto the mesh; the stack is updated in place."""
+    if layer is None:
+        return jax.device_put(value, spec.sharding).astype(dtype)
+    if stack is None:
+        stack = jax.jit(lambda: jnp.zeros(spec.shape, dtype), out_shardings=spec.sharding)()
+    return _set_layer(stack, value, layer)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), layer, 0)
+
+
+def _layer_spec(spec: Any, layer: int | None, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    """A parameter's shape, and its sharding on a mesh; those of one layer of a stacked one."""
+    # Without a mesh to load onto, the sharding is that of another mesh in force, and is not wanted.
+    sharding = None if mesh is None else spec.sharding
+    if layer is None:
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype, sharding=sharding)
+
+
+def _check_sizes(folder: Path, config: Any) -> Component:
+    """The component of a folder, which must have the sizes of a config; raises WeightsError if not."""
+    component, stored = read_record(folder)
+    if type(config) is not component.config_type:
+        raise WeightsError(f"{folder}: holds {component.name}, but {component_of(config).name} is asked for")
+    sizes, given = stored["config"], as_json(config)
+    if sizes != given:
+        differing = [name for name in {**given, **sizes} if given.get(name) != sizes.get(name)]
+        names = ", ".join(f"{n} {sizes.get(n)} (asked for: {given.get(n)})" for n in differing[:3])
+        raise WeightsError(f"{folder}: is of another model; it has {names}")
+    return component
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    folder = directory / "text_encoder" / TOKENIZER
+    return load_tokenizer(folder) if folder.is_dir() else byte_tokenizer()

@@ -1,0 +1,308 @@
+"""The store of weights: a folder for each network, written item by item, complete or absent.
+
+    DIR/transformer/    component.json    format, sizes, dtype, sources, items and their bytes
+                        blocks_00/ ...    an Orbax item for each block of a stack
+                        rest/             an Orbax item of all other parameters
+    DIR/audio_adapter/ ... DIR/vae/       one folder for each slot of `ModelConfig`
+    DIR/lora/                             optional: a LoRA of the transformer
+
+A network is written into `transformer.partial`, item after item, and the folder is renamed when it is
+complete, so that an interruption costs at most the item that was being written. The text encoder's folder
+also holds its tokenizer, unless that is the byte tokenizer.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from fantasy_jax.config import as_json
+from fantasy_jax.convert.rules import flat_parameters
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.system.registry import Component, find_component, slots
+
+LORA = "lora"
+"""Slot and format of a LoRA of the transformer."""
+RECORD = "component.json"
+TOKENIZER = "tokenizer"
+_STARTED = "started.json"
+_MARKER = "commit_success.txt"
+"""Orbax's mark of a complete item; it contains a path, and the folder's name says as much."""
+_STACKS = ("blocks", "layers")
+
+Places = dict[str, dict[str, int | None]]
+"""For each item: its parameters by path, and their layer of the stack; None where there is no stack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file that weights were imported from."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkRecord:
+    """The content of `component.json`, except for the items.
+
+    Attributes:
+        component: Name of the format.
+        preset: Name of the sizes, empty where they have none.
+        config: The sizes.
+        dtype: Type of the parameters.
+        sources: Files of the import; none for weights that were trained here.
+        other_dtypes: Types of the parameters that have another one, by path.
+    """
+
+    component: str
+    preset: str
+    config: Mapping[str, Any]
+    dtype: str
+    sources: Sequence[SourceFile] = ()
+    other_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def save_network(
+    folder: Path,
+    network: nnx.Module,
+    *,
+    component: str,
+    preset: str = "",
+    sources: Sequence[SourceFile] = (),
+) -> None:
+    """Stores a network that is in memory; replaces the folder's content.
+
+    Args:
+        folder: The network's own, such as `DIR/transformer`.
+        network: The network; a transformer's adapters are networks of their own and are not stored with it.
+        component: Name of its format.
+        preset: Name of its sizes.
+        sources: Files that it was imported from.
+
+    Raises:
+        WeightsError: It cannot be written.
+    """
+    row, config = find_component(component, folder), network.config
+    values = flat_parameters(network)
+    places = items(row, config)
+    paths = {path for item in places.values() for path in item}
+    dtypes = {path: str(values[path].dtype) for path in sorted(paths)}
+    dtype = Counter(dtypes.values()).most_common(1)[0][0]
+    others = {path: other for path, other in dtypes.items() if other != dtype}
+    record = NetworkRecord(component, preset, dataclasses.asdict(config), dtype, tuple(sources), others)
+
+    def make(item: str) -> dict[str, np.ndarray]:
+        return {
+            path: np.asarray(values[path] if layer is None else values[path][layer])
+            for path, layer in places[item].items()
+        }
+
+    write(folder, record, places, make, resume=False)
+
+
+def items(component: Component, config: Any) -> Places:
+    """The items of a stored network: one for each block, and one for the rest."""
+    places: Places = {}
+    for path, spec in flat_parameters(component.abstract(config)).items():
+        is_stack = path.split("/")[0] in _STACKS
+        for layer in range(spec.shape[0]) if is_stack else [None]:
+            places.setdefault(item_name(layer), {})[path] = layer
+    return dict(sorted(places.items()))
+
+
+def item_name(layer: int | None) -> str:
+    """The item of a block's parameters, or of those outside the blocks."""
+    return "rest" if layer is None else f"blocks_{layer:02d}"
+
+
+def write(
+    folder: Path,
+    record: NetworkRecord,
+    names: Sequence[str] | Places,
+    make: Callable[[str], dict[str, np.ndarray]],
+    *,
+    resume: bool = True,
+    extra: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes a network item by item; the folder gets its name when it is complete.
+
+    Args:
+        folder: The network's own.
+        record: What is written.
+        names: Names of the items.
+        make: Gives the parameters of one item by path.
+        resume: Whether to continue an interrupted call with the same record.
+        extra: Puts further files into the folder before it is complete.
+
+    Raises:
+        WeightsError: It cannot be written.
+    """
+    folder = Path(folder).absolute()
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    content = as_json(record)
+    if not content["other_dtypes"]:
+        del content["other_dtypes"]
+    started = partial / _STARTED
+    try:
+        if not (resume and started.is_file() and json.loads(started.read_text()) == content):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            started.write_text(json.dumps(content))
+        for unfinished in partial.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished)
+        with _checkpointer() as checkpointer:
+            for name in names:
+                # Orbax writes elsewhere and renames, so an item that exists is complete.
+                if not (partial / name).is_dir():
+                    _save_item(checkpointer, partial / name, make(name))
+        extra(partial)
+        for marker in partial.glob(f"*/{_MARKER}"):
+            marker.unlink()
+        content["items"] = {name: _bytes(partial / name) for name in names}
+        (partial / RECORD).write_text(json.dumps(content, indent=1) + "\n")
+        # Only what is on the disk, and not in the system's cache, survives a loss of power.
+        os.sync()
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        (folder / _STARTED).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{started}: damaged ({error}); delete {partial}") from error
+    except OSError as error:
+        raise WeightsError(f"{partial}: cannot be written ({error.strerror or error})") from error
+
+
+def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
+    """The component of a stored network, and the content of its component.json.
+
+    Raises:
+        WeightsError: It is missing, incomplete or damaged.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise WeightsError(f"{folder}: holds no complete weights (no {RECORD}); import them first")
+    try:
+        content = json.loads(path.read_text())
+        component = find_component(content["component"], folder)
+        sizes = content["items"].items()
+        found = {name: _bytes(path.parent / name) for name, _ in sizes}
+        content["config"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path}: damaged ({error}); import the network again") from error
+    for name, size in sizes:
+        if found[name] != size:
+            raise WeightsError(f"{path.parent / name}: has {found[name]} bytes, not {size}; import it again")
+    return component, content
+
+
+def read_config(folder: Path) -> tuple[Component, Any]:
+    """A stored network's component and sizes."""
+    component, record = read_record(folder)
+    return component, component.read_config(record["config"], folder)
+
+
+def stored_networks_of(directory: Path) -> dict[str, tuple[Component, Any]]:
+    """Component and sizes of every network in a store, by slot; a LoRA is not among them.
+
+    Raises:
+        WeightsError: The folder is missing, or a network is damaged.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise WeightsError(f"{directory}: no such folder; convert_weights.py import makes it")
+    return {
+        slot: read_config(directory / slot)
+        for slot in slots()
+        if slot != LORA and (directory / slot).exists()
+    }
+
+
+def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray | jax.Array]:
+    """The parameters of one item by path.
+
+    Args:
+        folder: The network's own.
+        item: Name of the item.
+        wanted: The parameters that it must hold, by path. Where the values are `jax.ShapeDtypeStruct`s with a
+            sharding, each process reads its own shards only, and `jax.Array`s are returned; otherwise NumPy
+            arrays.
+
+    Raises:
+        WeightsError: The item is damaged, or holds other parameters.
+    """
+    path = Path(folder).absolute() / item
+    try:
+        with _checkpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise ValueError("its metadata cannot be read")
+            held = metadata.tree
+            if wrong := sorted(held.keys() ^ wanted.keys()):
+                raise WeightsError(
+                    f"{path}: {'lacks' if wrong[0] in wanted else 'unexpected parameter'} {wrong[0]}"
+                )
+            arguments = {name: _restore_arguments(spec) for name, spec in wanted.items()}
+            return checkpointer.restore(path, restore_args=arguments)
+    except (ValueError, KeyError, OSError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise WeightsError(f"{path}: damaged ({reason}); import it again") from error
+
+
+def record_hashes(weights: Path) -> dict[str, str]:
+    """SHA-256 of each network's record by slot; the record holds the hashes of its source files."""
+    return {
+        slot: hashlib.sha256((weights / slot / RECORD).read_bytes()).hexdigest()
+        for slot in slots()
+        if (weights / slot / RECORD).exists()
+    }
+
+
+def _restore_arguments(spec: Any) -> ocp.RestoreArgs:
+    if isinstance(spec, jax.ShapeDtypeStruct) and spec.sharding is not None:
+        return ocp.ArrayRestoreArgs(sharding=spec.sharding, global_shape=spec.shape)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _save_item(checkpointer: ocp.Checkpointer, path: Path, values: dict[str, np.ndarray]) -> None:
+    try:
+        checkpointer.save(path, values)
+    except ValueError as error:  # Orbax's form of the system's errors
+        reason = "No space left on device" if "No space left" in str(error) else str(error)[:160]
+        raise WeightsError(f"{path}: cannot be written ({reason}); the next run resumes here") from error
+
+
+@contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    """An Orbax checkpointer that does not log a traceback of what it also raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            yield checkpointer
+    finally:
+        logger.setLevel(level)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

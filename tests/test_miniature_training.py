@@ -1,0 +1,213 @@
+"""Training of the miniature: crops and initial weights of the VAE, and all parts from scratch, with stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from fantasy_jax import cli
+from fantasy_jax.config import build, load_config
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.synthetic import SyntheticConfig, records
+from fantasy_jax.miniature.train_vae import (
+    RandomCrop,
+    VAEStageConfig,
+    initialise_from_pca,
+    normalise_latents,
+)
+from fantasy_jax.miniature.trainer import MiniatureConfig
+from fantasy_jax.miniature.vae import MiniatureVAE, MiniatureVAEConfig
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.video import VideoConfig
+from train import main
+
+ROOT = Path(__file__).parent.parent
+VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return list(records(SyntheticConfig(), VIDEO, "train", 48))
+
+
+def test_crops_contain_the_mouth_at_the_configured_rate(clips):
+    rng = np.random.default_rng(0)
+    crops = [RandomCrop(32, 9, 1.0)(clips[i % 48], rng) for i in range(96)]
+    assert all(crop["video"].shape == (9, 32, 32, 3) and crop["lips"].shape == (9, 32, 32) for crop in crops)
+    assert np.mean([crop["lips"].max() > 127 for crop in crops]) > 0.95
+    anywhere = [RandomCrop(32, 9, 0.0)(clips[i % 48], rng) for i in range(96)]
+    assert np.mean([crop["lips"].max() > 127 for crop in anywhere]) < 0.9
+
+
+@pytest.mark.slow
+def test_vae_initialised_by_pca_reconstructs_and_normalising_keeps_reconstructions(clips):
+    config = MiniatureVAEConfig(
+        dim=8,
+        dim_mult=(1, 1, 1),
+        num_res_blocks=1,
+        temporal_downsample=(True, True),
+        patch=2,
+        latent_mean=(0.0,) * 16,
+        latent_std=(1.0,) * 16,
+    )
+    vae = nnx.jit(lambda: MiniatureVAE(config, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))()
+    video, lips = (np.stack([clip[name] for clip in clips]) for name in ("video", "lips"))
+    initialise_from_pca(vae, video[8:], lips[8:], lips_weight=0.0)
+    pixels = jnp.asarray(video[:8], jnp.float32) / 127.5 - 1
+    encode = nnx.jit(lambda vae, x: vae.encode(x))
+    decode = nnx.jit(lambda vae, x: vae.decode(x))
+    decoded = decode(vae, encode(vae, pixels))
+    psnr = -10 * np.log10(np.square((np.asarray(decoded) - np.asarray(pixels)) / 2).mean())
+    assert psnr > 26  # 16 values for each 8 x 8 x 4 pixels
+    # Latents with another mean and scale than 0 and 1, so that normalising changes them.
+    for layer in (vae.shortcut.encode_first, vae.shortcut.encode_chunk):
+        layer.kernel[...] = 3 * layer.kernel[...]
+        layer.bias[...] = 3 * layer.bias[...] + 1
+    for layer in (vae.shortcut.decode_first, vae.shortcut.decode_chunk):
+        layer.bias[...] = layer.bias[...] - layer.kernel[...].sum(axis=0) / 3
+        layer.kernel[...] = layer.kernel[...] / 3
+    np.testing.assert_allclose(decode(vae, encode(vae, pixels)), decoded, atol=1e-4)
+    normalise_latents(vae, [video[:4], video[4:8]])
+    latents = np.asarray(encode(vae, pixels))
+    np.testing.assert_allclose(latents.mean(axis=(0, 1, 2, 3)), 0, atol=1e-4)
+    assert np.sqrt(latents.var(axis=(0, 1, 2, 3)).mean()) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(decode(vae, latents), decoded, atol=1e-4)
+
+
+def training_command(workdir, **changes):
+    """The command that trains all parts, in a size that only tests the program."""
+    settings = {
+        "video.height": 32,
+        "video.width": 32,
+        "video.num_frames": 5,
+        "data.train_clips": 8,
+        "data.test_clips": 4,
+        "sample.num_inference_steps": 2,
+        "model.vae.dim": 8,
+        "model.transformer.num_layers": 2,
+        "model.audio_adapter.num_layers": 2,
+        "model.identity_adapter.num_layers": 2,
+        "train.mesh.fsdp": 1,
+        "train.loop.save_every": 5,
+        "train.loop.sample_every": 30,
+        "train.loop.log_every": 1,
+        "train.speech.num_steps": 2,
+        "train.speech.batch_size": 2,
+        "train.face.num_steps": 2,
+        "train.face.batch_size": 2,
+        "train.vae.num_steps": 30,
+        "train.vae.batch_size": 2,
+        "train.vae.crop_size": 16,
+        "train.vae.num_frames": 5,
+        "train.stages.0.num_steps": 2,
+        "train.stages.0.batch_size": 2,
+        "train.stages.1.num_steps": 30,
+        "train.stages.1.batch_size": 2,
+    }
+    options = [f"--config.{name}={value}" for name, value in (settings | changes).items()]
+    return [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *options]
+
+
+def stop_after_first_checkpoint(command, workdir, part, **run):
+    """Runs the command until a part has its first checkpoint, then sends SIGINT, like Ctrl-C."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **run)
+    while not (workdir / part / "checkpoints/5").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors[-2000:]
+    assert part in errors
+    assert "Traceback" not in errors
+    assert not (workdir / part / "checkpoints/30").exists()
+
+
+def final_state(workdir, part):
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        state = checkpointer.restore((workdir / part / "checkpoints/30/state").resolve())
+    return jax.tree.leaves(state)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_training_equals_uninterrupted_training(tmp_path):
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    run = {"cwd": ROOT, "text": True, "env": os.environ | cache}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = subprocess.run(training_command(whole), capture_output=True, **run)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"{whole}/weights" in result.stdout
+
+    command = training_command(parts, **{"train.loop.sample_every": 0})
+    stop_after_first_checkpoint(command, parts, "vae", **run)
+    stop_after_first_checkpoint(command, parts, "stage_2", **run)
+    result = subprocess.run(command, capture_output=True, **run)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for part in ("vae", "stage_2"):
+        one, other = final_state(whole, part), final_state(parts, part)
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+    slots = set(build(ModelConfig, load_config("configs/tiny.py").model, "model").networks)
+    for store in (whole / "weights", whole / "stage_1/weights"):
+        assert {path.name for path in store.iterdir()} == {*slots, "pipeline.json"}
+    # Losses and images of every part.
+    events = [path for name in ("vae", "stage_1", "stage_2") for path in whole.glob(f"{name}/events*")]
+    assert len(events) == 3
+    assert min(path.stat().st_size for path in events) > 10_000
+
+
+def test_miniature_config_builds():
+    config = load_config(str(ROOT / "configs/tiny.py:quick"))
+    build(ModelConfig, config.model, "model")
+    clip_stage, frame_stage = build(MiniatureConfig, config.train, "train").stages
+    assert clip_stage.audio_attention == "clip"
+    assert clip_stage.lip_mask_probability == 0
+    assert frame_stage.audio_attention == "frame"
+    assert frame_stage.lip_mask_probability == 0.8
+
+
+def test_vae_stage_config_error():
+    with pytest.raises(ConfigError, match="num_frames"):
+        VAEStageConfig(num_frames=8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("train.vae.num_frames=8", "train.vae.num_frames"),
+        ("train.vae.num_frames=21", "train.vae.num_frames"),
+        ("train.vae.crop_size=128", "train.vae.crop_size"),
+        ("train.vae.crop_size=20", "train.vae.crop_size"),
+        ("train.speech.num_steps=0", "train.speech.num_steps"),
+        ("train.stages.1.lip_mask_probability=2", "lip_mask_probability"),
+        ("train.stages.0.audio_attention=song", "audio_attention"),
+        ("train.stages.2.num_steps=3", "train.stages.2"),
+        ("train.loop.num_workers=-1", "num_workers"),
+        ("train.mesh.fsdp=-2", "fsdp"),
+        ("train.mesh.fsdp=3", "32"),
+        ("video.width=48", "video"),
+    ],
+)
+def test_config_errors_are_one_line_before_any_work(setting, named, tmp_path, capsys):
+    command = [
+        f"--config={ROOT / 'configs/tiny.py'}",
+        f"--workdir={tmp_path / 'w'}",
+        f"--config.{setting}",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main(command), "train.py")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert named in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "w").exists()

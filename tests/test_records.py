@@ -1,0 +1,79 @@
+"""Datasets on disk: written once, with metadata that later uses are checked against."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from fantasy_jax.data.records import check_metadata, open_split, read_metadata, write_dataset
+from fantasy_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Video:
+    height: int = 64
+    size: tuple[int, int] = (1, 2)
+
+
+METADATA = {"video": Video(), "fps": 25}
+
+
+def write(directory, metadata, count=3):
+    return write_dataset(
+        "numbers",
+        directory,
+        lambda: {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32, encoding="bytes")},
+        {"train": ({"x": np.full(2, i, np.float32)} for i in range(count))},
+        metadata,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("datasets"), METADATA)
+
+
+def test_records_and_metadata_come_back(folder):
+    records = open_split(folder, "train")
+    assert sorted(record["x"][0] for record in records) == [0, 1, 2]
+    assert read_metadata(folder) == {"video": {"height": 64, "size": [1, 2]}, "fps": 25}
+
+
+def test_a_dataset_is_not_written_twice(folder):
+    assert write(folder.parent.parent, METADATA, count=5) == folder
+    assert len(open_split(folder, "train")) == 3
+    with pytest.raises(ConfigError, match="fps"):
+        write(folder.parent.parent, METADATA | {"fps": 24})
+
+
+@pytest.mark.parametrize(
+    "wanted", [METADATA, {}, {"video": {"height": 64}}, {"vae": 1, "video": {"width": 8}}]
+)
+def test_metadata_that_agree(folder, wanted):
+    check_metadata(folder, wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "key", "values"),
+    [
+        ({"fps": 23}, "fps", ("25", "23")),
+        ({"video": Video(height=32)}, "video.height", ("64", "32")),
+        ({"video": Video(size=(2, 1))}, "video.size", ("[1, 2]", "[2, 1]")),
+        ({"video": 3}, "video", ("64", "3")),
+    ],
+)
+def test_config_error_names_key_and_both_values(folder, wanted, key, values):
+    with pytest.raises(ConfigError) as caught:
+        check_metadata(folder, wanted)
+    assert all(part in str(caught.value) for part in (str(folder), f"{key} ", *values))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [read_metadata, lambda folder: check_metadata(folder, {}), lambda folder: open_split(folder, "train")],
+)
+def test_config_error_for_a_folder_without_a_dataset(use, tmp_path):
+    with pytest.raises(ConfigError, match=tmp_path.name):
+        use(tmp_path)
