@@ -1,10 +1,7 @@
 """Trains the stages of a system on top of its converted weights, or the miniature from scratch."""
 
-import argparse
 from functools import partial
 from pathlib import Path
-
-from ml_collections import ConfigDict
 
 from fantasy_jax import cli
 from fantasy_jax.config import build
@@ -66,28 +63,17 @@ def main(argv: list[str] | None = None) -> int:
     if not miniature and not arguments.records:
         raise ConfigError("--records is needed: the folder of the encoded clips")
     workdir = Path(arguments.workdir)
+    settings = {"model": model, "video": video, "sampling": sampling, "config": training}
+    if miniature:
+        data = build(SyntheticConfig, config.data, "data")
+        run = MiniatureTrainer(workdir, data=data, **settings).run
+    else:
+        store = Path(arguments.weights or config.weights)
+        run = partial(finetune, store, Path(arguments.records), workdir, **settings)
     with lock_workdir(workdir):
-        weights = _train(arguments, config, workdir, model, video, sampling, training)
+        weights = run()
     print(f"Wrote {weights}; sample from it with sample.py --config={arguments.config} --weights={weights}")
     return 0
-
-
-def _train(
-    arguments: argparse.Namespace,
-    config: ConfigDict,
-    workdir: Path,
-    model: ModelConfig,
-    video: VideoConfig,
-    sampling: SampleConfig,
-    training: StagesConfig,
-) -> Path:
-    """Trains what the config's task says; returns the store of the trained weights."""
-    settings = {"model": model, "video": video, "sampling": sampling, "config": training}
-    if config.task == "miniature":
-        data = build(SyntheticConfig, config.data, "data")
-        return MiniatureTrainer(workdir, data=data, **settings).run()
-    store = Path(arguments.weights or config.weights)
-    return finetune(store, Path(arguments.records), workdir, **settings)
 
 
 def _parser() -> cli.ArgumentParser:

@@ -385,7 +385,7 @@ def test_the_defaults_are_the_official_scripts():
     assert (config.text_guidance_scale, config.audio_guidance_scale) == (5.0, 5.0)
     assert (config.audio_attention, config.audio_attention_scale) == ("frame", 1.0)
     assert (config.identity_scale, config.motion_scale) == (0.5, 1.0)
-    assert config.batch_branches
+    assert not config.batch_branches
 
 
 @pytest.mark.parametrize("setting", [{"num_inference_steps": 0}, {"shift": 0.0}, {"shift": -5.0}])

@@ -173,11 +173,12 @@ def counted():
 
 
 def test_networks_are_a_mapping_by_slot():
-    networks, _ = counted()
+    networks, made = counted()
     assert list(networks) == list(small_model().networks)
     assert len(networks) == 6
     assert "vae" in networks
     assert "motion_adapter" not in networks
+    assert not made
     with pytest.raises(KeyError):
         networks["motion_adapter"]
     assert networks.tokenizer("a")["input_ids"] == [100, 1]

@@ -1,1 +1,1 @@
-"""What networks are fed, made from pictures, sound and text."""
+"""Records, the loader, and the encoding of clips."""

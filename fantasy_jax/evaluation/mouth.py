@@ -19,9 +19,9 @@ def mouth_opening(
 ) -> Float[np.ndarray, " T"]:
     """Opening of the mouth in every frame, in arbitrary units.
 
-    A first estimate is how much the colours around the mouth differ from the skin beside it, beyond the frames
-    in which they differ least. The covariance of each pixel with this estimate is the pattern that opening
-    leaves in this face; the projection of each frame onto the pattern is the result.
+    A first estimate is how much the colours around the mouth differ from the skin beside it, less what they
+    differ in the frames where they do least. The covariance of each pixel with this estimate is the pattern
+    that opening leaves in this face; the projection of each frame onto the pattern is the result.
 
     Args:
         video: RGB frames.

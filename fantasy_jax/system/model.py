@@ -42,6 +42,7 @@ class ModelConfig:
         for slot, component in rows.items():
             for field, other in (component.equal or {}).items():
                 self._check_equal(slot, field, other)
+        self.networks = {slot: self.networks[slot] for slot in slots() if slot in self.networks}
 
     def _check_equal(self, slot: str, field: str, other: str) -> None:
         other_slot, other_field = other.split(".")

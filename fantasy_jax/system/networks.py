@@ -84,6 +84,10 @@ class Networks(Mapping):
             self._kept[slot] = network
         return self._kept[slot]
 
+    def __contains__(self, slot: object) -> bool:
+        """Whether the system has a network in a slot; nothing is made."""
+        return slot in self.config.networks
+
     def __iter__(self) -> Iterator[str]:
         """The slots."""
         return iter(self.config.networks)

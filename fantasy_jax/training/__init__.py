@@ -1,1 +1,1 @@
-"""Training: what is stepped, how, and how nothing of it is lost."""
+"""Training: objective, stages, optimizer, loop and checkpoints."""

@@ -1,7 +1,7 @@
 """Networks from a store, whole on one device or sharded over a mesh."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 

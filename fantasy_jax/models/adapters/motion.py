@@ -61,7 +61,7 @@ class MotionAdapter(Adapter):
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
     ):
-        """Builds the adapter; it computes in float32, as the timestep embedding does, whatever the `dtype`."""
+        """Builds the adapter; like the timestep embedding it is float32 whatever the `dtype`."""
         del dtype
         self.config = config
         types = {"rngs": rngs, "param_dtype": param_dtype}
