@@ -1,8 +1,8 @@
 """The whole path against PyTorch's: the same image, audio, prompt and noise give the same latents.
 
 `sample.py` runs the debug configuration of the 14B system with random weights, none of them zero.
-`torch_system` computes the same from the same files with PyTorch; its weights are ours, converted by the tables
-that export them.
+`torch_system` computes the same from the same files with PyTorch; its weights are ours, converted by the
+tables that export them.
 """
 
 import shutil

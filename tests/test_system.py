@@ -239,6 +239,10 @@ def test_given_networks_replace_those_of_the_loader():
     assert made == {"transformer": 1}
     assert replaced.replace(transformer=replaced["transformer"])["vae"] is vae
     assert networks["vae"] is not vae
+    kept = networks.keeping("all")
+    assert kept["transformer"].adapters["audio"] is not adapter
+    assert kept.replace(audio_adapter=adapter)["transformer"].adapters["audio"] is adapter
+    assert kept.replace(vae=vae)["transformer"] is kept["transformer"]
 
 
 def test_on_one_device_the_networks_stay_as_they_are():

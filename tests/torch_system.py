@@ -1,8 +1,8 @@
 """FantasyTalking in PyTorch, the reference of `test_end_to_end`.
 
 The encoders are those of transformers, and the VAE is that of diffusers. The transformer with its audio
-adapter is written here, after Wan2.1, `wan/modules/model.py`, and fantasy-talking, `model.py`; it computes from
-the official state dicts. Latents are `[1, C, F, h, w]`.
+adapter is written here, after Wan2.1, `wan/modules/model.py`, and fantasy-talking, `model.py`; it computes
+from the official state dicts. Latents are `[1, C, F, h, w]`.
 """
 
 import html

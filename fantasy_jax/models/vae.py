@@ -27,8 +27,6 @@ from fantasy_jax.video import TEMPORAL_FACTOR, video_frames
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nnx.Conv, kernel_init=_UNIFORM)
 Linear = partial(nnx.Linear, kernel_init=_UNIFORM)
-# PyTorch divides by max(norm, 1e-12). Mean and variance are float32 whatever the `dtype`.
-RMSNorm = partial(nnx.RMSNorm, epsilon=1e-24, use_fast_variance=False)
 _PAD_COLUMNS = [(0, 0), (0, 0), (1, 1)]
 """Padding inside a convolution; time and rows are padded before it (`CausalConvCache`, `Rows`)."""
 
@@ -135,13 +133,20 @@ class CausalConv(nnx.Module):
         return self.conv(cache.rows.extend(cache.extend(x, 2), above=1, below=1))
 
 
+def _rms_norm(width: int, *, rngs: nnx.Rngs, **types: DType) -> nnx.RMSNorm:
+    """An RMS norm over channels; its statistics are float32 whatever the `dtype`."""
+    del rngs  # the scale is constant at first, and draws no random numbers
+    # PyTorch divides by max(norm, 1e-12).
+    return nnx.RMSNorm(width, epsilon=1e-24, use_fast_variance=False, rngs=nnx.Rngs(0), **types)
+
+
 class ResidualBlock(nnx.Module):
     """Norm, SiLU and convolution, twice, with a residual connection."""
 
     def __init__(self, inputs: int, outputs: int, **types):
-        self.norm1 = RMSNorm(inputs, **types)
+        self.norm1 = _rms_norm(inputs, **types)
         self.conv1 = CausalConv(inputs, outputs, **types)
-        self.norm2 = RMSNorm(outputs, **types)
+        self.norm2 = _rms_norm(outputs, **types)
         self.conv2 = CausalConv(outputs, outputs, **types)
         self.shortcut = Linear(inputs, outputs, **types) if inputs != outputs else None
 
@@ -156,7 +161,7 @@ class AttentionBlock(nnx.Module):
     """Attention with one head among the positions of each frame."""
 
     def __init__(self, dim: int, **types):
-        self.norm = RMSNorm(dim, **types)
+        self.norm = _rms_norm(dim, **types)
         self.qkv = Linear(dim, 3 * dim, **types)
         self.out = Linear(dim, dim, **types)
 
@@ -214,7 +219,7 @@ class Coder(nnx.Module):
         """Builds the network; `widths` are those of the first and the last layer."""
         self.conv_in = CausalConv(inputs, widths[0], **types)
         self.layers = nnx.List(layers)
-        self.norm_out = RMSNorm(widths[1], **types)
+        self.norm_out = _rms_norm(widths[1], **types)
         self.conv_out = CausalConv(widths[1], outputs, **types)
 
     def __call__(

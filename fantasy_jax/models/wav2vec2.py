@@ -195,6 +195,9 @@ class Wav2Vec2Model(nnx.Module):
 
 def _time_norm(width: int, *, rngs: nnx.Rngs, param_dtype: DType) -> nnx.GroupNorm:
     """Normalises each channel over time, in float32: a group norm with a group per channel."""
+    del (
+        rngs
+    )  # scale and bias are constant at first, and take no random numbers from those of the other layers
     return nnx.GroupNorm(
         width,
         num_groups=width,
@@ -202,7 +205,7 @@ def _time_norm(width: int, *, rngs: nnx.Rngs, param_dtype: DType) -> nnx.GroupNo
         use_fast_variance=False,
         dtype=jnp.float32,
         param_dtype=param_dtype,
-        rngs=rngs,
+        rngs=nnx.Rngs(0),
     )
 
 

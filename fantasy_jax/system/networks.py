@@ -103,7 +103,10 @@ class Networks(Mapping):
 
     def replace(self, **given: nnx.Module) -> "Networks":
         """A copy in which some networks are given, by slot, such as ones that were trained."""
-        return self._copy(given=self._given | given)
+        changes = {"given": self._given | given}
+        if given.keys() & {row.slot for row in self.config.adapters.values()}:
+            changes["kept"] = {}  # a transformer that was kept has the previous adapters
+        return self._copy(**changes)
 
     def keeping(self, keep: Keep) -> "Networks":
         """A copy whose networks stay in memory once they are made: all, the transformer alone, or none."""
