@@ -17,7 +17,7 @@ from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
-from fantasy_jax.video import SAMPLE_RATE, VideoConfig
+from fantasy_jax.video import VideoConfig
 
 PROMPT = "A person is talking."
 EXAMPLES = """\
@@ -87,9 +87,10 @@ def _sample(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, req
     with cli.timed("Video and audio to mp4"):
         output.save(video)
         media.write_contact_sheet(sheet, output.frames, output.fps)
-    seconds = media.read_audio(request.audio).size / SAMPLE_RATE
-    if seconds > output.seconds:
-        print(f"The audio lasts {seconds:.2f} s and is cut to the video's {output.seconds:.2f} s.")
+    if output.audio_seconds > output.seconds:
+        print(
+            f"The audio lasts {output.audio_seconds:.2f} s and is cut to the video's {output.seconds:.2f} s."
+        )
     frames, height, width, _ = output.frames.shape
     print(f"Wrote {video}: {frames} frames of {width} x {height} at {output.fps} frames per second")
     print(f"Wrote {sheet}: a contact sheet of its frames")

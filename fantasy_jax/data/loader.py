@@ -80,7 +80,7 @@ class _Readable:
                 self._unreadable.add(index)
                 message = f"record {index} cannot be read ({type(error).__name__}: {error})"
                 if len(self._unreadable) > self._limit:
-                    raise OSError(f"{message}, and {self._limit} others; make the dataset anew") from error
+                    raise OSError(f"{message}, and {self._limit} others; remake the dataset") from error
                 if not known:
                     logging.getLogger(__name__).warning("%s; the next one takes its place", message)
                 index = (index + 1) % len(self)
@@ -122,7 +122,7 @@ def _init_worker(worker: int, num_workers: int) -> None:
     """Sets up a worker process."""
     # Ctrl-C reaches every process; the main process ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Keeps the memory of one record for the next: returning it and allocating it anew, page by page, would
+    # Keeps the memory of one record for the next: returning it and allocating it again, page by page, would
     # take longer than reading.
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in _MALLOC.items():

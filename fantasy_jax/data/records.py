@@ -129,7 +129,7 @@ def check_metadata(folder: str | Path, wanted: Mapping[str, Any]) -> None:
     for key, stored, value in _differences(read_metadata(folder), as_json(wanted), ""):
         raise ConfigError(
             f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
-            "config, or make the records anew"
+            "config, or remake the records"
         )
 
 

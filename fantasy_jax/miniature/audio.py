@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig, AudioAttention
-from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_layers
+from fantasy_jax.models.condition import Condition, KVProjection
 from fantasy_jax.models.rope import rotate, time_table
 from fantasy_jax.models.windows import window_ranges
-from fantasy_jax.typing import Array, DType, Float, Leaf
+from fantasy_jax.typing import Array, Float, Leaf
 from fantasy_jax.video import TEMPORAL_FACTOR
 
 
@@ -58,11 +57,7 @@ class RotaryKVProjection(KVProjection):
 class RotaryAudioAdapter(AudioAdapter):
     """The audio adapter with rotary time in queries and keys."""
 
-    def make_layers(self, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType) -> nnx.Module:
-        """The stacked key and value projections of all blocks."""
-        c = self.config
-        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype, "projection": RotaryKVProjection}
-        return zero_init_kv_layers(c.token_width, c.width, c.num_heads, c.num_layers, **types)
+    kv_projection = RotaryKVProjection
 
     def condition(
         self,

@@ -42,7 +42,7 @@ def read_noise(path: str | Path, shape: tuple[int, ...]) -> Float[Array, "B F h 
         )
     noise = np.asarray(file.read("noise"), np.float32)
     if not np.isfinite(noise).all():
-        raise WeightsError(f"{path}: noise holds values that are not finite; create it anew")
+        raise WeightsError(f"{path}: noise holds values that are not finite; create it again")
     return jnp.asarray(np.moveaxis(noise, 1, -1))
 
 

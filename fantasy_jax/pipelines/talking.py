@@ -19,7 +19,7 @@ from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.tiling import decode, tiled_decode
-from fantasy_jax.pipelines.config import SampleConfig, check_motion, check_pipeline, read_pipeline
+from fantasy_jax.pipelines.config import SampleConfig, check_motion, read_pipeline
 from fantasy_jax.pipelines.latents import initial_noise
 from fantasy_jax.preprocessing.face_crop import find_face, points_in_box
 from fantasy_jax.preprocessing.images import fit_image, to_pixels, to_uint8
@@ -71,12 +71,14 @@ class TalkingOutput:
         latents: Final latents, float32, `[1, F, h, w, C]`.
         fps: Frames per second.
         audio: The audio file, or the waveform of 16 kHz, in [-1, 1].
+        audio_seconds: Duration of the audio.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
     latents: Float[Array, "1 F h w C"]
     fps: int
     audio: str | Path | np.ndarray
+    audio_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -157,7 +159,6 @@ class FantasyTalkingPipeline:
         """
         dtype = dtype or ("float32" if directory is None else "bfloat16")
         directory = BUNDLED if directory is None else Path(directory)
-        check_pipeline(directory, cls.__name__)
         defaults = read_pipeline(directory, cls.__name__)
         video, config = video or defaults[0], config or defaults[1]
         networks = stored_networks(directory, model, dtype=dtype, merge_lora=config.merge_lora)
@@ -234,7 +235,7 @@ class FantasyTalkingPipeline:
             with timed("Latents to video"):
                 frames = _decode(networks, latents, config, progress=progress)
         source = waveform if isinstance(audio, np.ndarray) else audio
-        return TalkingOutput(frames, latents, self.video.fps, source)
+        return TalkingOutput(frames, latents, self.video.fps, source, waveform.size / SAMPLE_RATE)
 
     def _keep_sharded(self, networks: Networks) -> Networks:
         """The same sharded networks in every call, since they hold what is kept in memory."""

@@ -7,13 +7,13 @@ initialises with zeros too, are random: keys and values that are both zero have 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.models.adapters.base import Adapter
-from fantasy_jax.models.condition import Condition, zero_init_kv_layers
+from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_layers
 from fantasy_jax.models.layers import LayerNorm
 from fantasy_jax.models.windows import split_windows, window_ranges
 from fantasy_jax.typing import Array, DType, Float
@@ -48,6 +48,7 @@ class AudioAdapter(Adapter):
 
     input = "audio"
     dropout_group = "audio"
+    kv_projection: ClassVar[type[KVProjection]] = KVProjection
 
     @classmethod
     def input_shape(cls, config: AudioAdapterConfig, video: VideoConfig) -> tuple[int, ...]:
@@ -67,13 +68,8 @@ class AudioAdapter(Adapter):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.projection = nnx.Linear(config.feature_width, config.token_width, use_bias=False, **types)
         self.norm = LayerNorm(config.token_width, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.layers = self.make_layers(**types)
-
-    def make_layers(self, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType) -> nnx.Module:
-        """The stacked key and value projections of all blocks."""
-        c = self.config
-        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        return zero_init_kv_layers(c.token_width, c.width, c.num_heads, c.num_layers, **types)
+        sizes = (config.token_width, config.width, config.num_heads, config.num_layers)
+        self.layers = zero_init_kv_layers(*sizes, projection=self.kv_projection, **types)
 
     def tokens(self, features: Float[Array, "B A C"]) -> Float[Array, "B A D"]:
         """Projects speech features to audio tokens, float32."""
