@@ -1,10 +1,8 @@
 """From noise to latents: a velocity function, guidance, and a solver, compiled as one program for every step.
 
 A velocity function takes latents, a noise level and conditions. What changes it (windows over time, caches)
-is a
-wrapper: a function from velocity function to velocity function. A solver takes the guided velocity from one
-    noise
-level to the next.
+is a wrapper: a function from velocity function to velocity function. A solver takes the guided velocity from
+one noise level to the next.
 """
 
 from collections.abc import Callable, Sequence

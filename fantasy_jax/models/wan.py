@@ -1,9 +1,8 @@
 """Wan2.1's image-to-video diffusion transformer, at any size.
 
 Source: Wan2.1, `wan/modules/model.py`; with adapters as in fantasy-talking, `model.py`. Matrix products are
-    computed
-in the given `dtype`. Timestep, rotary angles, norms, modulation, softmax and the residual stream are float32
-whatever the `dtype`, as in the official code under autocast.
+computed in the given `dtype`. Timestep, rotary angles, norms, modulation, softmax and the residual stream are
+float32 whatever the `dtype`, as in the official code under autocast.
 """
 
 from collections.abc import Mapping, Sequence

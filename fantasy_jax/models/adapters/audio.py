@@ -1,9 +1,8 @@
 """The FantasyTalking audio adapter: speech features to tokens, and keys and values for every block.
 
 Source: arXiv 2504.04842, section 3.2, and fantasy-talking, `model.py`. The released weights have no bias and
-    no norm
-on the keys. Values are zero-initialised, so that a new adapter is a no-op; keys, which the released code
-initialises with zeros too, are random: keys and values that are both zero have no gradient.
+no norm on the keys. Values are zero-initialised, so that a new adapter is a no-op; keys, which the released
+code initialises with zeros too, are random: keys and values that are both zero have no gradient.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,9 @@
 """The identity adapter: features of a face to tokens by a Q-Former, and keys and values for every block.
 
 Source: arXiv 2504.04842, section 3, figure 2 and equation 4. The paper names ArcFace, a Q-Former, and a
-    separate
-cross-attention in every block, added with weight 0.5; there are no released weights. Sizes are therefore
-chosen here, each with its reason. Values are zero-initialised, as the audio adapter's are, so that a new
-adapter is a no-op.
+separate cross-attention in every block, added with weight 0.5; there are no released weights. Sizes are
+therefore chosen here, each with its reason. Values are zero-initialised, as the audio adapter's are, so that
+a new adapter is a no-op.
 """
 
 from dataclasses import dataclass

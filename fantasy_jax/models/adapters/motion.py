@@ -1,10 +1,9 @@
 """The motion adapter: the intensities of face and body motion become a part of the timestep embedding.
 
 Source: arXiv 2504.04842, section 3 and figure 2: an MLP for each of the two intensities, concatenated along
-    the
-channels, a residual block, average pooling, added to the timestep embedding. There are no released weights
-and the paper gives no sizes; they are chosen here. The last layer is zero-initialised, so that a new adapter
-is a no-op.
+the channels, a residual block, average pooling, added to the timestep embedding. There are no released
+weights and the paper gives no sizes; they are chosen here. The last layer is zero-initialised, so that a new
+adapter is a no-op.
 """
 
 from dataclasses import dataclass
@@ -29,8 +28,7 @@ class MotionAdapterConfig:
         hidden: Hidden width of each MLP; 256 is also the width of the timestep sinusoid. The adapter then has
             five million parameters.
         positions: Vectors that each MLP makes of its number. The paper pools, and a number alone has no axis
-            to pool
-            over: the residual block mixes these vectors, and the pooling averages them.
+            to pool over: the residual block mixes these vectors, and the pooling averages them.
         width: Width D of the transformer.
     """
 
