@@ -95,6 +95,11 @@ class VideoConfig:
         return self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
 
     @property
+    def tokens_per_frame(self) -> int:
+        """Video tokens S of a latent frame."""
+        return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+
+    @property
     def num_samples(self) -> int:
         """Audio samples of a clip, at 16 kHz."""
         return audio_samples(self.num_frames, self.fps)

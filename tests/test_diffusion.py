@@ -34,7 +34,7 @@ from fantasy_jax.diffusion.sampler import SamplerConfig, sample
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.wan import NUM_TIMESTEPS
-from fantasy_jax.parity.runners import training_weight
+from fantasy_jax.parity.transformers import training_weight
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.system.inputs import ClipInputs
 

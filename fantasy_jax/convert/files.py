@@ -92,6 +92,12 @@ def open_weights(path: str | Path) -> WeightsFile:
     raise WeightsError(f"{path}: unknown kind of file; give .safetensors, .pth, .ckpt, .onnx or .json")
 
 
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The content of the config.json in a folder; empty if there is none."""
+    config = folder / "config.json"
+    return _read_json(config) if config.is_file() else {}
+
+
 def source_files(path: Path) -> list[Path]:
     """The files that an opened path consists of: the file itself, or all shards of an index."""
     if not path.name.endswith(_INDEX):
@@ -125,7 +131,7 @@ def _open_index(path: Path) -> WeightsFile:
             more = f" and {len(wrong) - 1} more differ" * (len(wrong) > 1)
             raise WeightsError(f"{path}: {name} {fault} {wrong[0]}{more}; download both again")
     specs = {key: shards[name].specs[key] for key, name in index.items()}
-    return WeightsFile(path, specs, lambda key: shards[index[key]].read(key), _config_beside(path))
+    return WeightsFile(path, specs, lambda key: shards[index[key]].read(key), read_config(path.parent))
 
 
 def _open_safetensors(path: Path) -> WeightsFile:
@@ -149,7 +155,7 @@ def _open_safetensors(path: Path) -> WeightsFile:
                 return _numpy(torch_file.get_tensor(key))
         return file.get_tensor(key)
 
-    return WeightsFile(path, specs, read, _config_beside(path))
+    return WeightsFile(path, specs, read, read_config(path.parent))
 
 
 def write_safetensors(
@@ -198,7 +204,7 @@ def _open_pickle(path: Path) -> WeightsFile:
         }
     except Exception as error:  # torch raises any error of zip, pickle and the system
         raise WeightsError(f"{path}: damaged, or not a file of tensors only ({_reason(error)})") from error
-    return WeightsFile(path, specs, lambda key: _numpy(tensors[key]), _config_beside(path))
+    return WeightsFile(path, specs, lambda key: _numpy(tensors[key]), read_config(path.parent))
 
 
 def _import_torch(path: Path) -> Any:
@@ -258,7 +264,7 @@ def _open_onnx(path: Path) -> WeightsFile:
     except Exception as error:  # protobuf's errors have no common base class
         raise WeightsError(f"{path}: damaged, or not ONNX ({_reason(error)}); download it again") from error
     specs = {key: TensorSpec(value.shape, value.dtype) for key, value in tensors.items()}
-    return WeightsFile(path, specs, tensors.__getitem__, _config_beside(path))
+    return WeightsFile(path, specs, tensors.__getitem__, read_config(path.parent))
 
 
 def _open_manifest(path: Path) -> WeightsFile:
@@ -275,11 +281,6 @@ def _open_manifest(path: Path) -> WeightsFile:
         raise WeightsError(f"{path}: a manifest has no values ({key}); give the file itself")
 
     return WeightsFile(path, specs, read, {})
-
-
-def _config_beside(path: Path) -> Mapping[str, Any]:
-    config = path.parent / "config.json"
-    return _read_json(config) if config.is_file() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Backend:
     Attributes:
         name: Name for `use_backend` and for the log.
         platform: Platform of the devices on which it runs, or "any".
-        supports: Whether it supports these queries and keys. Only the XLA backend takes masks and biases.
+        supports: Whether it supports these queries and keys. Only the XLA backend takes biases.
         run: Function of queries, keys, values, key lengths and scale.
     """
 
@@ -64,7 +64,6 @@ def attention(
     v: Float[Array, "B L N K"],
     *,
     kv_lengths: Int[Array, " B"] | None = None,
-    mask: Bool[Array, "#B #N #Q L"] | None = None,
     bias: Float[Array, "#B #N #Q L"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B Q N K"]:
@@ -75,7 +74,6 @@ def attention(
         k: Keys.
         v: Values.
         kv_lengths: Number of keys of each sample; the keys after them are padding and are masked.
-        mask: True where a query attends to a key.
         bias: Bias of the scaled scores.
         scale: Factor of the scores; None for `1 / sqrt(K)`.
 
@@ -83,9 +81,54 @@ def attention(
         The attention output, in the type of `v`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mask is not None or bias is not None:
-        return _xla(q, k, v, kv_lengths, scale, mask, bias)
+    if bias is not None:
+        return _xla(q, k, v, kv_lengths, scale, bias)
     return choose_backend(q, k).run(q, k, v, kv_lengths, scale)
+
+
+def multi_head_attention(
+    q: Float[Array, "B Q D"], k: Float[Array, "B L D"], v: Float[Array, "B L D"], num_heads: int
+) -> Float[Array, "B Q D"]:
+    """Attention with `num_heads` heads; splits the last axis into heads, and merges them again."""
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1) for x in (q, k, v))
+    return attention(q, k, v).reshape(*q.shape[:2], -1)
+
+
+def grouped_attention(
+    q: Float[Array, "B Q N K"],
+    k: Float[Array, "B P L N K"],
+    v: Float[Array, "B P L N K"],
+    *,
+    kv_lengths: Int[Array, " B"] | None = None,
+    mask: Bool[Array, "B Q P"] | None = None,
+) -> Float[Array, "B Q N K"]:
+    """Attention to groups of keys, such as one group for each person; a query attends to some of the groups.
+
+    Equal to attention to the concatenated groups with a mask of every key. Groups are computed one after
+    another and combined by the log-sum-exp of their scores, so that no array has the shape `[Q, P L]`, and
+    the mask has one value for each group. XLA computes the products, as it does for a single group of so few
+    keys.
+
+    Args:
+        q: Queries.
+        k: Keys of P groups.
+        v: Values of P groups.
+        kv_lengths: Number of keys of each sample that are not padding, the same in all groups.
+        mask: True where a query attends to a group; None: each attends to all.
+
+    Returns:
+        The attention output, in the type of `v`; exactly zero for a query that attends to no group.
+    """
+    scale = q.shape[-1] ** -0.5
+    groups = [_xla_with_lse(q, k[:, i], v[:, i], kv_lengths, scale) for i in range(k.shape[1])]
+    totals = jnp.stack([total for _, total in groups], axis=-1)
+    if mask is not None:
+        totals = jnp.where(mask[:, None], totals, MASK_VALUE)
+    weights = jax.nn.softmax(totals, axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask[:, None], weights, 0)
+    weights = weights.swapaxes(1, 2)[..., None]
+    return sum(weights[:, :, :, i] * attended for i, (attended, _) in enumerate(groups)).astype(v.dtype)
 
 
 def choose_backend(q: Leaf, k: Leaf) -> Backend:
@@ -121,7 +164,29 @@ def _xla(
     v: Array,
     kv_lengths: Array | None,
     scale: float,
-    mask: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    return _attend(_scores(q, k, kv_lengths, scale, bias), v)
+
+
+def _xla_with_lse(
+    q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float
+) -> tuple[Array, Array]:
+    """The attention output, and the log-sum-exp of the scores, `[B, N, Q]`."""
+    scores = _scores(q, k, kv_lengths, scale)
+    return _attend(scores, v), jax.nn.logsumexp(scores, axis=-1)
+
+
+def _attend(scores: Array, v: Array) -> Array:
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("bnql,blnk->bqnk", weights.astype(v.dtype), v)
+
+
+def _scores(
+    q: Array,
+    k: Array,
+    kv_lengths: Array | None,
+    scale: float,
     bias: Array | None = None,
 ) -> Array:
     scores = jnp.einsum("bqnk,blnk->bnql", q, k, preferred_element_type=jnp.float32) * scale
@@ -130,10 +195,7 @@ def _xla(
     if kv_lengths is not None:
         valid = jnp.arange(k.shape[1]) < kv_lengths[:, None]
         scores = jnp.where(valid[:, None, None], scores, MASK_VALUE)
-    if mask is not None:
-        scores = jnp.where(mask, scores, MASK_VALUE)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bnql,blnk->bqnk", weights.astype(v.dtype), v)
+    return scores
 
 
 def _splash_supports(q: Leaf, k: Leaf) -> bool:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fantasy_jax.models.attention import attention
+from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
 
@@ -60,9 +60,8 @@ class CLIPBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Runs the block."""
-        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.num_heads, -1)
-        attended = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        x = x + self.out(attended.reshape(x.shape))
+        q, k, v = jnp.split(self.qkv(self.norm1(x)), 3, axis=-1)
+        x = x + self.out(multi_head_attention(q, k, v, self.num_heads))
         return x + self.mlp_out(nnx.gelu(self.mlp_in(self.norm2(x)), approximate=False))
 
 

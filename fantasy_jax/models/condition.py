@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fantasy_jax.models.attention import attention
+from fantasy_jax.models.attention import attention, grouped_attention
 from fantasy_jax.models.layers import RMSNorm, stack_layers
 from fantasy_jax.typing import Array, DType, Float, Leaf
 
@@ -25,12 +25,14 @@ class Condition:
     """Tokens that cross-attention attends to, the same in every block.
 
     Attributes:
-        tokens: Seen by every video token (`[B, L, D]`), or per latent frame (`[B, F, L, D]`).
+        tokens: For every video token (`[B, L, D]`), per latent frame (`[B, F, L, D]`), or per person and
+            latent frame (`[B, P, F, L, D]`).
         lengths: Number of tokens that are not padding, for each sample (`[B]`) or each sample and latent
             frame (`[B, F]`); None: all.
         scale: Multiplier of the attended values, a number or `[B]`; 0 removes the condition exactly.
-        mask: Which tokens each video token attends to, bool `[B, S, F, L]`; sharded along space like the
-            video tokens. A video token that attends to no token gets exactly zero. None: all tokens.
+        mask: Whose tokens each video token attends to, bool `[B, S, F, P]`, for tokens per person; sharded
+            along space like the video tokens. A video token that attends to nobody's gets exactly zero.
+            None: everybody's.
     """
 
     tokens: Leaf
@@ -90,15 +92,16 @@ class KVProjection(nnx.Module):
         """Attends from every video token to the condition's tokens and applies the scale."""
         k, v = self.keys_and_values(condition)
         q = self.positioned_queries(q, condition)
-        if condition.tokens.ndim == 4:
-            in_axes = (2, 1, 1, 1, 2)
-            attended = jax.vmap(_attend, in_axes, out_axes=2)(q, k, v, condition.lengths, condition.mask)
-        else:
-            batch, space, frames = q.shape[:3]
-            flat = q.reshape(batch, space * frames, *q.shape[3:])
-            mask = condition.mask
-            mask = None if mask is None else mask.reshape(batch, space * frames, -1)
-            attended = _attend(flat, k, v, condition.lengths, mask).reshape(q.shape)
+        lengths = condition.lengths
+        match condition.tokens.ndim:
+            case 3:
+                flat = q.reshape(len(q), -1, *q.shape[3:])
+                attended = attention(flat, k, v, kv_lengths=lengths).reshape(q.shape)
+            case 4:
+                attended = jax.vmap(_attend, (2, 1, 1, 1), out_axes=2)(q, k, v, lengths)
+            case _:
+                in_axes = (2, 2, 2, 1, 2)
+                attended = jax.vmap(_attend_people, in_axes, out_axes=2)(q, k, v, lengths, condition.mask)
         scale = jnp.asarray(condition.scale, attended.dtype)
         return attended * scale.reshape(-1, 1, 1, 1, 1)
 
@@ -152,11 +155,9 @@ def zero_init_kv_layers(
     )
 
 
-def _attend(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:
-    """Attention of `[B, Q, N, K]`, with an optional mask `[B, Q, L]`."""
-    if mask is None:
-        return attention(q, k, v, kv_lengths=lengths)
-    attended = attention(q, k, v, kv_lengths=lengths, mask=mask[:, None])
-    if lengths is not None:
-        mask = mask & (jnp.arange(mask.shape[-1]) < lengths[:, None, None])
-    return jnp.where(mask.any(axis=-1)[..., None, None], attended, 0)
+def _attend(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
+    return attention(q, k, v, kv_lengths=lengths)
+
+
+def _attend_people(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:
+    return grouped_attention(q, k, v, kv_lengths=lengths, mask=mask)

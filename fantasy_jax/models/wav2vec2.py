@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fantasy_jax.models.attention import attention
+from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
 
@@ -140,9 +140,8 @@ class Wav2Vec2Layer(nnx.Module):
         return self.norm2(x + self._mlp(x))
 
     def _attend(self, x: Array) -> Array:
-        heads = (*x.shape[:2], self.config.num_attention_heads, -1)
-        q, k, v = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
-        return self.out(attention(q, k, v).reshape(x.shape))
+        q, k, v = (project(x) for project in (self.query, self.key, self.value))
+        return self.out(multi_head_attention(q, k, v, self.config.num_attention_heads))
 
     def _mlp(self, x: Array) -> Array:
         return self.mlp_out(nnx.gelu(self.mlp_in(x), approximate=False))

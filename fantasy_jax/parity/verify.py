@@ -1,7 +1,6 @@
 """Verification of networks against references: the same weights and inputs must give the same outputs.
 
-A reference is a folder of `config.json`, `weights.safetensors` (official keys) and `activations.safetensors`
-(`input.*` and `output.*`, channels first as in PyTorch), made by running the original modules.
+Outputs of integers must be equal; others must agree to nearly the rounding errors of float32.
 """
 
 from collections.abc import Iterator
@@ -13,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fantasy_jax.convert.files import open_weights
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.parity.runners import RUNNERS, Outputs
+from fantasy_jax.parity.reference import Outputs, Reference
+from fantasy_jax.parity.runners import RUNNERS
 from fantasy_jax.typing import DType
-from fantasy_jax.weights.detect import detect
 
 
 @dataclass(frozen=True)
@@ -59,35 +57,34 @@ def verify(folder: str | Path, *, dtype: DType = jnp.float32) -> list[Row]:
         WeightsError: The folder is not a reference, or of an unknown network.
         ConversionError: Its weights do not fit the network.
     """
-    folder = Path(folder)
-    weights = open_weights(folder)
-    name = weights.config.get("component")
+    reference = Reference(folder, dtype)
+    name, expected = reference.config["component"], reference.expected
     if name not in RUNNERS:
         known = ", ".join(RUNNERS)
         raise WeightsError(f"{folder}: component {name!r} of config.json is not one of {known}")
-    file = open_weights(folder / "activations.safetensors")
-    activations = {key: file.read(key) for key in file.specs}
-    expected = {key.removeprefix("output."): x for key, x in activations.items() if key.startswith("output.")}
     if not expected:
         raise WeightsError(f"{folder}: activations.safetensors holds no output.* to compare with")
-    modules = {found.component.name: found.load(dtype) for found in detect(weights)}
     rows = []
     with jax.default_matmul_precision("highest"):
-        for output, value in _outputs(folder, RUNNERS[name](modules, activations, weights.config)):
+        for output, value in _outputs(reference, RUNNERS[name](reference)):
             if output in expected:  # a reference need not hold every output
                 limit = _limit(name, output, expected[output]) if dtype == jnp.float32 else None
-                rows.append(_compare(folder.name, output, np.asarray(value), expected[output], limit))
+                rows.append(
+                    _compare(reference.folder.name, output, np.asarray(value), expected[output], limit)
+                )
     if missed := expected.keys() - {row.output for row in rows}:
         raise WeightsError(f"{folder}: nothing computes {', '.join(sorted(missed))}")
     return rows
 
 
-def _outputs(folder: Path, computed: Outputs) -> Iterator[tuple[str, Any]]:
+def _outputs(reference: Reference, computed: Outputs) -> Iterator[tuple[str, Any]]:
     """Yields the outputs of a runner; an input or setting that is missing becomes a WeightsError."""
     try:
         yield from computed
     except KeyError as error:
-        raise WeightsError(f"{folder}: lacks {error.args[0]!r}, which its outputs depend on") from error
+        raise WeightsError(
+            f"{reference.folder}: lacks {error.args[0]!r}, which its outputs depend on"
+        ) from error
 
 
 def _limit(component: str, output: str, expected: np.ndarray) -> float:

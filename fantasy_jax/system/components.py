@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from fantasy_jax.convert import arcface, clip_vision, identity, motion, umt5, vae, wan, wav2vec2
+from fantasy_jax.convert import arcface, clip_vision, identity, motion, portrait, umt5, vae, wan, wav2vec2
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.models.adapters.expression import ExpressionAdapter, ExpressionAdapterConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
@@ -103,6 +104,40 @@ IDENTITY_ADAPTER = register(
             "feature_size": "face_encoder.feature_size",
         },
         adapter="identity",
+    )
+)
+EXPRESSION_ADAPTER = register(
+    Component(
+        "fantasyportrait_adapter",
+        "expression_adapter",
+        ExpressionAdapter,
+        {"fantasyportrait": ExpressionAdapterConfig()},
+        portrait.config_from_reference,
+        (
+            # Read by ComfyUI (kijai/ComfyUI-WanVideoWrapper), from one file with the motion encoder.
+            Layout(
+                "comfyui",
+                (
+                    "proj_model.headpose_proj.weight",
+                    "ip_adapter.blocks.0.cross_attn.ip_adapter_single_stream_k_proj.weight",
+                ),
+                partial(portrait.official_rules, processor="ip_adapter.blocks.{layer}.cross_attn"),
+            ),
+            Layout("official", ("proj_model.headpose_proj.weight",), portrait.official_rules),
+        ),
+        prefix="fantasyportrait.",
+        equal={
+            **_IN_TRANSFORMER,
+            "width": "transformer.dim",
+        },
+        adapter="expression",
+        download=Download(
+            "acvlab/FantasyPortrait",
+            ("fantasyportrait_model.ckpt",),
+            option="fantasyportrait",
+            help="file of the FantasyPortrait expression adapter, .ckpt or .safetensors; ComfyUI's holds "
+            "the motion encoder, too",
+        ),
     )
 )
 VAE = register(

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.typing import Array, DType, Float, Leaf
+from fantasy_jax.system.registry import Component
+from fantasy_jax.typing import Array, Bool, DType, Float, Leaf
 from fantasy_jax.video import VideoConfig
 
 _NOT_INPUTS = ("latents", "lips", "waveform", "record")
@@ -31,7 +32,11 @@ class ClipInputs:
             In sampling the negative prompt, in training the empty one.
         image: The image encoder's tokens, `[B, I, E]`.
         adapters: Inputs of adapters by name, such as `audio` `[B, A, C]`, `motion` `[B, 2]`, `face` `[B, P,
-            C]`. An adapter whose input is missing is not used.
+            C]`, `expression` `[B, N, T, M]` of N people. An adapter whose input is missing is not used.
+        labels: Whom each video token shows, `[B, F, S]`: person 1, 2, ..., or 0 for the background. None: all
+            tokens attend to everybody's input.
+        owners: For inputs per person, by name, the label of the person that each belongs to, `[B, N]`; -1 for
+            nobody's, as padding has. Where it is missing, input n belongs to person n + 1.
     """
 
     first_frame: Leaf
@@ -39,6 +44,30 @@ class ClipInputs:
     negative_text: Leaf
     image: Leaf
     adapters: dict[str, Leaf] = field(default_factory=dict)
+    labels: Leaf = None
+    owners: dict[str, Leaf] = field(default_factory=dict)
+
+    def attended_people(self, name: str) -> Bool[Array, "B S F N"] | None:
+        """Whose input each video token attends to, in the adapter input called `name`.
+
+        The background attends to everybody, a person to their own input only, and a person without one to
+        nobody. Source: fantasy-portrait, `utils.py` and `infer_multi.py`, which does the same for two people;
+        for three it lets each person attend to the inputs of others, which is not reproduced.
+
+        Args:
+            name: The input.
+
+        Returns:
+            None if there are no labels.
+        """
+        if self.labels is None:
+            return None
+        count = self.adapters[name].shape[1]
+        owners = self.owners.get(name)
+        owners = jnp.arange(1, count + 1)[None] if owners is None else owners
+        labels = self.labels.swapaxes(1, 2)[..., None]
+        owners = owners[:, None, None]
+        return ((labels == 0) | (labels == owners)) & (owners > 0)
 
     @classmethod
     def from_batch(
@@ -78,6 +107,7 @@ class ClipInputs:
         video: VideoConfig,
         batch_size: int,
         *,
+        people: int = 1,
         dtype: DType = np.float32,
         sharding: Sharding | None = None,
     ) -> "ClipInputs":
@@ -87,12 +117,17 @@ class ClipInputs:
             model: Sizes of the networks.
             video: Size and length of the clips.
             batch_size: Clips.
+            people: People in each clip, for inputs per person.
             dtype: Type of the arrays.
             sharding: Sharding of every array.
         """
 
-        def array(*shape: int) -> jax.ShapeDtypeStruct:
+        def array(*shape: int, dtype: DType = dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+
+        def adapter_input(row: Component) -> jax.ShapeDtypeStruct:
+            shape = row.network.input_shape(model.networks[row.slot], video)
+            return array(*((people,) if row.network.per_person else ()), *shape)
 
         text = array(model.transformer.text_length, model.text_encoder.dim)
         latents = video.latent_shape(batch_size, model.transformer.condition_channels)
@@ -101,10 +136,8 @@ class ClipInputs:
             text=text,
             negative_text=text,
             image=array(model.image_encoder.num_tokens, model.image_encoder.dim),
-            adapters={
-                row.network.input: array(*row.network.input_shape(model.networks[row.slot], video))
-                for row in model.adapters.values()
-            },
+            adapters={row.network.input: adapter_input(row) for row in model.adapters.values()},
+            labels=array(video.latent_frames, video.tokens_per_frame, dtype=np.int32) if people > 1 else None,
         )
 
 

@@ -19,6 +19,7 @@ class Adapter(nnx.Module):
         dropout_group: The group with which it is dropped in training and left out in guidance; None: it never
             is.
         gives: `tokens` that cross-attention attends to, or a `time_offset`, added to the timestep embedding.
+        per_person: Whether the input has a leading axis of people, `[P, ...]`.
         default_scale: Multiplier of the attended values.
         layers: Stacked key and value projections of all blocks, of an adapter that gives tokens.
     """
@@ -26,12 +27,13 @@ class Adapter(nnx.Module):
     input: ClassVar[str]
     dropout_group: ClassVar[str | None] = None
     gives: ClassVar[Literal["tokens", "time_offset"]] = "tokens"
+    per_person: ClassVar[bool] = False
     default_scale: ClassVar[float] = 1.0
     layers: KVProjection
 
     @classmethod
     def input_shape(cls, config: Any, video: VideoConfig) -> tuple[int, ...]:
-        """Shape of one clip's input.
+        """Shape of one clip's input, of one person where it is given per person.
 
         Args:
             config: Sizes of the adapter.

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.base import Adapter
-from fantasy_jax.models.attention import attention
+from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.condition import Condition, zero_init_kv_layers
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
@@ -83,16 +83,11 @@ class QFormerBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"], face: Float[Array, "B P D"]) -> Float[Array, "B L D"]:
         """Runs the block on queries `x`."""
-        q, k, v = self._heads(self.qkv(self.norm1(x)), 3)
-        x = x + self.out(attention(q, k, v).reshape(x.shape))
-        (q,), (k, v) = self._heads(self.query(self.norm2(x)), 1), self._heads(self.key_value(face), 2)
-        x = x + self.face_out(attention(q, k, v).reshape(x.shape))
+        q, k, v = jnp.split(self.qkv(self.norm1(x)), 3, axis=-1)
+        x = x + self.out(multi_head_attention(q, k, v, self.num_heads))
+        k, v = jnp.split(self.key_value(face), 2, axis=-1)
+        x = x + self.face_out(multi_head_attention(self.query(self.norm2(x)), k, v, self.num_heads))
         return x + self.mlp_out(nnx.gelu(self.mlp_in(self.norm3(x)), approximate=False))
-
-    def _heads(self, x: Array, count: int) -> list[Array]:
-        """Splits the last axis into `count` arrays, each into heads."""
-        x = x.reshape(*x.shape[:2], count, self.num_heads, -1)
-        return [x[:, :, i] for i in range(count)]
 
 
 class IdentityAdapter(Adapter):
