@@ -207,7 +207,7 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def stream_video(
-    path: str | Path, fps: int | float, size: tuple[int, int]
+    path: str | Path, fps: int | float, size: tuple[int, int] | None = None
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
     """Yields the frames of a video one by one at a constant frame rate.
 
@@ -217,7 +217,7 @@ def stream_video(
     Args:
         path: The file.
         fps: Frame rate of the result, in Hz.
-        size: Height and width of the result, in pixels.
+        size: Height and width of the result, in pixels; by default those at which the video is displayed.
 
     Yields:
         The frame's own time, in seconds since the first frame, and the frame: RGB, upright.
@@ -231,6 +231,7 @@ def stream_video(
         stream.thread_type = "AUTO"
         count, last, step = 0, None, 1 / fps
         for time, frame in _timed_frames(container, stream):
+            size = size or _displayed_size(frame, stream)
             while last and count / fps < (last[0] + time) / 2 - _EPSILON:
                 yield last[0], _upright(last[1], size)
                 count += 1
@@ -239,6 +240,36 @@ def stream_video(
         while last and count / fps < last[0] + step / 2 - _EPSILON:
             yield last[0], _upright(last[1], size)
             count += 1
+
+
+def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """Yields the frames of a video as `stream_video` does, or the only frame of an image.
+
+    Args:
+        path: A video or an image; animated GIF and PNG files count as videos.
+        fps: Frame rate of the result, in Hz.
+
+    Yields:
+        RGB frames of one size, upright.
+
+    Raises:
+        MediaError: The file is missing, neither a video nor an image, or damaged.
+    """
+    _check_exists(path, "video or image")
+    if _is_still_image(path):
+        yield np.array(read_image(path))
+    else:
+        for _, frame in stream_video(path, fps):
+            yield frame
+
+
+def _is_still_image(path: str | Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            # Of the other formats with several pictures, phones write MPO, where one is a preview.
+            return image.format not in ("GIF", "PNG") or not getattr(image, "is_animated", False)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
