@@ -1,10 +1,11 @@
 """Reading and writing of images, audio and video; the only module that uses codecs."""
 
 import io
+import itertools
 import math
 import os
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -321,7 +322,7 @@ def encode_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:
 
 def write_video(
     path: str | Path,
-    frames: UInt8[np.ndarray, "T H W 3"],
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
     fps: int,
     *,
     audio: str | Path | None = None,
@@ -331,21 +332,19 @@ def write_video(
 
     Args:
         path: Output file; an existing file is replaced.
-        frames: RGB. Odd sides are extended by one repeated row or column, because H.264 needs even sides.
+        frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
+            one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
         audio: File whose audio is added, cut to the length of the video or padded with silence.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: The folder is not writable, or the audio is not readable.
+        MediaError: There are no frames, the folder is not writable, or the audio is not readable.
     """
-    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")
-    waveform = None
-    if audio is not None:
-        seconds = len(frames) / fps
-        waveform, _ = _decode_audio(audio, rate=_VIDEO_AUDIO_RATE, layout="stereo", seconds=seconds)
-        samples = round(seconds * _VIDEO_AUDIO_RATE)
-        waveform = np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise MediaError(f"{path}: the video has no frames; nothing is written")
     with atomic_write(path) as partial:
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
@@ -355,16 +354,30 @@ def write_video(
                 else ("libx264", "yuv420p", {"crf": "16"})
             )
             video_stream = container.add_stream(codec, rate=fps, options=quality)
-            video_stream.height, video_stream.width = frames.shape[1:3]
+            video_stream.height, video_stream.width = _even_sides(first).shape[:2]
             video_stream.pix_fmt = pixels
-            audio_stream = None if waveform is None else container.add_stream("aac", rate=_VIDEO_AUDIO_RATE)
+            audio_stream = None if audio is None else container.add_stream("aac", rate=_VIDEO_AUDIO_RATE)
             if audio_stream is not None:
                 audio_stream.layout, audio_stream.bit_rate = "stereo", 192_000
-            for frame in frames:
-                container.mux(video_stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            count = 0
+            for frame in itertools.chain([first], remaining):
+                count += 1
+                shown = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
+                container.mux(video_stream.encode(shown))
             container.mux(video_stream.encode(None))
             if audio_stream is not None:
-                _encode_audio(container, audio_stream, waveform)
+                _encode_audio(container, audio_stream, _audio_of_length(audio, count / fps))
+
+
+def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    return np.pad(frame, [(0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)], "edge")
+
+
+def _audio_of_length(path: str | Path, seconds: float) -> Float32[np.ndarray, "2 samples"]:
+    """Reads stereo audio, cut to a length or padded with silence."""
+    waveform, _ = _decode_audio(path, rate=_VIDEO_AUDIO_RATE, layout="stereo", seconds=seconds)
+    samples = round(seconds * _VIDEO_AUDIO_RATE)
+    return np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
 
 
 def _encode_audio(container, stream, waveform: Float32[np.ndarray, "2 samples"]) -> None:

@@ -1,8 +1,8 @@
-"""Faces of driving videos: read, tracked, smoothed, and aligned as FantasyPortrait's motion encoder takes them.
+"""Faces of driving videos, tracked, smoothed and aligned as FantasyPortrait's motion encoder takes them.
 
-A driving video is read twice, once to track the faces and once to align them, so that only one of its frames is
-held at a time. Source: fantasy-portrait, `infer.py`, `diffsynth/models/pdf.py`. Unlike there, frames without a
-face repeat the last landmarks, a person keeps its identity, and smoothing never starts over.
+A driving video is read twice, once to track the faces and once to align them, so that only one of its frames
+is held at a time. Source: fantasy-portrait, `infer.py`, `diffsynth/models/pdf.py`. Unlike there, frames
+without a face repeat the last landmarks, a person keeps its identity, and smoothing never starts over.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import numpy as np
 
 from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.preprocessing.alignment import fit_similarity
+from fantasy_jax.preprocessing.alignment import apply_affine, fit_similarity
 from fantasy_jax.preprocessing.boxes import box_center
 from fantasy_jax.preprocessing.landmarks import (
     DetectedFace,
@@ -216,13 +216,12 @@ def alignment_matrices(points: Float[np.ndarray, "*n 5 2"]) -> Float[np.ndarray,
     return fit_similarity(points, ALIGNED_POINTS)
 
 
-def alignment_residuals(points: Float[np.ndarray, "*n 5 2"]) -> Float[np.ndarray, "*n"]:
-    """Returns the root mean square distance of the aligned points from the template, in pixels of 224.
+def alignment_residuals(points: Float[np.ndarray, "T 5 2"]) -> Float[np.ndarray, " T"]:
+    """Returns the root mean square distance of a frame's aligned points from the template, in pixels of 224.
 
     It is 3 to 4 for faces seen from the front and above 10 for profiles.
     """
-    matrices = alignment_matrices(points)
-    placed = points @ np.swapaxes(matrices[..., :2], -1, -2) + matrices[..., None, :, 2]
+    placed = apply_affine(alignment_matrices(points), points)
     return np.sqrt(np.square(placed - ALIGNED_POINTS).sum(axis=-1).mean(axis=-1))
 
 

@@ -35,8 +35,8 @@ OFFICIAL_FACE = FaceLayout(
 """The 222 landmarks of the official network.
 
 Read from the official code: the groups, tip of the nose, corners of the mouth, centres and outer corners of
-the eyes, and ends of the outline. Inner corners of the eyes and middles of the lips are assumed to lie opposite
-in the sequence of their contour.
+the eyes, and ends of the outline. Inner corners of the eyes and middles of the lips are assumed to lie
+opposite in the sequence of their contour.
 """
 
 INPUT_SIZE = (272, 160)
@@ -53,9 +53,7 @@ _FACE_IN_CROP = 0.85
 _PASSES = 3
 
 
-def resize_matrix(
-    height: int, width: int, size: tuple[int, int] = INPUT_SIZE
-) -> Float[np.ndarray, "3 3"]:
+def resize_matrix(height: int, width: int, size: tuple[int, int] = INPUT_SIZE) -> Float[np.ndarray, "3 3"]:
     """Returns the matrix that fits an image into the detector's input, centred and with its aspect ratio.
 
     Args:
@@ -89,8 +87,8 @@ def decode_boxes(
 ) -> tuple[Int[np.ndarray, "N 4"], Float[np.ndarray, " N"]]:
     """Decodes the detector's output.
 
-    Every cell predicts the distances of a box's four sides from its corner, each as the mean of a softmax over
-    8 bins, in strides.
+    Every cell predicts the distances of a box's four sides from its corner, each as the mean of a softmax
+    over 8 bins, in strides.
 
     Args:
         scores: Score of every cell, row by row, for the strides 8, 16 and 32.
@@ -106,7 +104,7 @@ def decode_boxes(
     certain = confidence > _MIN_SCORE
     found, confidence = found[certain], confidence[certain]
     kept = suppress_overlaps(found, confidence)
-    corners = apply_affine(np.linalg.inv(resize_matrix(height, width))[:2], found[kept].reshape(-1, 2, 2))
+    corners = apply_affine(np.linalg.inv(resize_matrix(height, width))[:2], found[kept].reshape(-1, 2))
     corners = corners.clip(0, (width, height)).reshape(-1, 4)
     # The official code rounds to float32 before it truncates.
     return corners.astype(np.float32).astype(np.int32), confidence[kept].astype(np.float64)
