@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import DATA
 from PIL import Image
-from real_people import CONFIG, SHARED, need_mediapipe
+from real_people import CONFIG, media_file, need_mediapipe
 from safetensors.numpy import load_file
 
 from fantasy_jax import media
@@ -261,9 +261,6 @@ def test_boxes_are_fractions_inside_the_picture_without_overlap():
 @pytest.fixture(scope="module")
 def mediapipe():
     need_mediapipe()
-    for name in ("talking.mp4", "two_people.mp4", "portrait.png", "two_people.png"):
-        if not (SHARED / "media" / name).is_file():
-            pytest.skip(f"{name} is missing")
     with open_detector(DrivingConfig(landmarks=CONFIG)) as detector:
         yield detector
 
@@ -278,7 +275,7 @@ def mediapipe():
     ],
 )
 def test_real_people_are_found_and_fit_the_template(mediapipe, name, lost, residuals):
-    frames = DrivingVideo(SHARED / "media" / name, 23, 201)
+    frames = DrivingVideo(media_file(name), 23, 201)
     people = track_people(frames, mediapipe, RAW, name=name)
     assert [person.lost <= most for person, most in zip(people, lost, strict=True)] == [True] * len(lost)
     fits = [alignment_residuals(person.points).mean() for person in people]
@@ -288,7 +285,7 @@ def test_real_people_are_found_and_fit_the_template(mediapipe, name, lost, resid
 
 
 def test_smoothing_halves_the_jitter_of_a_real_face(mediapipe):
-    frames = DrivingVideo(SHARED / "media" / "talking.mp4", 23, 81)
+    frames = DrivingVideo(media_file("talking.mp4"), 23, 81)
     jitter = [
         np.abs(np.diff(track_people(frames, mediapipe, config)[0].points, 2, axis=0)).mean()
         for config in (RAW, DrivingConfig())

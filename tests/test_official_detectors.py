@@ -3,8 +3,10 @@
 import sys
 
 import numpy as np
+import onnx
 import pytest
 from helpers import DATA
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from fantasy_jax.errors import ConfigError
@@ -22,8 +24,6 @@ from fantasy_jax.preprocessing.official_detectors import (
     suppress_overlaps,
 )
 from fantasy_jax.preprocessing.one_euro import OFFICIAL_GROUPS, smooth_landmarks
-
-onnx = pytest.importorskip("onnx")
 
 REFERENCE = load_file(DATA / "fantasyportrait_preprocessing" / "activations.safetensors")
 HEIGHT, WIDTH = 720, 1280
@@ -77,8 +77,6 @@ def test_the_input_is_bgr_and_black_beside_the_image():
 
 def save_constants(path, outputs):
     """Writes an ONNX file whose outputs do not depend on its input."""
-    from onnx import TensorProto, helper, numpy_helper
-
     nodes = [
         helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value.astype(np.float32)))
         for name, value in outputs.items()
@@ -100,7 +98,6 @@ LANDMARKS[[74, 96]] = (0.3, 0.4), (0.7, 0.4)
 @pytest.fixture
 def files(tmp_path):
     """A detector that sees one face of four cells in the middle, and landmarks that lie still in the crop."""
-    pytest.importorskip("onnxruntime")
     cells = {8: 680, 16: 170, 32: 45}
     scores = {f"s{stride}": np.zeros((1, count, 1)) for stride, count in cells.items()}
     scores["s8"][0, 17 * 20 + 10] = 0.9
