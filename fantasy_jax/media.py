@@ -1,10 +1,11 @@
 """Reading and writing of images, audio and video; the only module that uses codecs."""
 
 import io
+import itertools
 import math
 import os
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -207,7 +208,7 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def stream_video(
-    path: str | Path, fps: int | float, size: tuple[int, int]
+    path: str | Path, fps: int | float, size: tuple[int, int] | None = None
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
     """Yields the frames of a video one by one at a constant frame rate.
 
@@ -217,7 +218,7 @@ def stream_video(
     Args:
         path: The file.
         fps: Frame rate of the result, in Hz.
-        size: Height and width of the result, in pixels.
+        size: Height and width of the result, in pixels; by default those at which the video is displayed.
 
     Yields:
         The frame's own time, in seconds since the first frame, and the frame: RGB, upright.
@@ -231,6 +232,7 @@ def stream_video(
         stream.thread_type = "AUTO"
         count, last, step = 0, None, 1 / fps
         for time, frame in _timed_frames(container, stream):
+            size = size or _displayed_size(frame, stream)
             while last and count / fps < (last[0] + time) / 2 - _EPSILON:
                 yield last[0], _upright(last[1], size)
                 count += 1
@@ -239,6 +241,36 @@ def stream_video(
         while last and count / fps < last[0] + step / 2 - _EPSILON:
             yield last[0], _upright(last[1], size)
             count += 1
+
+
+def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """Yields the frames of a video as `stream_video` does, or the only frame of an image.
+
+    Args:
+        path: A video or an image; animated GIF and PNG files count as videos.
+        fps: Frame rate of the result, in Hz.
+
+    Yields:
+        RGB frames of one size, upright.
+
+    Raises:
+        MediaError: The file is missing, neither a video nor an image, or damaged.
+    """
+    _check_exists(path, "video or image")
+    if _is_still_image(path):
+        yield np.array(read_image(path))
+    else:
+        for _, frame in stream_video(path, fps):
+            yield frame
+
+
+def _is_still_image(path: str | Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            # Of the other formats with several pictures, phones write MPO, where one is a preview.
+            return image.format not in ("GIF", "PNG") or not getattr(image, "is_animated", False)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -290,7 +322,7 @@ def encode_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:
 
 def write_video(
     path: str | Path,
-    frames: UInt8[np.ndarray, "T H W 3"],
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
     fps: int,
     *,
     audio: str | Path | None = None,
@@ -300,21 +332,19 @@ def write_video(
 
     Args:
         path: Output file; an existing file is replaced.
-        frames: RGB. Odd sides are extended by one repeated row or column, because H.264 needs even sides.
+        frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
+            one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
         audio: File whose audio is added, cut to the length of the video or padded with silence.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: The folder is not writable, or the audio is not readable.
+        MediaError: There are no frames, the folder is not writable, or the audio is not readable.
     """
-    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")
-    waveform = None
-    if audio is not None:
-        seconds = len(frames) / fps
-        waveform, _ = _decode_audio(audio, rate=_VIDEO_AUDIO_RATE, layout="stereo", seconds=seconds)
-        samples = round(seconds * _VIDEO_AUDIO_RATE)
-        waveform = np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise MediaError(f"{path}: the video has no frames; nothing is written")
     with atomic_write(path) as partial:
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
@@ -324,16 +354,30 @@ def write_video(
                 else ("libx264", "yuv420p", {"crf": "16"})
             )
             video_stream = container.add_stream(codec, rate=fps, options=quality)
-            video_stream.height, video_stream.width = frames.shape[1:3]
+            video_stream.height, video_stream.width = _even_sides(first).shape[:2]
             video_stream.pix_fmt = pixels
-            audio_stream = None if waveform is None else container.add_stream("aac", rate=_VIDEO_AUDIO_RATE)
+            audio_stream = None if audio is None else container.add_stream("aac", rate=_VIDEO_AUDIO_RATE)
             if audio_stream is not None:
                 audio_stream.layout, audio_stream.bit_rate = "stereo", 192_000
-            for frame in frames:
-                container.mux(video_stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            count = 0
+            for frame in itertools.chain([first], remaining):
+                count += 1
+                shown = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
+                container.mux(video_stream.encode(shown))
             container.mux(video_stream.encode(None))
             if audio_stream is not None:
-                _encode_audio(container, audio_stream, waveform)
+                _encode_audio(container, audio_stream, _audio_of_length(audio, count / fps))
+
+
+def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    return np.pad(frame, [(0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)], "edge")
+
+
+def _audio_of_length(path: str | Path, seconds: float) -> Float32[np.ndarray, "2 samples"]:
+    """Reads stereo audio, cut to a length or padded with silence."""
+    waveform, _ = _decode_audio(path, rate=_VIDEO_AUDIO_RATE, layout="stereo", seconds=seconds)
+    samples = round(seconds * _VIDEO_AUDIO_RATE)
+    return np.pad(waveform[:, :samples], [(0, 0), (0, max(samples - waveform.shape[1], 0))])
 
 
 def _encode_audio(container, stream, waveform: Float32[np.ndarray, "2 samples"]) -> None:

@@ -33,13 +33,19 @@ def _skip(reason):
     pytest.skip(reason)
 
 
+def media_file(name):
+    """Returns the path of a video or image; skips or fails the test likewise where it is missing."""
+    path = SHARED / "media" / name
+    if not path.is_file():
+        _skip(f"{path} is missing")
+    return path
+
+
 @cache
 def tracked(name):
     """Returns a video, its frame rate, its path, and its faces."""
     need_mediapipe()
-    path = SHARED / "media" / name
-    if not path.is_file():
-        _skip(f"{path} is missing")
+    path = media_file(name)
     video, fps = media.read_video(path)
     with MediaPipeFaces(CONFIG) as detector:
         return video, fps, path, track_faces(detector, video, CONFIG)

@@ -160,6 +160,16 @@ def test_a_written_video_has_audio_of_its_length(tmp_path, audio_seconds, size):
     assert np.abs(read_back[2000:5000]).max() > 0.2
 
 
+def test_frames_are_written_one_by_one_too(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (5, 15, 17, 3), dtype=np.uint8)
+    media.write_video(tmp_path / "all.mp4", frames, 25, lossless=True)
+    media.write_video(tmp_path / "each.mp4", (frame for frame in frames), 25, lossless=True)
+    assert (tmp_path / "all.mp4").read_bytes() == (tmp_path / "each.mp4").read_bytes()
+    with pytest.raises(MediaError, match="frames"):
+        media.write_video(tmp_path / "none.mp4", [], 25)
+    assert not (tmp_path / "none.mp4").exists()
+
+
 def test_an_output_is_complete_or_absent(tmp_path, monkeypatch):
     target = tmp_path / "v.mp4"
     target.write_text("what was there before")
@@ -247,11 +257,26 @@ def test_a_streamed_video_is_scaled(tmp_path):
     assert media.probe_video(tmp_path / "v.mkv") == media.VideoInfo(32, 48, has_audio=False)
     ((_, frame), *_) = media.stream_video(tmp_path / "v.mkv", 25, (16, 24))
     assert frame.shape == (16, 24, 3)
+    ((_, frame), *_) = media.stream_video(tmp_path / "v.mkv", 25)
+    assert frame.shape == (32, 48, 3)
     (tmp_path / "text.mp4").write_text("not a video")
     with pytest.raises(MediaError, match="text"):
         media.probe_video(tmp_path / "text.mp4")
     with pytest.raises(MediaError, match="missing"):
         list(media.stream_video(tmp_path / "missing.mp4", 25, (16, 24)))
+
+
+def test_an_image_streams_as_one_frame_and_an_animation_as_a_video(tmp_path):
+    images = [Image.fromarray(np.full((32, 48, 3), 90 * i, np.uint8)) for i in range(3)]
+    images[1].save(tmp_path / "still.gif")
+    images[0].save(tmp_path / "moving.gif", save_all=True, append_images=images[1:], duration=40, loop=0)
+    (frame,) = media.stream_frames(tmp_path / "still.gif", 25)
+    assert frame.shape == (32, 48, 3)
+    assert len(list(media.stream_frames(tmp_path / "moving.gif", 25))) == 3
+    for name in ("missing.png", "text.png"):
+        (tmp_path / "text.png").write_text("not an image")
+        with pytest.raises(MediaError, match=name):
+            list(media.stream_frames(tmp_path / name, 25))
 
 
 @pytest.mark.parametrize("audio_from", [0.0, 0.25])

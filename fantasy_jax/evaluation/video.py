@@ -11,13 +11,12 @@ import json
 import numpy as np
 
 from fantasy_jax import cli, media
-from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.metrics import correlation, psnr, windowed_rms
 from fantasy_jax.evaluation.motion import motion
 from fantasy_jax.evaluation.mouth import mouth_opening
 from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.preprocessing.boxes import parse_box, place_boxes
 from fantasy_jax.preprocessing.images import fit_image
-from fantasy_jax.typing import Float
 
 USUAL_FACE_BOX = (0.22, 0.12, 0.78, 0.88)
 """Left, top, right, bottom of the head in a usual portrait, as fractions of the image."""
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(arguments.json)
     video, fps = media.read_video(arguments.video)
     energy = windowed_rms(media.read_audio(arguments.video), len(video), fps)
-    box = _parse_box(arguments.face, *video.shape[1:3])
+    box = place_boxes([parse_box(arguments.face, option="--face")], *video.shape[1:3], option="--face")[0]
     face, head = motion(video, box)
     figures = {
         "correlation_with_energy": correlation(mouth_opening(video, box), energy),
@@ -65,17 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         with atomic_write(arguments.json) as partial:
             partial.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def _parse_box(text: str, height: int, width: int) -> Float[np.ndarray, "4"]:
-    """Left, top, right, bottom in pixels, from `--face`."""
-    try:
-        left, top, right, bottom = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--face={text}: give four fractions, as in --face=0.2,0.1,0.8,0.9") from error
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ConfigError(f"--face={text}: must satisfy 0 <= left < right <= 1 and 0 <= top < bottom <= 1")
-    return np.array([left * width, top * height, right * width, bottom * height])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from fantasy_jax.parity.transformers import (
     run_fantasyportrait,
     run_fantasytalking,
 )
+from fantasy_jax.preprocessing import driving, official_detectors
 from fantasy_jax.preprocessing.audio import normalise_waveform
 from fantasy_jax.preprocessing.images import clip_image_preprocess
+from fantasy_jax.preprocessing.one_euro import OFFICIAL_GROUPS, smooth_landmarks
 from fantasy_jax.typing import Array, Float
 from fantasy_jax.video import PIXELS_PER_LATENT
 
@@ -75,6 +77,28 @@ def run_wav2vec2(reference: Reference) -> Outputs:
     yield "last_hidden_state", reference.modules["wav2vec2"](jnp.asarray(normalised))
 
 
+def run_fantasyportrait_preprocessing(reference: Reference) -> Outputs:
+    """The preparation of driving faces, without the detector's and the landmarks' network."""
+    activations, size = reference.activations, reference.config["picture_height_width_of_detector"]
+    scores, distances = (
+        [activations[f"input.detector_{kind}_stride{stride}"] for stride in (8, 16, 32)]
+        for kind in ("scores", "distances")
+    )
+    boxes, confidences = official_detectors.decode_boxes(scores, distances, *size)
+    yield "detector_boxes", boxes
+    yield "detector_confidences", confidences
+    yield "detector_resize_matrix", official_detectors.resize_matrix(*size)
+    box, landmarks = activations["input.face_box"], activations["input.landmarks"]
+    yield "crop_matrix_from_box", official_detectors.crop_matrix_from_box(box)
+    yield "crop_matrix_from_landmarks", official_detectors.crop_matrix_from_landmarks(landmarks)
+    track, sizes = activations["input.landmark_track"], activations["input.face_sizes"]
+    yield "smoothed_landmarks", smooth_landmarks(track, sizes, OFFICIAL_GROUPS)
+    points, picture = activations["input.alignment_points"], activations["input.picture_rgb"]
+    yield "alignment_matrices", driving.alignment_matrices(points)
+    yield "aligned_rgb", np.stack([driving.align_face(picture, face) for face in points])
+    yield "frames_kept_of_0_to_30", np.array([driving.kept_frames(count) for count in range(31)])
+
+
 Runner = Callable[[Reference], Outputs]
 
 RUNNERS: dict[str, Runner] = {
@@ -86,5 +110,6 @@ RUNNERS: dict[str, Runner] = {
     "umt5_encoder": run_umt5,
     "clip_vision": run_clip,
     "wav2vec2": run_wav2vec2,
+    "fantasyportrait_preprocessing": run_fantasyportrait_preprocessing,
 }
 """Runners by the component that a reference names."""

@@ -1,7 +1,11 @@
 """Geometry of boxes `[left, top, right, bottom]` in pixels."""
 
+from collections.abc import Sequence
+from itertools import combinations
+
 import numpy as np
 
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Float, UInt8
 
 
@@ -43,3 +47,51 @@ def crop_square(
     left, top = np.maximum(np.round(center - radius), 0).astype(int)
     right, bottom = np.maximum(np.round(center + radius), 0).astype(int)
     return image[top:bottom, left:right], np.array([left, top], np.float32)
+
+
+def parse_box(text: str, *, option: str) -> Float[np.ndarray, "4"]:
+    """Parses a box that is given on the command line.
+
+    Args:
+        text: Left, top, right, bottom, as fractions of the image's width and height, separated by commas.
+        option: Name of the option in messages.
+
+    Returns:
+        The four fractions.
+
+    Raises:
+        ConfigError: These are not four numbers, or the box is empty or not inside of the image.
+    """
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option}={text}: give four fractions, as in {option}=0.2,0.1,0.8,0.9") from error
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ConfigError(f"{option}={text}: must satisfy 0 <= left < right <= 1 and 0 <= top < bottom <= 1")
+    return np.array([left, top, right, bottom])
+
+
+def place_boxes(
+    boxes: Sequence[Float[np.ndarray, "4"]], height: int, width: int, *, option: str
+) -> Float[np.ndarray, "N 4"]:
+    """Converts boxes of different people from fractions of an image to pixels.
+
+    Args:
+        boxes: Results of `parse_box`.
+        height: Of the image, in pixels.
+        width: Likewise.
+        option: Name of the option in messages.
+
+    Returns:
+        Left, top, right, bottom in pixels, in the given order.
+
+    Raises:
+        ConfigError: Two boxes overlap.
+    """
+    placed = np.array(boxes, np.float64).reshape(-1, 4) * (width, height, width, height)
+    for first, second in combinations(range(len(placed)), 2):
+        if box_iou(placed[first], placed[second]) > 0:
+            raise ConfigError(
+                f"{option}: boxes {first + 1} and {second + 1} overlap; give boxes that have no common area"
+            )
+    return placed

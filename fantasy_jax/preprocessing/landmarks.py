@@ -35,6 +35,10 @@ class FaceLayout:
         lip_middles: Middles of the inner border on the upper and on the lower lip.
         rigid: Landmarks that move with the head and hardly with the expression: forehead, temples, nose,
             corners of the eyes.
+        outline_ends: Ends of the face's outline beside the right and the left ear.
+        midline: Middle of the forehead, tip of the chin; None if the detector has no landmark on the
+            forehead.
+        eye_centers: Centre of the right and of the left eye; None if the detector has no such landmarks.
     """
 
     outer_lips: tuple[int, ...]
@@ -45,6 +49,9 @@ class FaceLayout:
     mouth_corners: tuple[int, int]
     lip_middles: tuple[int, int]
     rigid: tuple[int, ...]
+    outline_ends: tuple[int, int]
+    midline: tuple[int, int] | None = None
+    eye_centers: tuple[int, int] | None = None
 
 
 # fmt: off
@@ -58,6 +65,8 @@ MEDIAPIPE_FACE = FaceLayout(
     lip_middles=(13, 14),
     rigid=(10, 151, 9, 8, 168, 6, 197, 195, 5, 33, 133, 362, 263,
            127, 356, 21, 251, 54, 284, 67, 297, 109, 338),
+    outline_ends=(234, 454),
+    midline=(10, 152),
 )
 """The 468 landmarks of MediaPipe's face mesh (its `face_landmarks_connections`)."""
 # fmt: on
@@ -72,11 +81,14 @@ class DetectedFace:
             of the image.
         confidence: In [0, 1].
         box: Left, top, right, bottom of the landmarks, in pixels.
+        angles: Pitch and yaw in degrees, 0 for a face seen from the front; None if the detector does not
+            estimate them.
     """
 
     points: Float32[np.ndarray, "P 3"]
     confidence: float
     box: Float32[np.ndarray, "4"]
+    angles: Float32[np.ndarray, "2"] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,9 +206,13 @@ def five_points(points: Float[np.ndarray, "*n P C"], layout: FaceLayout) -> Floa
     """Returns ArcFace's alignment points: centres of the eyes, tip of the nose, corners of the mouth.
 
     In ArcFace's order the eye and the mouth corner that are left in the image of an upright face come first.
-    The centre of an eye is that of its corners, so that blinking does not move it.
+    The centre of an eye is the layout's landmark for it; without one it is the mean of the eye's corners,
+    which blinking does not move.
     """
     points = points[..., :2]
-    eyes = [points[..., list(eye[:2]), :].mean(axis=-2) for eye in (layout.right_eye, layout.left_eye)]
+    if layout.eye_centers:
+        eyes = [points[..., i, :] for i in layout.eye_centers]
+    else:
+        eyes = [points[..., list(eye[:2]), :].mean(axis=-2) for eye in (layout.right_eye, layout.left_eye)]
     rest = [points[..., i, :] for i in (layout.nose_tip, *layout.mouth_corners)]
     return np.stack([*eyes, *rest], axis=-2)

@@ -1,6 +1,7 @@
 """Tracking of faces and bodies over the frames of a video, for any detector."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -17,10 +18,12 @@ from fantasy_jax.preprocessing.landmarks import (
     FaceTrack,
     LandmarkConfig,
 )
-from fantasy_jax.typing import UInt8
+from fantasy_jax.typing import Float, UInt8
 
 _CLOSE_UP = 3.0
 """Side of the square that is searched for a face a second time, in sides of the face."""
+_CLOSER_UP = 2.0
+"""The same for a face of an earlier frame that is found neither there nor in the whole image."""
 _MEMORY = 25
 """Number of frames for which a lost face is searched at its last position."""
 
@@ -46,8 +49,29 @@ def track_faces(
     Returns:
         The tracks, the largest face first.
     """
+    tracks, count = detect_tracks(detector, video, progress=progress)
+    tracks = [track for track in tracks if len(track) >= min(config.min_frames, count)]
+    filled = [_fill_gaps(track, count, config.max_gap, detector.layout) for track in tracks]
+    return sorted(filled, key=lambda track: -track.size * track.present.mean())
+
+
+def detect_tracks(
+    detector: FaceDetector, frames: Iterable[UInt8[np.ndarray, "H W 3"]], *, progress: bool = False
+) -> tuple[list[dict[int, DetectedFace]], int]:
+    """Detects the faces of every frame and assigns them to persons; one frame is held at a time.
+
+    Args:
+        detector: Detects faces in one frame.
+        frames: RGB, of a clip that has no scene cuts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The detections of each person by the number of the frame, false detections included, and the number
+        of frames.
+    """
     tracks: list[dict[int, DetectedFace]] = []
-    for index, frame in enumerate(tqdm(video, desc="Faces", unit="frame", disable=not progress)):
+    index = -1
+    for index, frame in enumerate(tqdm(frames, desc="Faces", unit="frame", disable=not progress)):
         last = [track[max(track)] for track in tracks]
         recent = [face.box for face, track in zip(last, tracks, strict=True) if index - max(track) <= _MEMORY]
         found = find_faces(detector, frame, around=recent)
@@ -61,9 +85,7 @@ def track_faces(
                 tracks[same[number]][index] = face
             else:
                 tracks.append({index: face})
-    tracks = [track for track in tracks if len(track) >= min(config.min_frames, len(video))]
-    filled = [_fill_gaps(track, len(video), config.max_gap, detector.layout) for track in tracks]
-    return sorted(filled, key=lambda track: -track.size * track.present.mean())
+    return tracks, index + 1
 
 
 def track_bodies(
@@ -110,7 +132,8 @@ def find_faces(
     Args:
         detector: Detects faces.
         image: RGB.
-        around: More boxes `[4]` whose surroundings are searched.
+        around: More boxes `[4]` whose surroundings are searched, a second time more closely if nothing is
+            found.
 
     Returns:
         The faces, the largest first.
@@ -120,18 +143,33 @@ def find_faces(
     near = []
     for box in boxes:
         fills_image = _CLOSE_UP * box_side(box) >= min(image.shape[:2])
-        if fills_image and any(box_distance(face.box, box) < 1 for face in far):
-            continue
-        crop, corner = crop_square(image, box_center(box), _CLOSE_UP / 2 * box_side(box))
-        shift = np.array([*corner, 0], np.float32)
-        for face in detector.detect(crop) if crop.size else []:
-            near.append(DetectedFace(face.points + shift, face.confidence, face.box + np.tile(corner, 2)))
+        if not (fills_image and _near(box, far)):
+            near += _detect_around(detector, image, box, _CLOSE_UP)
+    for box in around:
+        if not _near(box, [*near, *far]):
+            near += _detect_around(detector, image, box, _CLOSER_UP)
     near.sort(key=lambda face: -face.confidence)
     kept: list[DetectedFace] = []
     for face in [*near, *far]:
         if all(box_iou(face.box, other.box) < 0.4 for other in kept):
             kept.append(face)
     return sorted(kept, key=lambda face: -box_side(face.box))
+
+
+def _near(box: Float[np.ndarray, "4"], faces: Sequence[DetectedFace]) -> bool:
+    return any(box_distance(face.box, box) < 1 for face in faces)
+
+
+def _detect_around(
+    detector: FaceDetector, image: UInt8[np.ndarray, "H W 3"], box: Float[np.ndarray, "4"], sides: float
+) -> list[DetectedFace]:
+    """Detects faces in a square around a box, whose side is given in sides of the box."""
+    crop, corner = crop_square(image, box_center(box), sides / 2 * box_side(box))
+    shift = np.array([*corner, 0], np.float32)
+    return [
+        replace(face, points=face.points + shift, box=face.box + np.tile(corner, 2))
+        for face in (detector.detect(crop) if crop.size else [])
+    ]
 
 
 def _fill_gaps(track: dict[int, DetectedFace], count: int, max_gap: int, layout: FaceLayout) -> FaceTrack:
