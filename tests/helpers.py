@@ -12,7 +12,9 @@ from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import Rule, TensorSpec, assign, export, flat_parameters, load, make_plan
 from fantasy_jax.diffusion.guidance import GuidanceBranch
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
+from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
+from fantasy_jax.models.perceiver import ResamplerConfig
 from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.system.inputs import ClipInputs
@@ -41,6 +43,19 @@ TINY_WAN = WanConfig(
     num_layers=3,
 )
 TINY_AUDIO = AudioAdapterConfig(feature_width=12, token_width=16, width=48, num_heads=2, num_layers=3)
+TINY_EXPRESSION = ExpressionAdapterConfig(
+    head_width=3,
+    eye_width=3,
+    emotion_width=5,
+    mouth_width=12,
+    token_width=16,
+    resampler=ResamplerConfig(dim=16, depth=2, num_heads=2, head_dim=4, mlp_ratio=2),
+    mouth_queries=3,
+    emotion_queries=2,
+    width=48,
+    num_heads=2,
+    num_layers=3,
+)
 
 
 def tiny_transformer(config: WanConfig = TINY_WAN, **adapters) -> WanTransformer:

@@ -11,7 +11,13 @@ from helpers import relative
 from jax.sharding import AbstractMesh
 
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.models.attention import _splash, attention, choose_backend, use_backend
+from fantasy_jax.models.attention import (
+    _splash,
+    attention,
+    choose_backend,
+    grouped_attention,
+    use_backend,
+)
 from fantasy_jax.sharding import make_mesh
 
 pytestmark = [pytest.mark.usefixtures("highest_precision"), pytest.mark.networks]
@@ -50,24 +56,47 @@ def test_keys_after_the_length_are_masked(qkv):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, QUERIES, KEYS), (BATCH, HEADS, QUERIES, KEYS), (BATCH, 1, 1, KEYS)])
-def test_mask_and_bias_of_any_broadcast_shape(qkv, shape):
-    rng = np.random.default_rng(1)
-    mask = rng.random(shape) < 0.6
-    mask[..., 0] = True
-    bias = rng.normal(size=shape).astype(np.float32)
-    result = attention(*map(jnp.asarray, qkv), mask=jnp.asarray(mask), bias=jnp.asarray(bias))
-    assert relative(result, in_float64(*qkv, mask, bias)) < 5e-7
+def test_bias_of_any_broadcast_shape(qkv, shape):
+    bias = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    result = attention(*map(jnp.asarray, qkv), bias=jnp.asarray(bias))
+    assert relative(result, in_float64(*qkv, bias=bias)) < 5e-7
 
 
-def test_scale_lengths_and_mask_together(qkv):
+def test_scale_lengths_and_bias_together(qkv):
     lengths = np.array([KEYS, 9, 4], np.int32)
-    mask = np.random.default_rng(1).random((1, HEADS, QUERIES, KEYS)) < 0.6
-    mask[..., 0] = True
-    allowed = mask & (np.arange(KEYS) < lengths[:, None])[:, None, None]
+    bias = np.random.default_rng(1).normal(size=(1, HEADS, QUERIES, KEYS)).astype(np.float32)
+    allowed = (np.arange(KEYS) < lengths[:, None])[:, None, None]
     result = attention(
-        *map(jnp.asarray, qkv), kv_lengths=jnp.asarray(lengths), mask=jnp.asarray(mask), scale=1.0
+        *map(jnp.asarray, qkv), kv_lengths=jnp.asarray(lengths), bias=jnp.asarray(bias), scale=1.0
     )
-    assert relative(result, in_float64(*qkv, allowed, scale=1.0)) < 5e-7
+    assert relative(result, in_float64(*qkv, allowed, bias, scale=1.0)) < 5e-7
+
+
+@pytest.mark.parametrize("lengths", [None, [7, 5, 1]], ids=str)
+def test_grouped_attention_equals_attention_to_all_keys_with_a_mask(qkv, lengths):
+    q, k, v = qkv
+    groups = [x.reshape(BATCH, 2, KEYS // 2, HEADS, WIDTH) for x in (k, v)]
+    mask = np.random.default_rng(2).random((BATCH, QUERIES, 2)) < 0.6
+    mask[0, 0], mask[0, 1], mask[0, 2] = False, True, [True, False]
+    allowed = np.repeat(mask, KEYS // 2, axis=-1)[:, None]
+    if lengths is not None:
+        inside = np.arange(KEYS // 2) < np.array(lengths)[:, None]
+        allowed = allowed & np.tile(inside, 2)[:, None, None]
+        lengths = jnp.asarray(lengths, jnp.int32)
+    arguments = map(jnp.asarray, (q, *groups))
+    result = grouped_attention(*arguments, kv_lengths=lengths, mask=jnp.asarray(mask))
+    with np.errstate(invalid="ignore"):
+        expected = np.nan_to_num(in_float64(q, k, v, allowed))
+    assert relative(result, expected) < 5e-7
+    assert not result[0, 0].any()
+
+
+def test_gradients_of_grouped_attention_are_finite_where_nothing_is_attended_to(qkv):
+    q, *groups = (jnp.asarray(x) for x in (qkv[0], *(x[:, None] for x in qkv[1:])))
+    mask = jnp.zeros((BATCH, QUERIES, 1), bool).at[:, 1:].set(True)
+    gradients = jax.grad(lambda *x: grouped_attention(*x, mask=mask).sum(), argnums=(0, 1, 2))(q, *groups)
+    assert all(jnp.isfinite(x).all() for x in gradients)
+    assert not gradients[0][:, 0].any()
 
 
 def test_bfloat16_computes_the_softmax_in_float32(qkv):

@@ -1,4 +1,4 @@
-"""Conditions of cross-attention: masks, lengths and scales."""
+"""Conditions of cross-attention: people, lengths and scales."""
 
 from dataclasses import replace
 
@@ -7,16 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import TINY_AUDIO, TINY_WAN, abstract, layer, randomise, relative, tiny_inputs, tiny_transformer
+from helpers import (
+    TINY_AUDIO,
+    TINY_EXPRESSION,
+    TINY_WAN,
+    abstract,
+    layer,
+    randomise,
+    relative,
+    tiny_inputs,
+    tiny_transformer,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fantasy_jax.models.adapters.audio import AudioAdapter
+from fantasy_jax.models.adapters.expression import ExpressionAdapter
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.sharding import make_mesh
+from fantasy_jax.system.conditioning import condition, velocity
+from fantasy_jax.system.inputs import ClipInputs
 
 pytestmark = [pytest.mark.usefixtures("highest_precision"), pytest.mark.networks]
 
-BATCH, SPACE, FRAMES, TOKENS = 2, 6, 3, 7
+BATCH, SPACE, FRAMES, PEOPLE, TOKENS = 2, 6, 3, 3, 7
 HEAD_WIDTH = TINY_AUDIO.width // TINY_AUDIO.num_heads
 
 
@@ -35,67 +48,62 @@ def queries():
     return normal(0, BATCH, SPACE, FRAMES, TINY_AUDIO.num_heads, HEAD_WIDTH)
 
 
-@pytest.fixture(scope="module", params=["clip", "frame"])
-def tokens(request):
-    """Tokens that every video token attends to, or tokens of each latent frame."""
-    frames = (FRAMES,) if request.param == "frame" else ()
-    return normal(1, BATCH, *frames, TOKENS, TINY_AUDIO.token_width)
+@pytest.fixture(scope="module")
+def tokens():
+    """Tokens of each person and latent frame."""
+    return normal(1, BATCH, PEOPLE, FRAMES, TOKENS, TINY_AUDIO.token_width)
 
 
 @pytest.fixture(scope="module")
 def mask():
-    """Random; one video token attends to one token, and another to none."""
-    mask = np.random.default_rng(0).random((BATCH, SPACE, FRAMES, TOKENS)) < 0.5
+    """Random; one video token attends to one person's tokens, and another to nobody's."""
+    mask = np.random.default_rng(0).random((BATCH, SPACE, FRAMES, PEOPLE)) < 0.5
     mask[..., 0] = True
     mask[0, 1, 2, 1:] = False
     mask[1, 4, 0] = False
     return jnp.asarray(mask)
 
 
-def selected(tokens, mask, at):
-    """The tokens that one video token attends to, `[1, L, D]`."""
-    sample, _, frame = at
-    own = tokens[sample] if tokens.ndim == 3 else tokens[sample, frame]
-    return own[np.asarray(mask[at])][None]
-
-
-def test_each_video_token_attends_to_its_own_tokens_only(attend, queries, tokens, mask):
+def test_each_video_token_attends_to_the_tokens_of_its_people_only(attend, queries, tokens, mask):
     result = attend(queries, Condition(tokens, mask=mask))
-    for at in np.ndindex(BATCH, SPACE, FRAMES):
-        sample, space, frame = at
-        if not mask[at].any():
+    for sample, space, frame in np.ndindex(BATCH, SPACE, FRAMES):
+        people = np.asarray(mask[sample, space, frame])
+        if not people.any():
             continue
-        q = queries[sample, space, frame][None, None, None]
-        expected = attend(q, Condition(selected(tokens, mask, at)))
-        assert relative(result[at], expected[0, 0, 0]) < 1e-6, at
+        own = tokens[sample, people, frame].reshape(1, -1, tokens.shape[-1])
+        expected = attend(queries[sample, space, frame][None, None, None], Condition(own))
+        assert relative(result[sample, space, frame], expected[0, 0, 0]) < 1e-6, (sample, space, frame)
 
 
-def test_a_video_token_without_tokens_gets_zero(attend, queries, tokens, mask):
+def test_a_video_token_without_people_gets_zero(attend, queries, tokens, mask):
     result = np.asarray(attend(queries, Condition(tokens, mask=mask)))
     empty = ~np.asarray(mask).any(axis=-1)
     assert empty.sum() == 1
     assert np.array_equal(np.any(result != 0, axis=(-1, -2)), ~empty)
 
 
-def test_the_values_of_masked_tokens_do_not_matter(attend, queries, tokens, mask):
-    for token in range(TOKENS):
-        changed = tokens.at[..., token, :].add(1e3)
+def test_the_values_of_masked_people_do_not_matter(attend, queries, tokens, mask):
+    for person in range(PEOPLE):
+        changed = tokens.at[:, person].add(1e3)
         before, after = (attend(queries, Condition(x, mask=mask)) for x in (tokens, changed))
-        assert np.array_equal(np.any(before != after, axis=(-1, -2)), mask[..., token])
+        assert np.array_equal(np.any(before != after, axis=(-1, -2)), mask[..., person])
 
 
-def test_a_mask_of_all_tokens_is_no_mask(attend, queries, tokens, mask):
-    everything = attend(queries, Condition(tokens, mask=jnp.ones_like(mask)))
-    assert relative(everything, attend(queries, Condition(tokens))) < 1e-6
+def test_a_mask_of_everybody_is_no_mask(attend, queries, tokens, mask):
+    everybody = attend(queries, Condition(tokens, mask=jnp.ones_like(mask)))
+    assert relative(everybody, attend(queries, Condition(tokens))) < 1e-6
+
+
+def test_one_person_is_attended_to_as_tokens_per_frame_are(attend, queries, tokens):
+    lengths = jnp.full((BATCH, FRAMES), 4)
+    one = attend(queries, Condition(tokens[:, :1], lengths))
+    assert relative(one, attend(queries, Condition(tokens[:, 0], lengths))) < 1e-6
 
 
 def test_padding_is_masked_together_with_the_mask(attend, queries, tokens, mask):
-    lengths = jnp.full(tokens.shape[:-2], 4)
+    lengths = jnp.full((BATCH, FRAMES), 4)
     result = attend(queries, Condition(tokens, lengths, mask=mask))
-    both = mask & (jnp.arange(TOKENS) < 4)
-    assert relative(result, attend(queries, Condition(tokens, mask=both))) < 1e-6
-    padding = jnp.zeros_like(mask).at[..., 5].set(True)
-    assert not attend(queries, Condition(tokens, lengths, mask=padding)).any()
+    assert relative(result, attend(queries, Condition(tokens[..., :4, :], mask=mask))) < 1e-6
 
 
 def test_masked_values_are_scaled(attend, queries, tokens, mask):
@@ -106,41 +114,60 @@ def test_masked_values_are_scaled(attend, queries, tokens, mask):
 
 
 @pytest.fixture(scope="module")
-def masked_model():
-    """A transformer and its arguments; the audio has a mask over 15 space tokens."""
-    wan, audio = (replace(config, num_heads=4, num_layers=2) for config in (TINY_WAN, TINY_AUDIO))
-    model = tiny_transformer(wan, audio=abstract(AudioAdapter, audio))
-    latents, inputs = tiny_inputs(wan, size=(FRAMES, 10, 6), audio=(19, audio.feature_width))
-    return model, (latents, inputs.first_frame, jnp.array([100.5, 900.25])), inputs
+def portrait():
+    """A transformer and its arguments, and conditions of three people over 15 space tokens."""
+    wan = replace(TINY_WAN, num_heads=4, num_layers=2)
+    config = replace(TINY_EXPRESSION, num_heads=4, num_layers=2)
+    model = tiny_transformer(wan, expression=abstract(ExpressionAdapter, config))
+    features = (PEOPLE, 9, config.feature_width)
+    latents, inputs = tiny_inputs(wan, size=(FRAMES, 10, 6), expression=features)
+    labels = np.random.default_rng(1).integers(0, 5, (BATCH, FRAMES, 15))  # person 4 has no driver
+    return model, latents, replace(inputs, labels=jnp.asarray(labels, jnp.int32))
 
 
-@pytest.mark.parametrize("attention", ["clip", "frame"])
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"context": 4, "data": 2}], ids=str)
-def test_a_mask_on_a_mesh_with_padded_space(masked_model, attention, sizes):
-    model, arguments, inputs = masked_model
-    audio = model.adapters["audio"].condition(inputs.adapters["audio"], 9, attention=attention)
-    shape = (BATCH, 15, FRAMES, audio.tokens.shape[-2])
-    mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.3).at[:, 7].set(False)
-    conditions = model.conditions(inputs.text, inputs.image) | {"audio": replace(audio, mask=mask)}
+def predict(model, latents, inputs):
+    """The velocity, by one program."""
     graphdef, state = nnx.split(model)
 
-    def run(state, arguments, conditions):
-        return nnx.merge(graphdef, state)(*arguments, conditions)
+    @jax.jit
+    def run(state, latents, inputs):
+        model = nnx.merge(graphdef, state)
+        return velocity(model, latents, jnp.array([0.1, 0.9]), condition(model, inputs))
 
-    expected = np.asarray(jax.jit(run)(state, arguments, conditions))
-    without = conditions | {"audio": audio}
-    assert relative(jax.jit(run)(state, arguments, without), expected) > 1e-3
+    return np.asarray(run(state, latents, inputs))
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"context": 4, "data": 2}], ids=str)
+def test_labels_on_a_mesh_with_padded_space(portrait, sizes):
+    model, latents, inputs = portrait
+    expected = predict(*portrait)
+    assert relative(predict(model, latents, replace(inputs, labels=None)), expected) > 1e-3
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        placed = jax.device_put((state, arguments, conditions), NamedSharding(mesh, PartitionSpec()))
-        assert relative(jax.jit(run)(*placed), expected) < 2e-6
+        graphdef, state = nnx.split(model)
+        placed = jax.device_put((state, latents, inputs), NamedSharding(mesh, PartitionSpec()))
+        assert relative(predict(nnx.merge(graphdef, placed[0]), *placed[1:]), expected) < 2e-6
 
 
-def test_a_mask_that_excludes_everything_removes_the_condition(masked_model):
-    model, arguments, inputs = masked_model
-    audio = model.adapters["audio"].condition(inputs.adapters["audio"], 9)
-    mask = jnp.zeros((BATCH, 15, FRAMES, audio.tokens.shape[-2]), bool)
-    base = model.conditions(inputs.text, inputs.image)
-    forward = nnx.jit(lambda model, conditions: model(*arguments, conditions))
-    masked = forward(model, base | {"audio": replace(audio, mask=mask)})
-    np.testing.assert_array_equal(masked, forward(model, base))
+def test_people_without_a_driver_remove_the_condition(portrait):
+    model, latents, inputs = portrait
+    undriven = replace(inputs, labels=jnp.full_like(inputs.labels, PEOPLE + 1))
+    without = replace(inputs, adapters={}, labels=None)
+    np.testing.assert_array_equal(predict(model, latents, undriven), predict(model, latents, without))
+
+
+def test_a_person_attends_to_their_own_input_only_and_the_background_to_all():
+    labels = jnp.asarray([[[0, 1, 2, 3, 4]]])
+    inputs = ClipInputs(None, None, None, None, {"expression": jnp.zeros((1, 3, 9, 2))}, labels)
+    allowed = inputs.attended_people("expression")[0, :, 0]
+    expected = [[True, True, True], *np.eye(3, dtype=bool), [False, False, False]]
+    np.testing.assert_array_equal(allowed, expected)
+
+
+def test_owners_say_whose_input_it_is():
+    labels = jnp.asarray([[[0, 1, 2, 3]]])
+    owners = {"expression": jnp.asarray([[3, -1, 1]])}
+    inputs = ClipInputs(None, None, None, None, {"expression": jnp.zeros((1, 3, 9, 2))}, labels, owners)
+    allowed = inputs.attended_people("expression")[0, :, 0]
+    expected = [[True, False, True], [False, False, True], [False] * 3, [True, False, False]]
+    np.testing.assert_array_equal(allowed, expected)
