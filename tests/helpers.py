@@ -27,6 +27,7 @@ REFERENCES = (
     "clip_vision",
     "wav2vec2",
     "wav2vec2_large_style",
+    "pdfgc_motion_encoder",
 )
 """One of each kind of network."""
 
@@ -98,6 +99,11 @@ def relative(value, reference) -> float:
     value, reference = (np.asarray(x, np.float64) for x in (value, reference))
     assert value.shape == reference.shape
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def as_float32(value: np.ndarray) -> np.ndarray:
+    """A tensor as a float32 network exports it; integers keep their dtype."""
+    return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
 
 
 def randomise(module: nnx.Module, seed: int = 0, scale: float = 0.15) -> nnx.Module:

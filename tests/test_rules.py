@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, REFERENCES
+from helpers import DATA, REFERENCES, as_float32
 
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import (
@@ -263,7 +263,7 @@ def test_every_table_carries_a_network_there_and_back_bit_for_bit(name):
         exported = dict(export(found.rules, values))
         assert exported.keys() == source.specs.keys() - plan.ignored.keys()
         for key, value in exported.items():
-            np.testing.assert_array_equal(value, source.read(key).astype(np.float32), strict=True)
+            np.testing.assert_array_equal(value, as_float32(source.read(key)), strict=True)
 
         for layout in found.component.layouts:
             rules = layout.rules(found.config)

@@ -24,7 +24,8 @@ modules in float32 on a CPU (wav2vec2: transformers' module). The modules that a
 the same weights and run on the same inputs, with the highest precision of matrix products. The relative
 difference is the norm of the difference over the norm of the reference. Its limit is 5e-6 for guided
 samples and UMT5, and 2e-6 for all other outputs; integers must be equal. In the references named
-`small_activations` the inputs of norms are tiny, so that a wrong epsilon is detected.
+`small_activations` the inputs of norms are tiny, so that a wrong epsilon is detected. The VAE decodes the
+reference's latents, and the heads of PD-FGC's motion encoder run on the reference's `feature`.
 
 Further tests compare with PyTorch programs of the versions below:
 
@@ -33,6 +34,8 @@ Further tests compare with PyTorch programs of the versions below:
   PyTorch.
 - `tests/test_wan_diffusers.py`, `tests/test_vae_diffusers.py`: layer by layer and whole, weights in both
   directions.
+- `tests/test_motion_encoder.py`: from the image to all features of PD-FGC's motion encoder, and other sizes
+  against the network written in PyTorch.
 - `tests/test_umt5.py`, `tests/test_clip_vision.py`, `tests/test_wav2vec2.py`: against transformers, weights
   in both directions.
 - `tests/test_preprocessing.py`: preprocessing of image, audio and text against Pillow, PyTorch,
