@@ -104,10 +104,8 @@ def torch_encoder(config):
 
         def forward(self, x):
             x = self.model(x)
-            few = [
-                getattr(self, f"{n}_embed")(getattr(self, f"to_{n}")(x)) for n in ("headpose", "eye", "emo")
-            ]
-            return torch.cat([*few, self.to_mouth(x)], 1)
+            pose, eye = self.headpose_embed(self.to_headpose(x)), self.eye_embed(self.to_eye(x))
+            return torch.cat([pose, eye, self.emo_embed(self.to_emo(x)), self.to_mouth(x)], 1)
 
     torch.manual_seed(0)
     encoder = Encoder().eval()
@@ -189,7 +187,7 @@ def test_upsampling_equals_pytorchs(sizes):
 
 def test_the_published_file_maps_completely():
     (found,) = detect(open_weights(DATA / "manifests" / "pd_fpg.json"))
-    encoder, plan = found.plan()
+    _, plan = found.plan()
     assert (found.preset, found.config) == ("pd_fgc", MotionEncoderConfig())
     assert (plan.problems, plan.ignored) == ([], {})
     assert len(plan.entries) == len(found.weights.specs) == 387

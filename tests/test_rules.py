@@ -12,6 +12,7 @@ from fantasy_jax.convert.rules import (
     CONV1D,
     CONV2D,
     CONV3D,
+    COUNTER,
     IDENTITY,
     LINEAR,
     Rule,
@@ -229,6 +230,16 @@ def test_export_undoes_load():
     assert exported.keys() == values.keys()
     for key, value in values.items():
         np.testing.assert_array_equal(exported[key], value, strict=True)
+
+
+def test_integers_keep_their_dtype_and_are_int64_in_files():
+    shapes = {"count": jax.ShapeDtypeStruct((), jnp.int32), "scale": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    rules = [Rule("tracked", "count", COUNTER), Rule("weight", "scale")]
+    values = {"tracked": np.array(2**31 - 1), "weight": np.ones(2, np.float32)}
+    loaded = load(make_plan(rules, specs(values), shapes), values.__getitem__, dtype=jnp.bfloat16)
+    assert {path: x.dtype for path, x in loaded.items()} == {"count": jnp.int32, "scale": jnp.bfloat16}
+    exported = dict(export(rules, loaded))
+    np.testing.assert_array_equal(exported["tracked"], values["tracked"], strict=True)
 
 
 @pytest.mark.parametrize(("path", "kind"), [("unknown", "missing"), ("embed/embedding", "ambiguous")])

@@ -75,6 +75,7 @@ def chain(first: Transform, second: Transform) -> Transform:
         f"{first.name} {second.name}",
         lambda x: second.forward(first.forward(x)),
         lambda x: first.inverse(second.inverse(x)),
+        first.dtype,
     )
 
 
@@ -94,7 +95,7 @@ def _to_int32(x: np.ndarray) -> np.ndarray:
 
 
 COUNTER = Transform("int64", _to_int32, lambda x: x.astype(np.int64), np.dtype(np.int64))
-"""int64 to int32: JAX has no int64 by default."""
+"""int64 to int32, since JAX has no int64 by default; WeightsError if a value does not fit."""
 
 
 @dataclass(frozen=True)
