@@ -48,6 +48,7 @@ examples:
       --wav2vec2=downloads/wav2vec2-base-960h --output=weights
   python convert_weights.py import --fantasytalking=mine.safetensors --output=weights --dtype=float32
   python convert_weights.py import --arcface=antelopev2/glintr100.onnx --output=weights
+  python convert_weights.py import --pd_fpg=downloads/pd_fpg.pth --output=weights
 
 Complete networks are skipped. After an interruption, run the same command again: it continues. 10 GiB of
 memory are sufficient.

@@ -9,7 +9,17 @@ import pytest
 from flax import nnx
 
 from fantasy_jax.convert.files import open_weights
-from fantasy_jax.convert.rules import Rule, TensorSpec, assign, export, flat_parameters, load, make_plan
+from fantasy_jax.convert.rules import (
+    Parameter,
+    Rule,
+    TensorSpec,
+    assign,
+    export,
+    flat_parameters,
+    load,
+    make_plan,
+    stored_dtype,
+)
 from fantasy_jax.diffusion.guidance import GuidanceBranch
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
@@ -29,6 +39,7 @@ REFERENCES = (
     "clip_vision",
     "wav2vec2",
     "wav2vec2_large_style",
+    "pdfgc_motion_encoder",
 )
 """One of each kind of network."""
 
@@ -115,6 +126,11 @@ def relative(value, reference) -> float:
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
 
 
+def as_float32(value: np.ndarray) -> np.ndarray:
+    """A tensor as a float32 network exports it; integers keep their dtype."""
+    return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
+
+
 def randomise(module: nnx.Module, seed: int = 0, scale: float = 0.15) -> nnx.Module:
     """Makes every parameter random and different from zero, in place; scales stay around one."""
     assign(module, _random_values(module, seed, scale))
@@ -124,16 +140,21 @@ def randomise(module: nnx.Module, seed: int = 0, scale: float = 0.15) -> nnx.Mod
 def random_network(config, seed: int = 0, scale: float = 0.15, dtype=jnp.float32) -> nnx.Module:
     """The network with these sizes, every parameter random and different from zero."""
     component = component_of(config)
-    values = _random_values(component.abstract(config), seed, scale)
-    return component.build(config, dtype, {path: value.astype(dtype) for path, value in values.items()})
+    module = component.abstract(config, dtype)
+    dtypes = {path: stored_dtype(spec, dtype) for path, spec in flat_parameters(module).items()}
+    values = _random_values(module, seed, scale)
+    return component.build(config, dtype, {path: x.astype(dtypes[path]) for path, x in values.items()})
 
 
 def _random_values(module: nnx.Module, seed: int, scale: float) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {
-        path: (scale * random.standard_normal(value.shape) + path.endswith("scale")).astype(np.float32)
-        for path, value in sorted(flat_parameters(module).items())
-    }
+
+    def draw(path: str, spec: Parameter) -> np.ndarray:
+        if np.issubdtype(spec.dtype, np.integer):
+            return random.integers(1, 1000, spec.shape, spec.dtype)
+        return (scale * random.standard_normal(spec.shape) + path.endswith("scale")).astype(np.float32)
+
+    return {path: np.asarray(draw(path, spec)) for path, spec in sorted(flat_parameters(module).items())}
 
 
 def fill(module: nnx.Module, rules: list[Rule], tensors: dict, ignore=()) -> nnx.Module:

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA, REFERENCES, run_convert_weights
+from helpers import DATA, REFERENCES, as_float32, run_convert_weights
 from safetensors.numpy import load_file, save_file
 
 import convert_weights
@@ -52,7 +52,7 @@ def cases():
 def widened(found):
     """The tensors of a reference's file that are not ignored, float32."""
     needed = found.plan()[1].ignored.keys() ^ found.weights.specs.keys()
-    return {key: np.asarray(found.weights.read(key), np.float32) for key in needed}
+    return {key: as_float32(found.weights.read(key)) for key in needed}
 
 
 @pytest.mark.parametrize(("reference", "component", "layout"), list(cases()))

@@ -22,6 +22,7 @@ ENCODERS = (
     "clip_vision_small_activations",
     "wav2vec2",
     "wav2vec2_large_style",
+    "pdfgc_motion_encoder",
 )
 PORTRAIT = (
     "fantasyportrait_adapter",

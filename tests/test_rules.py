@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, REFERENCES
+from helpers import DATA, REFERENCES, as_float32
 
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import (
     CONV1D,
     CONV2D,
     CONV3D,
+    COUNTER,
     IDENTITY,
     LINEAR,
     Rule,
@@ -231,6 +232,16 @@ def test_export_undoes_load():
         np.testing.assert_array_equal(exported[key], value, strict=True)
 
 
+def test_integers_keep_their_dtype_and_are_int64_in_files():
+    shapes = {"count": jax.ShapeDtypeStruct((), jnp.int32), "scale": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    rules = [Rule("tracked", "count", COUNTER), Rule("weight", "scale")]
+    values = {"tracked": np.array(2**31 - 1), "weight": np.ones(2, np.float32)}
+    loaded = load(make_plan(rules, specs(values), shapes), values.__getitem__, dtype=jnp.bfloat16)
+    assert {path: x.dtype for path, x in loaded.items()} == {"count": jnp.int32, "scale": jnp.bfloat16}
+    exported = dict(export(rules, loaded))
+    np.testing.assert_array_equal(exported["tracked"], values["tracked"], strict=True)
+
+
 @pytest.mark.parametrize(("path", "kind"), [("unknown", "missing"), ("embed/embedding", "ambiguous")])
 def test_export_needs_exactly_one_rule_for_a_parameter(path, kind):
     with pytest.raises(ConversionError) as caught:
@@ -263,7 +274,7 @@ def test_every_table_carries_a_network_there_and_back_bit_for_bit(name):
         exported = dict(export(found.rules, values))
         assert exported.keys() == source.specs.keys() - plan.ignored.keys()
         for key, value in exported.items():
-            np.testing.assert_array_equal(value, source.read(key).astype(np.float32), strict=True)
+            np.testing.assert_array_equal(value, as_float32(source.read(key)), strict=True)
 
         for layout in found.component.layouts:
             rules = layout.rules(found.config)

@@ -19,6 +19,7 @@ from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
 from fantasy_jax.models.face_encoder import FaceEncoderConfig
+from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig, make_mesh
@@ -44,6 +45,9 @@ def full_model():
             **identity, token_heads=2, width=width, num_heads=heads, num_layers=layers
         ),
         face_encoder=FaceEncoderConfig(depths=(1, 2), widths=(4, 6), embedding=8, image_size=16),
+        motion_encoder=MotionEncoderConfig(
+            width=8, feature_dim=16, pose_dim=3, eye_dim=2, emotion_dim=4, landmarks=5, depth=1, image_size=16
+        ),
     )
 
 
@@ -55,6 +59,7 @@ def test_a_model_has_networks_by_slot():
     assert model.transformer.dim == 48
     assert model.vae == model.networks["vae"]
     assert model.motion_adapter is None
+    assert model.motion_encoder is None
     assert list(model.adapters) == ["audio"]
     assert list(full_model().adapters) == ["audio", "motion", "identity"]
     with pytest.raises(AttributeError, match="nonsense"):
@@ -67,7 +72,8 @@ def test_models_are_equal_by_their_sizes():
     assert hash(model) == hash(small_model())
     assert model != model.replace(dtype="bfloat16")
     assert model != full_model()
-    same = full_model().replace(motion_adapter=None, identity_adapter=None, face_encoder=None)
+    added = ("motion_adapter", "identity_adapter", "face_encoder", "motion_encoder")
+    same = full_model().replace(**dict.fromkeys(added))
     assert same == model
     assert model.replace(dtype="bfloat16").dtype == "bfloat16"
 
@@ -194,7 +200,8 @@ def test_a_network_is_made_in_the_systems_dtype_or_in_its_own():
     dtypes = {
         slot: {x.dtype for x in jax.tree.leaves(nnx.state(networks[slot], nnx.Param))} for slot in networks
     }
-    assert dtypes.pop("face_encoder") == {jnp.dtype("float32")}
+    for slot in ("face_encoder", "motion_encoder"):
+        assert dtypes.pop(slot) == {jnp.dtype("float32")}
     assert set.union(*dtypes.values()) == {jnp.dtype("bfloat16")}
 
 

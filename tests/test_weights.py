@@ -19,6 +19,7 @@ from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
 from fantasy_jax.models.face_encoder import FaceEncoderConfig
+from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.weights import store as store_module
@@ -43,7 +44,7 @@ AUDIO = AudioAdapterConfig(feature_width=48, token_width=16, width=24, num_heads
 
 
 def model_config():
-    """The miniature, with smaller adapters and encoders of speech and faces."""
+    """The miniature, with smaller adapters and encoders of speech, faces and motion."""
     model = small_model()
     transformer = model.transformer
     in_transformer = {
@@ -65,6 +66,9 @@ def model_config():
             **in_transformer,
         ),
         face_encoder=FaceEncoderConfig(depths=(1, 2), widths=(4, 6), embedding=8, image_size=16),
+        motion_encoder=MotionEncoderConfig(
+            width=8, feature_dim=16, pose_dim=3, eye_dim=2, emotion_dim=4, landmarks=5, depth=1, image_size=16
+        ),
     )
 
 
@@ -121,11 +125,10 @@ def test_a_store_is_loaded_without_a_config(store):
     assert stored_networks(folder).config.dtype == "bfloat16"
 
 
-def test_the_encoder_of_faces_is_float32_in_every_system(store):
+@pytest.mark.parametrize("slot", ["face_encoder", "motion_encoder"])
+def test_encoders_of_faces_are_float32_in_every_system(store, slot):
     folder, config, networks = store
-    assert_equal(
-        stored_networks(folder, config.replace(dtype="bfloat16"))["face_encoder"], networks["face_encoder"]
-    )
+    assert_equal(stored_networks(folder, config.replace(dtype="bfloat16"))[slot], networks[slot])
 
 
 def test_a_store_does_not_contain_its_own_path(store):

@@ -12,33 +12,41 @@ from pathlib import Path
 
 import numpy as np
 
-from fantasy_jax.convert.rules import CONV2D, Rule, Transform, affine, chain, permute, reshape
+from fantasy_jax.convert.rules import (
+    BATCH_NORM,
+    CONV2D,
+    Rule,
+    Transform,
+    affine,
+    batch_norm,
+    chain,
+    permute,
+    reshape,
+)
 from fantasy_jax.models.face_encoder import FaceEncoderConfig
 
 Tensors = dict[str, np.ndarray]
 _EPSILON = 1e-5
-_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-"""PyTorch's names in the order of ONNX's inputs, and ours."""
 
 
 def official_rules(config: FaceEncoderConfig) -> list[Rule]:
     """Returns the key table of `arcface_torch`'s backbone.pth."""
     rules = [
         Rule("conv1.weight", "conv_in/kernel", CONV2D),
-        *_norm("bn1", "norm_in"),
+        *batch_norm("bn1", "norm_in"),
         Rule("prelu.weight", "slope_in"),
-        *_norm("bn2", "norm_out"),
+        *batch_norm("bn2", "norm_out"),
         *affine("fc", "embed", _places(config)),
-        *_norm("features", "norm_embedding"),
+        *batch_norm("features", "norm_embedding"),
     ]
     for stage in range(len(config.depths)):
         theirs, ours = f"layer{stage + 1}.{{block}}", f"stages/{stage}/{{block}}"
         rules += [
-            *(rule for i in (1, 2, 3) for rule in _norm(f"{theirs}.bn{i}", f"{ours}/norm{i}")),
+            *(rule for i in (1, 2, 3) for rule in batch_norm(f"{theirs}.bn{i}", f"{ours}/norm{i}")),
             *(Rule(f"{theirs}.conv{i}.weight", f"{ours}/conv{i}/kernel", CONV2D) for i in (1, 2)),
             Rule(f"{theirs}.prelu.weight", f"{ours}/slope"),
             Rule(f"{theirs}.downsample.0.weight", f"{ours}/conv_past/kernel", CONV2D),
-            *_norm(f"{theirs}.downsample.1", f"{ours}/norm_past"),
+            *batch_norm(f"{theirs}.downsample.1", f"{ours}/norm_past"),
         ]
     return rules
 
@@ -46,10 +54,6 @@ def official_rules(config: FaceEncoderConfig) -> list[Rule]:
 def ignored_keys(config: FaceEncoderConfig) -> tuple[str, ...]:
     """Returns the pattern of counters that the network does not use."""
     return ("*num_batches_tracked",)
-
-
-def _norm(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.{theirs}", f"{target}/{ours}") for theirs, ours in _NORM.items()]
 
 
 def _places(config: FaceEncoderConfig) -> Transform:
@@ -175,4 +179,4 @@ def _no_norm(width: int, bias: np.ndarray | None = None) -> list[np.ndarray]:
 
 
 def _norm_tensors(values: list[np.ndarray], name: str) -> Tensors:
-    return {f"{name}.{part}": value for part, value in zip(_NORM, values, strict=True)}
+    return {f"{name}.{part}": value for part, value in zip(BATCH_NORM, values, strict=True)}

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.errors import ConversionError
+from fantasy_jax.errors import ConversionError, WeightsError
 from fantasy_jax.typing import DType
 
 _INDEX = re.compile(r"\{(\w+)\}")
@@ -43,11 +43,18 @@ class Transform:
     """A change of layout and its inverse, on NumPy arrays. Only that of a LoRA also changes values.
 
     Both must return views where possible: shapes are computed by running them on arrays of stride zero.
+
+    Attributes:
+        name: For messages.
+        forward: From PyTorch's layout to ours.
+        inverse: From ours to PyTorch's.
+        dtype: Dtype of the tensor in files; None: that of the network.
     """
 
     name: str
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
+    dtype: np.dtype | None = None
 
 
 def permute(*axes: int) -> Transform:
@@ -68,6 +75,7 @@ def chain(first: Transform, second: Transform) -> Transform:
         f"{first.name} {second.name}",
         lambda x: second.forward(first.forward(x)),
         lambda x: first.inverse(second.inverse(x)),
+        first.dtype,
     )
 
 
@@ -77,6 +85,17 @@ LINEAR = permute(1, 0)
 CONV1D = permute(2, 1, 0)
 CONV2D = permute(2, 3, 1, 0)
 CONV3D = permute(2, 3, 4, 1, 0)
+
+
+def _to_int32(x: np.ndarray) -> np.ndarray:
+    small = x.astype(np.int32)
+    if not np.array_equal(small, x):
+        raise WeightsError(f"a counter has the value {x}, which is no integer of 32 bits")
+    return small
+
+
+COUNTER = Transform("int64", _to_int32, lambda x: x.astype(np.int64), np.dtype(np.int64))
+"""int64 to int32, since JAX has no int64 by default; WeightsError if a value does not fit."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,15 @@ def affine(source: str, target: str, weight: Transform = LINEAR, *, part: Part |
 def norm(source: str, target: str) -> list[Rule]:
     """Rules for scale and bias of a norm."""
     return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
+
+
+BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+"""Names of a batch norm's tensors in PyTorch, in the order of ONNX's inputs, and ours."""
+
+
+def batch_norm(source: str, target: str) -> list[Rule]:
+    """Rules for scale, bias and statistics of a batch norm, without its counter."""
+    return [Rule(f"{source}.{theirs}", f"{target}/{ours}") for theirs, ours in BATCH_NORM.items()]
 
 
 @dataclass(frozen=True)
@@ -324,6 +352,11 @@ def check(plan: Plan, where: str | Path = "") -> Plan:
     return plan
 
 
+def stored_dtype(parameter: Parameter, dtype: DType) -> np.dtype:
+    """Returns the dtype of a parameter in a network of a dtype: integers keep their own."""
+    return np.dtype(parameter.dtype if np.issubdtype(parameter.dtype, np.integer) else dtype)
+
+
 def load(
     plan: Plan, read: Callable[[str], np.ndarray], *, dtype: DType | None = None
 ) -> dict[str, np.ndarray]:
@@ -332,7 +365,7 @@ def load(
     Args:
         plan: A plan without problems.
         read: Returns one source tensor by key.
-        dtype: Dtype of all parameters; None: that of the module's parameters.
+        dtype: Dtype of all parameters but integers; None: that of the module's parameters.
 
     Returns:
         All parameters by path.
@@ -346,7 +379,7 @@ def load(
         spec = plan.target[entry.path]
         value = entry.transform.forward(read(entry.key))
         if entry.path not in values:
-            values[entry.path] = np.empty(spec.shape, dtype or spec.dtype)
+            values[entry.path] = np.empty(spec.shape, stored_dtype(spec, dtype or spec.dtype))
         entry.place(values[entry.path])[...] = value
     return values
 

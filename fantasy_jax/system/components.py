@@ -2,7 +2,18 @@
 
 from functools import partial
 
-from fantasy_jax.convert import arcface, clip_vision, identity, motion, portrait, umt5, vae, wan, wav2vec2
+from fantasy_jax.convert import (
+    arcface,
+    clip_vision,
+    identity,
+    motion,
+    motion_encoder,
+    portrait,
+    umt5,
+    vae,
+    wan,
+    wav2vec2,
+)
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
 from fantasy_jax.models.adapters.expression import ExpressionAdapter, ExpressionAdapterConfig
 from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapterConfig
@@ -10,6 +21,7 @@ from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfi
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.face_encoder import IRESNET50, FaceEncoder, FaceEncoderConfig
 from fantasy_jax.models.lora import LoRA, LoRASizes
+from fantasy_jax.models.motion_encoder import MotionEncoder, MotionEncoderConfig
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
@@ -129,6 +141,7 @@ EXPRESSION_ADAPTER = register(
         equal={
             **_IN_TRANSFORMER,
             "width": "transformer.dim",
+            "feature_width": "motion_encoder.num_features",
         },
         adapter="expression",
         download=Download(
@@ -247,6 +260,30 @@ FACE_ENCODER = register(
         download=Download(
             option="arcface",
             help="file of insightface's IResNet-50 or -100: backbone.pth, or the .onnx of its packages",
+        ),
+    )
+)
+MOTION_ENCODER = register(
+    Component(
+        "pdfgc_motion_encoder",
+        "motion_encoder",
+        MotionEncoder,
+        {"pd_fgc": MotionEncoderConfig()},
+        motion_encoder.config_from_reference,
+        (
+            Layout(
+                "official",
+                ("model.m0.b2_plus_1.conv1.weight", "to_headpose.0.weight"),
+                motion_encoder.official_rules,
+            ),
+        ),
+        prefix="pd_fpg.",
+        dtype="float32",
+        download=Download(
+            "acvlab/FantasyPortrait",
+            ("pd_fpg.pth",),
+            option="pd_fpg",
+            help="file of PD-FGC's motion encoder, .pth or .safetensors",
         ),
     )
 )

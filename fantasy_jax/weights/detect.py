@@ -60,28 +60,37 @@ def detect(weights: WeightsFile, *, preset: str | None = None) -> list[Detected]
         preset: Name of the sizes; None: those of the config.json beside the file, or of the preset that fits.
 
     Returns:
-        One item for each network. The first one also has the tensors that belong to no network; they are
-        problems of its plan.
+        One item for each network. Tensors that belong to no network are in the part of the network without a
+        prefix, or in that of the first network if all have one; they are problems of its plan.
 
     Raises:
         WeightsError: No network is detected, or no preset fits.
     """
-    found: list[Detected] = []
-    remaining = dict(weights.specs)
-    for component in components().values():
-        shared = weights.part(component.prefix)
-        for part in (weights, shared) if component.prefix and shared.specs else (weights,):
-            layout = _layout(component, part)
-            if layout is not None:
-                found.append(Detected(component, layout, part, *_sizes(component, layout, part, preset)))
-                prefix = component.prefix if part is shared else ""
-                remaining = {key: spec for key, spec in remaining.items() if not key.startswith(prefix)}
-                break
-    if not found:
+    matches = [
+        (component, match) for component in components().values() if (match := _match(component, weights))
+    ]
+    if not matches:
         names = ", ".join(row.name for row in components().values() if _detectable(row))
         raise WeightsError(f"{weights.path}: holds none of the known networks ({names})")
-    first = replace(found[0].weights, specs={**found[0].weights.specs, **remaining})
-    return [replace(found[0], weights=first), *found[1:]]
+    prefixes = tuple(prefix for _, (prefix, _) in matches if prefix)
+    others = {key: spec for key, spec in weights.specs.items() if not key.startswith(prefixes)}
+    without_prefix = replace(weights, specs=others)
+    found = []
+    for component, (prefix, layout) in matches:
+        part = weights.part(prefix) if prefix else without_prefix
+        found.append(Detected(component, layout, part, *_sizes(component, layout, part, preset)))
+    if len(prefixes) == len(matches):
+        first = replace(found[0].weights, specs={**found[0].weights.specs, **others})
+        found[0] = replace(found[0], weights=first)
+    return found
+
+
+def _match(component: Component, weights: WeightsFile) -> tuple[str, Layout] | None:
+    """Prefix and layout of a network's keys; None if the file does not hold the network."""
+    for prefix in dict.fromkeys(("", component.prefix)):
+        if layout := _layout(component, weights.part(prefix)):
+            return prefix, layout
+    return None
 
 
 def _layout(component: Component, part: WeightsFile) -> Layout | None:

@@ -82,7 +82,7 @@ def _item(entry: Entry) -> str:
 
 def _spec(entry: Entry, shape: tuple[int, ...], record: Mapping[str, Any]) -> TensorSpec:
     """Shape and dtype of a tensor in the file, without allocating it; `shape` is that of the parameter."""
-    dtype = record.get("other_dtypes", {}).get(entry.path, record["dtype"])
+    dtype = entry.transform.dtype or record.get("other_dtypes", {}).get(entry.path, record["dtype"])
     value = entry.transform.inverse(entry.place(np.broadcast_to(np.int8(0), shape)))
     return TensorSpec(value.shape, np.dtype(dtype))
 

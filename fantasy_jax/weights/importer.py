@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fantasy_jax.convert.files import open_weights, source_files
-from fantasy_jax.convert.rules import Plan, check, load
+from fantasy_jax.convert.rules import Plan, check, load, stored_dtype
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import Component, components
 from fantasy_jax.typing import DType
@@ -41,7 +41,7 @@ class Job:
     Attributes:
         found: The network in its file.
         plan: How the file fills the module; without problems.
-        dtype: Dtype of the stored parameters.
+        dtype: Dtype of the stored parameters, except for integers.
         tokenizer: Folder of the tokenizer that belongs to the network.
     """
 
@@ -59,7 +59,13 @@ class Job:
     @property
     def stored_bytes(self) -> int:
         """Size of the parameters that are written, before compression."""
-        return sum(_size(spec.shape, self.dtype) for spec in self.plan.target.values())
+        return sum(_size(spec.shape, stored_dtype(spec, self.dtype)) for spec in self.plan.target.values())
+
+    @property
+    def other_dtypes(self) -> dict[str, str]:
+        """Dtypes of the parameters that are not stored as `dtype`, by path."""
+        dtypes = {path: stored_dtype(spec, self.dtype) for path, spec in self.plan.target.items()}
+        return {path: str(dtype) for path, dtype in dtypes.items() if dtype != self.dtype}
 
     @property
     def files(self) -> list[Path]:
@@ -83,6 +89,8 @@ def import_weights(
 ) -> list[str]:
     """Imports networks; all files are checked before anything is written.
 
+    A file that several networks share is imported as a whole, whichever of their options it is given by.
+
     Args:
         output: The store.
         wan: Folder of Wan2.1 I2V 14B, in the official or in diffusers' layout.
@@ -94,12 +102,15 @@ def import_weights(
         A summary of each network, one line each.
 
     Raises:
-        WeightsError: A file is missing, damaged or of another model; or the disk has not enough space.
+        WeightsError: A file is missing, damaged or of another model; two files hold the same network; or the
+            disk has not enough space.
         ConversionError: A file does not fit its network.
     """
     jobs = _wan_jobs(Path(wan), dtype) if wan is not None else []
     options = import_options()
-    jobs += [_job(options[option], Path(path), dtype) for option, path in (sources or {}).items()]
+    for option, path in (sources or {}).items():
+        jobs += _jobs(options[option], Path(path), dtype)
+    _check_distinct(jobs)
     folders = [Path(output) / job.found.component.slot for job in jobs]
     done = [_is_done(job, folder) for job, folder in zip(jobs, folders, strict=True)]
     lines = [f"{folder}: already complete" for folder, ready in zip(folders, done, strict=True) if ready]
@@ -129,24 +140,42 @@ def _wan_jobs(folder: Path, dtype: DType) -> list[Job]:
     for name in files[layout]:
         if not (folder / name).exists():
             raise WeightsError(f"{folder}: lacks {name}; download it again")
-    return [
-        _job(
+    jobs = []
+    for row in rows:
+        tokenizer = row.download.wan_tokenizer
+        jobs += _jobs(
             row,
             folder / row.download.wan_files[layout],
             dtype,
-            folder / row.download.wan_tokenizer[layout] if row.download.wan_tokenizer else None,
+            folder / tokenizer[layout] if tokenizer else None,
         )
-        for row in rows
-    ]
+    return jobs
 
 
-def _job(component: Component, path: Path, dtype: DType, tokenizer: Path | None = None) -> Job:
+def _jobs(component: Component, path: Path, dtype: DType, tokenizer: Path | None = None) -> list[Job]:
+    """All networks of a file, the wanted one first; the tokenizer belongs to that."""
     found = detect(open_weights(path))
-    if [x.component.name for x in found] != [component.name]:
+    wanted = [x for x in found if x.component.name == component.name]
+    if not wanted:
         names = " and ".join(x.component.name for x in found)
         raise WeightsError(f"{path}: holds {names}, not {component.name}")
-    dtype = np.dtype(component.dtype or dtype)
-    return Job(found[0], check(found[0].plan(dtype)[1], path), dtype, tokenizer)
+    others = [x for x in found if x.component.name != component.name]
+    return [_job(wanted[0], path, dtype, tokenizer), *(_job(x, path, dtype) for x in others)]
+
+
+def _job(found: Detected, path: Path, dtype: DType, tokenizer: Path | None = None) -> Job:
+    dtype = np.dtype(found.component.dtype or dtype)
+    return Job(found, check(found.plan(dtype)[1], path), dtype, tokenizer)
+
+
+def _check_distinct(jobs: list[Job]) -> None:
+    """Raises a WeightsError if two networks belong into the same folder of the store."""
+    paths: dict[str, Path] = {}
+    for job in jobs:
+        slot, path = job.found.component.slot, job.found.weights.path
+        if slot in paths:
+            raise WeightsError(f"{path}: holds the {slot}, as does {paths[slot]}; give only one of the two")
+        paths[slot] = path
 
 
 def _is_done(job: Job, folder: Path) -> bool:
@@ -174,7 +203,10 @@ def _check_space(output: Path, todo: list[tuple[Job, Path]]) -> None:
 def _import(job: Job, folder: Path, bar: tqdm) -> None:
     found = job.found
     sources = tuple(_checksum(path, bar) for path in job.files)
-    record = NetworkRecord(found.component.name, found.preset, asdict(found.config), str(job.dtype), sources)
+    sizes = asdict(found.config)
+    record = NetworkRecord(
+        found.component.name, found.preset, sizes, str(job.dtype), sources, job.other_dtypes
+    )
     parts = _split(job.plan)
 
     def read(key: str) -> np.ndarray:
