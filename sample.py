@@ -1,8 +1,12 @@
-"""Makes portraits talk: image, speech and prompt in, mp4 out; one clip, or a row each of a CSV file."""
+"""Makes portraits talk or act: a picture, with speech or with driving videos, becomes an mp4."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import build
@@ -10,16 +14,19 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_writable
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.programs import sampling_programs
+from fantasy_jax.pipelines.base import Pipeline, VideoOutput
 from fantasy_jax.pipelines.batch import ClipRequest, read_batch, run_batch
-from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.pipelines.latents import read_noise, save_latents
+from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
+from fantasy_jax.preprocessing.boxes import parse_box
+from fantasy_jax.preprocessing.overlay import overlay_frames
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
 
-PROMPT = "A person is talking."
 EXAMPLES = """\
 examples:
   python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4
@@ -41,6 +48,19 @@ examples:
   the same path with small random weights:
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
+
+  FantasyPortrait: two people of a picture, from left to right, each with a driving video:
+  python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=a.mp4 --driver=b.mp4 \\
+      --output=out/act.mp4
+  one video that shows two people; first see who drives whom:
+  python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=both.mp4 \\
+      --overlay=out/overlay.mp4 --output=out/act.mp4
+  the right one of two people alone; a drawing, in which no face is found:
+  python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=a.mp4 --person=2 \\
+      --output=out/right.mp4
+  python sample.py --config=configs/fantasy_portrait_14b.py --image=cats.png --driver=a.mp4 --driver=b.mp4 \\
+      --box=0.1,0.2,0.4,0.6 --box=0.6,0.2,0.9,0.6 --output=out/cats.mp4
+
   memory and time of each network on eight chips, compiled for them on this machine; nothing is sampled:
   python sample.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v6e:2x4 \\
       --config.sample.mesh.context=2 --config.sample.mesh.tensor=4
@@ -48,38 +68,86 @@ examples:
 Every setting of the config file can be given as --config.NAME=VALUE.
 """
 
+PIPELINES: dict[str, type[Pipeline]] = {
+    "talking": FantasyTalkingPipeline,
+    "miniature": FantasyTalkingPipeline,
+    "portrait": FantasyPortraitPipeline,
+}
+"""Pipelines by the task of the config."""
+
+OPTIONS = {
+    FantasyTalkingPipeline: ("audio", "batch"),
+    FantasyPortraitPipeline: ("driver", "box", "person", "sound", "overlay", "people"),
+}
+"""Options that only one pipeline has."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and samples clips, or compiles the programs that would."""
     arguments, config = cli.parse(_parser(), argv)
+    if config.get("task") not in PIPELINES:
+        raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(PIPELINES)}")
+    pipeline_type = PIPELINES[config.task]
+    for other, names in OPTIONS.items():
+        if other is not pipeline_type and (given := [name for name in names if getattr(arguments, name)]):
+            raise ConfigError(f"--{given[0]} does not go with the task {config.task} of {arguments.config}")
     model = build(ModelConfig, config.model, "model")
     video = build(VideoConfig, config.video, "video")
-    settings = build(SampleConfig, config.sample, "sample")
+    settings = build(pipeline_type.config_type, config.sample, "sample")
     if arguments.compile_only:
-        programs = partial(sampling_programs, model, settings)
+        programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
-    requests = _requests(arguments)
-    for path in (arguments.save_latents, *(x for request in requests for x in request.outputs)):
+    requests = _requests(arguments, pipeline_type)
+    for path in (arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs)):
         if path:
             check_writable(path)
-    weights = config.get("weights", "") if arguments.weights is None else arguments.weights
-    pipeline = _pipeline(weights, model, video, settings)
-    if not weights:
-        print("No weights given: they are random, and the video will be noise.")
-    return run_batch(requests, partial(_sample, pipeline, arguments))
+    pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
+    sample = _act if isinstance(pipeline, FantasyPortraitPipeline) else _talk
+    return run_batch(requests, partial(sample, pipeline, arguments))
 
 
-def _sample(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
-    """Samples one clip and writes it."""
+def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
+    """Samples one clip of FantasyTalking and writes it."""
+    prompt = request.prompt or arguments.prompt
+    given = {} if prompt is None else {"prompt": prompt}
+    output = pipeline(request.image, request.audio, **given, **_sampling(arguments))
+    _write(output, arguments, request)
+    if output.audio_seconds > output.seconds:
+        print(
+            f"The audio lasts {output.audio_seconds:.2f} s and is cut to the video's {output.seconds:.2f} s."
+        )
+
+
+def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
+    """Samples one clip of FantasyPortrait and writes it."""
+    boxes = [parse_box(text, option="--box") for text in arguments.box]
+    with cli.timed("Driving videos"):
+        scene = pipeline.scene(
+            request.image, arguments.driver, boxes=boxes, people=arguments.person, progress=True
+        )
+    for note in scene.notes:
+        print(note)
+    if arguments.overlay:
+        drivers = [(driver.frames, driver.people) for driver in scene.drivers]
+        frames = overlay_frames(drivers, np.asarray(scene.picture), scene.boxes, scene.targets)
+        media.write_video(arguments.overlay, frames, pipeline.video.fps)
+        print(f"Wrote {arguments.overlay}: the drivers, and whom they drive")
     output = pipeline(
-        request.image,
-        request.audio,
-        request.prompt or arguments.prompt,
-        seed=arguments.seed,
-        noise=partial(read_noise, arguments.noise) if arguments.noise else None,
-        timed=cli.timed,
-        progress=True,
+        scene, prompt=arguments.prompt or "", sound=arguments.sound or None, **_sampling(arguments)
     )
+    _write(output, arguments, request)
+    if output.audio is None:
+        print("No driver has any sound, and the video has none.")
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
+    """The arguments that every pipeline takes."""
+    noise: Callable | None = partial(read_noise, arguments.noise) if arguments.noise else None
+    return {"seed": arguments.seed, "noise": noise, "timed": cli.timed, "progress": True}
+
+
+def _write(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequest) -> None:
+    """Writes a clip, its contact sheet and, where they are asked for, its latents."""
     if arguments.save_latents:
         save_latents(arguments.save_latents, output.latents)
         print(f"Wrote {arguments.save_latents}: the latents")
@@ -87,52 +155,48 @@ def _sample(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, req
     with cli.timed("Video and audio to mp4"):
         output.save(video)
         media.write_contact_sheet(sheet, output.frames, output.fps)
-    if output.audio_seconds > output.seconds:
-        print(
-            f"The audio lasts {output.audio_seconds:.2f} s and is cut to the video's {output.seconds:.2f} s."
-        )
     frames, height, width, _ = output.frames.shape
     print(f"Wrote {video}: {frames} frames of {width} x {height} at {output.fps} frames per second")
     print(f"Wrote {sheet}: a contact sheet of its frames")
 
 
-def _requests(arguments: argparse.Namespace) -> list[ClipRequest]:
+def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> Sequence[ClipRequest]:
     """The clips of the command line: one, or those of a batch file."""
-    single = {name: getattr(arguments, name) for name in ("image", "audio", "output")}
+    needed = ("image", "audio" if pipeline_type is FantasyTalkingPipeline else "driver", "output")
     if arguments.batch:
-        single |= {name: getattr(arguments, name) for name in ("noise", "save_latents")}
-        if given := [name for name, value in single.items() if value]:
+        if given := [name for name in (*needed, "noise", "save_latents") if getattr(arguments, name)]:
             raise ConfigError(f"--{given[0]} does not go with --batch, whose rows name their files")
         return read_batch(arguments.batch)
-    for name, value in single.items():
-        if not value:
+    for name in needed:
+        if not getattr(arguments, name):
             raise ConfigError(f"--{name} is needed; sample.py --help shows examples")
-    return [ClipRequest(arguments.image, arguments.audio, "", Path(arguments.output))]
+    return [ClipRequest(arguments.image, arguments.audio or "", "", Path(arguments.output))]
 
 
 def _pipeline(
-    weights: str, model: ModelConfig, video: VideoConfig, settings: SampleConfig
-) -> FantasyTalkingPipeline:
+    pipeline_type: type[Pipeline],
+    config: ConfigDict,
+    arguments: argparse.Namespace,
+    model: ModelConfig,
+    video: VideoConfig,
+    settings: PipelineConfig,
+) -> Pipeline:
     """A pipeline with the weights of a store, or with random ones."""
-    if not weights:
-        return FantasyTalkingPipeline(random_networks(model, byte_tokenizer()), video, settings)
-    return FantasyTalkingPipeline.from_pretrained(
-        weights, model=model, video=video, config=settings, keep=settings.keep
-    )
+    weights = config.get("weights", "") if arguments.weights is None else arguments.weights
+    if weights:
+        return pipeline_type.from_pretrained(
+            weights, model=model, video=video, config=settings, keep=settings.keep
+        )
+    print("No weights given: they are random, and the video will be noise.")
+    return pipeline_type(random_networks(model, byte_tokenizer()), video, settings)
 
 
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="sample.py", description=__doc__, epilog=EXAMPLES)
     cli.add_config_argument(parser)
     parser.add_argument("--image", help="the portrait, in any common format")
-    parser.add_argument("--audio", help="the speech: an audio file, or a video with audio")
-    parser.add_argument("--prompt", default=PROMPT, help="what the video shows (default: %(default)s)")
+    parser.add_argument("--prompt", help="what the video shows (default: the pipeline's)")
     parser.add_argument("--output", help="the mp4 to write, and beside it a contact sheet (.png)")
-    parser.add_argument(
-        "--batch",
-        metavar="FILE",
-        help="a CSV file with the columns image, audio, prompt and output, a clip in each row",
-    )
     parser.add_argument(
         "--weights",
         metavar="DIR",
@@ -151,8 +215,52 @@ def _parser() -> cli.ArgumentParser:
         metavar="FILE",
         help="write the final latents as a safetensors file: the tensor `latents`, with the same layout",
     )
+    _add_talking(parser.add_argument_group("FantasyTalking"))
+    _add_portrait(parser.add_argument_group("FantasyPortrait"))
     ahead.add_arguments(parser)
     return parser
+
+
+def _add_talking(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--audio", help="the speech: an audio file, or a video with audio")
+    group.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="a CSV file with the columns image, audio, prompt and output, a clip in each row",
+    )
+
+
+def _add_portrait(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--driver",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a driving video, or a picture whose expression is held; once for each person, from left to "
+        "right, or one video that shows several people",
+    )
+    group.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="a person's face, as fractions of the picture; once for each person, in the order of the drivers",
+    )
+    group.add_argument(
+        "--person",
+        action="append",
+        default=[],
+        type=int,
+        metavar="N",
+        help="whom a driver drives, counted from 1, from the left; once for each driver",
+    )
+    group.add_argument(
+        "--sound", metavar="FILE", help="the video's sound (default: the first driver's that has any)"
+    )
+    group.add_argument(
+        "--overlay", metavar="FILE", help="write an mp4 that shows who drives whom, before the clip is made"
+    )
+    group.add_argument("--people", type=int, metavar="N", help="people of the clip, for --compile_only")
 
 
 if __name__ == "__main__":

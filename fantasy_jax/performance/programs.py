@@ -15,9 +15,9 @@ from fantasy_jax.models.layers import run
 from fantasy_jax.models.tiling import decode
 from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.performance.program import Program
-from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.sharding import batch_sharding
-from fantasy_jax.system.encoders import encode_first_frame
+from fantasy_jax.system.encoders import MOTION_BATCH, encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks
@@ -32,10 +32,10 @@ InputSpec = tuple[tuple[int, ...], DType]
 """Shape and type of an array."""
 
 
-def _image(slot: str) -> Callable[[ModelConfig, VideoConfig], list[InputSpec]]:
+def _images(slot: str, count: int = 1) -> Callable[[ModelConfig, VideoConfig], list[InputSpec]]:
     def inputs(model: ModelConfig, video: VideoConfig) -> list[InputSpec]:
         size = model.networks[slot].image_size
-        return [((1, size, size, 3), np.float32)]
+        return [((count, size, size, 3), np.float32)]
 
     return inputs
 
@@ -43,8 +43,9 @@ def _image(slot: str) -> Callable[[ModelConfig, VideoConfig], list[InputSpec]]:
 ENCODER_INPUTS: dict[str, Callable[[ModelConfig, VideoConfig], list[InputSpec]]] = {
     # Two prompts, the positive and the negative one.
     "text_encoder": lambda model, video: [((2, model.transformer.text_length), np.int32), ((2,), np.int32)],
-    "image_encoder": _image("image_encoder"),
-    "face_encoder": _image("face_encoder"),
+    "image_encoder": _images("image_encoder"),
+    "face_encoder": _images("face_encoder"),
+    "motion_encoder": _images("motion_encoder", MOTION_BATCH),
     "speech_encoder": lambda model, video: [((1, video.num_samples), np.float32)],
 }
 """Inputs of the networks that `models.layers.run` runs once per clip, by slot."""
@@ -86,7 +87,7 @@ def training_programs(
 
 
 def sampling_programs(
-    model: ModelConfig, config: SampleConfig, video: VideoConfig, mesh: Mesh
+    model: ModelConfig, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
 ) -> Iterator[Program]:
     """Yields the programs that sample the longest clip: encoders, guided step, decoder.
 
@@ -95,6 +96,7 @@ def sampling_programs(
         config: Settings of sampling.
         video: Size and length of the clip.
         mesh: The current mesh.
+        people: People of the clip who have inputs of their own.
     """
     networks = abstract_networks(model, mesh, config.mesh)
     for slot in slots():
@@ -102,7 +104,7 @@ def sampling_programs(
             inputs = [_replicated(shape, mesh, dtype) for shape, dtype in ENCODER_INPUTS[slot](model, video)]
             yield _network_program(slot.replace("_", " "), networks[slot], run, *inputs)
     yield vae_encode_program(networks, video, mesh)
-    yield guided_step_program(networks, config, video, mesh)
+    yield guided_step_program(networks, config, video, mesh, people=people)
     yield vae_decode_program(networks, config, video, mesh)
 
 
@@ -120,7 +122,7 @@ def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh) -> Pr
     )
 
 
-def vae_decode_program(networks: Networks, config: SampleConfig, video: VideoConfig, mesh: Mesh) -> Program:
+def vae_decode_program(networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh) -> Program:
     """Decoding of a clip or, where one device decodes it, of a tile of it.
 
     Args:
@@ -137,7 +139,9 @@ def vae_decode_program(networks: Networks, config: SampleConfig, video: VideoCon
     return _network_program(name, networks["vae"], decode, latents)
 
 
-def guided_step_program(networks: Networks, config: SampleConfig, video: VideoConfig, mesh: Mesh) -> Program:
+def guided_step_program(
+    networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
+) -> Program:
     """A step of the sampler with all its guidance branches.
 
     Args:
@@ -145,10 +149,11 @@ def guided_step_program(networks: Networks, config: SampleConfig, video: VideoCo
         config: Settings of sampling.
         video: Size and length of the clip.
         mesh: The current mesh.
+        people: People of the clip who have inputs of their own.
     """
     model, branches = networks.config, config.guidance
     graphdef, state = nnx.split(networks["transformer"])
-    inputs = ClipInputs.spec(model, video, 1, sharding=_sharding(mesh))
+    inputs = ClipInputs.spec(model, video, 1, people=people, sharding=_sharding(mesh))
     dropped, options = tuple(branch.dropped for branch in branches), hashable(config.adapter_options)
     conditions = jax.eval_shape(partial(branch_conditions, graphdef, dropped, options), state, inputs)
     conditions = jax.tree.map(lambda x: _replicated(x.shape, mesh, x.dtype), conditions)

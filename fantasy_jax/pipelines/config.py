@@ -13,6 +13,7 @@ from fantasy_jax.files import atomic_write
 from fantasy_jax.models.adapters.audio import AudioAttention
 from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
 from fantasy_jax.models.adapters.motion import NEUTRAL
+from fantasy_jax.preprocessing.driving import DrivingConfig
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
 from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.conditioning import AdapterOptions
@@ -29,27 +30,17 @@ NEGATIVE_PROMPT = (
 """The official script's."""
 
 
+NEGATIVE_PROMPT_SEVERAL = "人物嘴巴不停地说话，" + NEGATIVE_PROMPT
+"""That of the official script for several people."""
+
+
 @dataclass(frozen=True)
-class SampleConfig(SamplerConfig):
-    """How FantasyTalking samples a clip; the defaults are the official script's.
+class PipelineConfig(SamplerConfig):
+    """How a pipeline samples a clip.
 
     Attributes:
         text_guidance_scale: Guidance scale of the prompt, a number or a schedule over the steps.
-        audio_guidance_scale: Guidance scale of the audio, likewise.
-        audio_attention: Whether each latent frame attends to its own window of the audio (second training
-            stage, and the released weights) or every token to the whole clip (first stage).
-        audio_attention_scale: Multiplier of the audio cross-attention in the branch that has audio.
-        identity_scale: Multiplier of the identity cross-attention, for a model with an identity adapter.
-        motion_scale: Extrapolation of the motion intensities away from neutral, for a model with a motion
-            adapter; 1 is as trained, more helps where training was short.
         negative_prompt: What the video should not show.
-        face_motion: Intensity of the face's motion, in [0, 1] of the training clips; needs a motion adapter.
-            The paper's subtle, natural and intense clips have 0.1, 0.5 and 1 for face and body.
-        body_motion: Intensity of the body's motion, likewise.
-        landmarks: Settings of the face detector, for a model with an identity adapter.
-        face_box: The head's left, top, right and bottom as fractions of the image, for drawings in which no
-            detector finds a face. None: the face is detected.
-        face: Number of the face where there are several, from 1, counted from the left; None: the largest.
         mesh: Sizes of the mesh; `tensor` shards weights, too. In the VAE, `context` and `tensor` together
             share the rows.
         merge_lora: Whether a LoRA of the store is added to the weights. Beside them it costs a percent more
@@ -61,17 +52,7 @@ class SampleConfig(SamplerConfig):
 
     batch_branches: bool = False  # at full size each branch fills a device
     text_guidance_scale: Scale = 5.0
-    audio_guidance_scale: Scale = 5.0
-    audio_attention: AudioAttention = "frame"
-    audio_attention_scale: float = 1.0
-    identity_scale: float = IDENTITY_SCALE
-    motion_scale: float = 1.0
     negative_prompt: str = NEGATIVE_PROMPT
-    face_motion: float = NEUTRAL
-    body_motion: float = NEUTRAL
-    landmarks: LandmarkConfig = LandmarkConfig()
-    face_box: tuple[float, float, float, float] | None = None
-    face: int | None = None
     mesh: MeshConfig = MeshConfig(fsdp=1)
     merge_lora: bool = True
     keep: Literal["all", "transformer", "none"] = "none"
@@ -80,13 +61,64 @@ class SampleConfig(SamplerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
+            raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
+
+    @property
+    def guidance(self) -> tuple[GuidanceBranch, ...]:
+        """The branches of guidance."""
+        return guidance_branches(self.num_inference_steps, self.text_guidance_scale)
+
+    @property
+    def needs_negative_prompt(self) -> bool:
+        """Whether a branch replaces the prompt."""
+        return any("text" in branch.dropped for branch in self.guidance)
+
+    @property
+    def adapter_options(self) -> AdapterOptions:
+        """Keyword arguments of the adapters."""
+        return {}
+
+
+@dataclass(frozen=True)
+class SampleConfig(PipelineConfig):
+    """How FantasyTalking samples a clip; the defaults are the official script's.
+
+    Attributes:
+        audio_guidance_scale: Guidance scale of the audio, a number or a schedule over the steps.
+        audio_attention: Whether each latent frame attends to its own window of the audio (second training
+            stage, and the released weights) or every token to the whole clip (first stage).
+        audio_attention_scale: Multiplier of the audio cross-attention in the branch that has audio.
+        identity_scale: Multiplier of the identity cross-attention, for a model with an identity adapter.
+        motion_scale: Extrapolation of the motion intensities away from neutral, for a model with a motion
+            adapter; 1 is as trained, more helps where training was short.
+        face_motion: Intensity of the face's motion, in [0, 1] of the training clips; needs a motion adapter.
+            The paper's subtle, natural and intense clips have 0.1, 0.5 and 1 for face and body.
+        body_motion: Intensity of the body's motion, likewise.
+        landmarks: Settings of the face detector, for a model with an identity adapter.
+        face_box: The head's left, top, right and bottom as fractions of the image, for drawings in which no
+            detector finds a face. None: the face is detected.
+        face: Number of the face where there are several, from 1, counted from the left; None: the largest.
+    """
+
+    audio_guidance_scale: Scale = 5.0
+    audio_attention: AudioAttention = "frame"
+    audio_attention_scale: float = 1.0
+    identity_scale: float = IDENTITY_SCALE
+    motion_scale: float = 1.0
+    face_motion: float = NEUTRAL
+    body_motion: float = NEUTRAL
+    landmarks: LandmarkConfig = LandmarkConfig()
+    face_box: tuple[float, float, float, float] | None = None
+    face: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.face is not None and self.face < 1:
             raise ConfigError(f"face is {self.face}; faces are counted from 1")
         for name in ("face_motion", "body_motion"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
-            raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
 
     @property
     def guidance(self) -> tuple[GuidanceBranch, ...]:
@@ -103,6 +135,35 @@ class SampleConfig(SamplerConfig):
             "identity": {"scale": self.identity_scale},
             "motion": {"scale": self.motion_scale},
         }
+
+
+@dataclass(frozen=True)
+class PortraitSampleConfig(PipelineConfig):
+    """How FantasyPortrait samples a clip; the defaults are the official scripts'.
+
+    Attributes:
+        expression_guidance_scale: Guidance scale of the expression, a number or a schedule over the steps.
+        expression_attention_scale: Multiplier of the expression cross-attention in the branch that has it.
+        driving: Settings of the face detector and of tracking.
+    """
+
+    text_guidance_scale: Scale = 1.0  # no negative prompt: two branches
+    negative_prompt: str = NEGATIVE_PROMPT_SEVERAL
+    expression_guidance_scale: Scale = 4.0
+    expression_attention_scale: float = 1.0
+    driving: DrivingConfig = DrivingConfig()
+
+    @property
+    def guidance(self) -> tuple[GuidanceBranch, ...]:
+        """The branches of guidance."""
+        return guidance_branches(
+            self.num_inference_steps, self.text_guidance_scale, self.expression_guidance_scale, "expression"
+        )
+
+    @property
+    def adapter_options(self) -> AdapterOptions:
+        """Keyword arguments of the adapters."""
+        return {"expression": {"scale": self.expression_attention_scale}}
 
 
 def check_motion(model: ModelConfig, config: SampleConfig) -> None:
@@ -148,12 +209,19 @@ def check_pipeline(directory: str | Path, pipeline: str) -> dict[str, Any]:
     return content
 
 
-def read_pipeline(directory: str | Path, pipeline: str) -> tuple[VideoConfig, SampleConfig]:
+def read_pipeline(
+    directory: str | Path, pipeline: str, config_type: type[PipelineConfig]
+) -> tuple[VideoConfig, PipelineConfig]:
     """The settings of a store's `pipeline.json`; the official script's where there is none.
+
+    Args:
+        directory: The store.
+        pipeline: Name of the pipeline's class.
+        config_type: Class of its settings of sampling.
 
     Raises:
         WeightsError: The file is damaged, or the store was made for another pipeline.
     """
     content = check_pipeline(directory, pipeline)
     video = build(VideoConfig, content.get("video", {}), "video")
-    return video, build(SampleConfig, content.get("sample", {}), "sample")
+    return video, build(config_type, content.get("sample", {}), "sample")

@@ -1,5 +1,6 @@
 """Drawings that show which face of a driving video animates which person of a picture."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
@@ -20,8 +21,7 @@ def draw_boxes(
     image: UInt8[np.ndarray, "H W 3"],
     boxes: Float[np.ndarray, "N 4"],
     labels: Sequence[str],
-    *,
-    first: int = 0,
+    numbers: Sequence[int],
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Draws boxes with labels on a copy of an image.
 
@@ -29,10 +29,10 @@ def draw_boxes(
         image: RGB.
         boxes: Left, top, right, bottom in pixels; parts outside of the image are not drawn.
         labels: A label for each box.
-        first: Number of the first box's colour; the others' follow.
+        numbers: Number of each box, from 1, which chooses its colour.
     """
     drawn = image.copy()
-    for number, (box, label) in enumerate(zip(boxes, labels, strict=True), first):
+    for number, box, label in zip(numbers, boxes, labels, strict=True):
         left, top, right, bottom = (int(side) for side in np.round(box))
         cv2.rectangle(drawn, (left, top), (right, bottom), _colour(number), _thickness(image))
         _draw_label(drawn, label, (left, top), _colour(number))
@@ -40,7 +40,7 @@ def draw_boxes(
 
 
 def draw_people(
-    frame: UInt8[np.ndarray, "H W 3"], people: Sequence[DrivingFace], index: int, *, first: int = 0
+    frame: UInt8[np.ndarray, "H W 3"], people: Sequence[DrivingFace], index: int, numbers: Sequence[int]
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Draws the box, alignment points and number of every person on a copy of a frame.
 
@@ -48,15 +48,15 @@ def draw_people(
         frame: RGB.
         people: The people of the driving video.
         index: Number of the frame, from 0; in frames where a person is not found, its label says so.
-        first: How many people come before these; numbers count from 1, and so do colours.
+        numbers: Number of each person, from 1, which is its label and chooses its colour.
     """
     labels = [
         str(number) if person.found[index] else f"{number} lost"
-        for number, person in enumerate(people, first + 1)
+        for number, person in zip(numbers, people, strict=True)
     ]
     boxes = np.array([person.boxes[index] for person in people]).reshape(-1, 4)
-    drawn = draw_boxes(frame, boxes, labels, first=first)
-    for number, person in enumerate(people, first):
+    drawn = draw_boxes(frame, boxes, labels, numbers)
+    for number, person in zip(numbers, people, strict=True):
         radius = max(round(box_side(person.boxes[index]) / 50), 2)
         for point in np.round(person.points[index]).astype(int):
             place = (int(point[0]), int(point[1]))
@@ -69,30 +69,37 @@ def overlay_frames(
     drivers: Sequence[tuple[Iterable[UInt8[np.ndarray, "_ _ 3"]], Sequence[DrivingFace]]],
     picture: UInt8[np.ndarray, "H W 3"],
     boxes: Float[np.ndarray, "N 4"],
+    targets: Sequence[int],
     *,
     height: int = 480,
 ) -> Iterator[UInt8[np.ndarray, "{height} _ 3"]]:
     """Yields the driving videos' frames beside the picture, a person's face and box in the same colour.
 
     Args:
-        drivers: Frames and people of each driving video. People are numbered from 1 over all of them; person
-            `n` animates box `n`.
+        drivers: Frames and people of each driving video; the only frame of a picture is held.
         picture: RGB.
         boxes: The people of the picture, in its pixels; those without a driving face are labelled so.
+        targets: The box, from 1, that each person of the drivers animates, one driver after another.
         height: Of the result, in pixels.
 
     Yields:
         RGB frames of one size, the picture on the right; as many as the shortest driving video has.
     """
-    counts = [len(people) for _, people in drivers]
-    labels = [
-        str(number) if number <= sum(counts) else f"{number} undriven" for number in range(1, len(boxes) + 1)
+    numbers = range(1, len(boxes) + 1)
+    labels = [str(number) if number in targets else f"{number} undriven" for number in numbers]
+    right = _to_height(draw_boxes(picture, boxes, labels, numbers), height)
+    remaining = iter(targets)
+    own = [[next(remaining) for _ in people] for _, people in drivers]
+    lengths = [len(people[0].found) for _, people in drivers]
+    longest = min((length for length in lengths if length > 1), default=1)
+    held = [
+        itertools.repeat(next(iter(frames))) if length == 1 else frames
+        for (frames, _), length in zip(drivers, lengths, strict=True)
     ]
-    right = _to_height(draw_boxes(picture, boxes, labels), height)
-    for index, frames in enumerate(zip(*(frames for frames, _ in drivers), strict=False)):
+    for index, frames in enumerate(itertools.islice(zip(*held, strict=False), longest)):
         left = [
-            _to_height(draw_people(frame, people, index, first=sum(counts[:number])), height)
-            for number, (frame, (_, people)) in enumerate(zip(frames, drivers, strict=True))
+            _to_height(draw_people(frame, people, min(index, length - 1), numbers), height)
+            for frame, (_, people), length, numbers in zip(frames, drivers, lengths, own, strict=True)
         ]
         yield np.hstack([*left, right])
 
@@ -104,7 +111,7 @@ def _to_height(image: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    return _COLOURS[number % len(_COLOURS)]
+    return _COLOURS[(number - 1) % len(_COLOURS)]
 
 
 def _thickness(image: UInt8[np.ndarray, "H W 3"]) -> int:

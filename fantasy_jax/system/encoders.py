@@ -1,4 +1,4 @@
-"""Text, image, audio, face and first frame through the encoders."""
+"""Text, image, audio, face, motion and first frame through the encoders."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from PIL import Image
 
 from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.models.layers import run
+from fantasy_jax.models.motion_encoder import MotionEncoder
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.preprocessing.audio import normalise_waveform
@@ -16,6 +17,9 @@ from fantasy_jax.preprocessing.text import tokenize
 from fantasy_jax.sharding import constrain
 from fantasy_jax.system.networks import Networks
 from fantasy_jax.typing import Array, Float, UInt8
+
+MOTION_BATCH = 16
+"""Faces that the motion encoder takes at once."""
 
 
 def encode_text(networks: Networks, prompts: list[str]) -> list[Float[Array, "1 L C"]]:
@@ -69,6 +73,22 @@ def encode_faces(
     """
     embedding, features = run(encoder, from_uint8(crops))
     return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True), features
+
+
+def encode_motion(encoder: MotionEncoder, faces: UInt8[np.ndarray, "P T H W 3"]) -> Float[Array, "1 P T M"]:
+    """Motion features of the aligned faces of P people (`preprocessing.driving`), as one clip.
+
+    Products have full float32 precision, as in the official code: the last layers multiply rounding errors.
+    """
+    people, frames = faces.shape[:2]
+    flat = faces.reshape(-1, *faces.shape[2:])
+    encoded = []
+    with jax.default_matmul_precision("highest"):
+        for start in range(0, len(flat), MOTION_BATCH):
+            batch = flat[start : start + MOTION_BATCH]
+            padded = np.pad(batch, [(0, MOTION_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+            encoded.append(run(encoder, from_uint8(padded))[: len(batch)])
+    return jnp.concatenate(encoded).reshape(1, people, frames, -1)
 
 
 def first_frame_latents(

@@ -1,0 +1,321 @@
+"""What the pipelines share: weights and mesh, inputs and outputs, and the way from conditions to frames."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from fantasy_jax import media
+from fantasy_jax.diffusion.sampler import sample
+from fantasy_jax.errors import ConfigError, MediaError
+from fantasy_jax.models.halo import num_row_shards
+from fantasy_jax.models.tiling import decode, tiled_decode
+from fantasy_jax.pipelines.config import PipelineConfig, read_pipeline
+from fantasy_jax.pipelines.latents import initial_noise
+from fantasy_jax.preprocessing.images import to_pixels, to_uint8
+from fantasy_jax.sharding import make_mesh, replicate
+from fantasy_jax.system import encoders
+from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Keep, Networks
+from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.video import SAMPLE_RATE, VideoConfig
+from fantasy_jax.weights.loading import stored_networks
+
+ImageInput = str | Path | Image.Image | np.ndarray
+AudioInput = str | Path | np.ndarray
+NoiseInput = Float[Array, "1 F h w C"] | Callable[[tuple[int, ...]], Array] | None
+"""Initial noise, a function that makes it of the latents' shape, or None for that of a seed."""
+Timed = Callable[[str], AbstractContextManager]
+"""Wraps each stage of the work, by its name, for example to report its duration."""
+
+
+def untimed(name: str) -> AbstractContextManager:
+    """A `Timed` that reports nothing."""
+    del name
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """What a callback is told after a sampling step.
+
+    Attributes:
+        stage: Name of the stage, `Transformer`.
+        step: Steps done, from 1.
+        num_steps: Steps in all.
+        seconds_left: Estimated from the steps after the first, which includes compilation; None after the
+            first.
+        latents: `[1, F, h, w, C]`.
+    """
+
+    stage: str
+    step: int
+    num_steps: int
+    seconds_left: float | None
+    latents: Float[Array, "1 F h w C"]
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """A generated clip.
+
+    Attributes:
+        frames: RGB, uint8 `[T, H, W, 3]`.
+        latents: Final latents, float32, `[1, F, h, w, C]`.
+        fps: Frames per second.
+        audio: The audio file, or the waveform of 16 kHz, in [-1, 1]; None for a silent clip.
+        audio_seconds: Duration of the audio.
+    """
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    latents: Float[Array, "1 F h w C"]
+    fps: int
+    audio: str | Path | np.ndarray | None = None
+    audio_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the video."""
+        return len(self.frames) / self.fps
+
+    def save(self, path: str | Path) -> None:
+        """Writes an mp4 with the audio, cut to the video's length.
+
+        Raises:
+            MediaError: The file cannot be written, or the audio cannot be read.
+        """
+        if not isinstance(self.audio, np.ndarray):
+            media.write_video(path, self.frames, self.fps, audio=self.audio)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            waveform = np.round(np.clip(self.audio, -1, 1) * 32767).astype(np.int16)
+            media.write_audio(Path(folder) / "audio.wav", waveform, SAMPLE_RATE)
+            media.write_video(path, self.frames, self.fps, audio=Path(folder) / "audio.wav")
+
+
+class Pipeline:
+    """Networks, settings and the mesh, which stay the same from clip to clip.
+
+    Attributes:
+        required: Slots of the networks that the pipeline needs.
+        config_type: Class of its settings.
+        bundled: Folder of the weights that come with the package; None if there are none.
+        networks: The networks, by slot.
+        video: Size and length of clips.
+        config: Settings of sampling, which a call can override.
+        mesh: Mesh of the devices.
+    """
+
+    required: ClassVar[Sequence[str]] = ("transformer", "vae", "text_encoder", "image_encoder")
+    config_type: ClassVar[type[PipelineConfig]] = PipelineConfig
+    bundled: ClassVar[Path | None] = None
+
+    def __init__(
+        self, networks: Networks, video: VideoConfig, config: PipelineConfig, *, keep: Keep | None = None
+    ):
+        """Puts a pipeline together.
+
+        Args:
+            networks: All that are `required`.
+            video: Size and length of clips.
+            config: Settings of sampling.
+            keep: Networks that stay in memory between calls: `all`, `transformer` or `none`; None: as
+                `config` has it.
+
+        Raises:
+            ConfigError: A network is missing.
+        """
+        if missing := [slot for slot in self.required if slot not in networks]:
+            raise ConfigError(f"model.{missing[0]}: is missing; {type(self).__name__} needs it")
+        self.networks = networks.keeping(config.keep if keep is None else keep)
+        self.video, self.config = video, config
+        self.mesh = make_mesh(**config.mesh.axes)
+        self._sharded: Networks | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path | None = None,
+        *,
+        model: ModelConfig | None = None,
+        video: VideoConfig | None = None,
+        config: PipelineConfig | None = None,
+        dtype: str | None = None,
+        keep: Keep = "all",
+    ) -> Self:
+        """A pipeline from a store of weights.
+
+        Args:
+            directory: The store; None: the weights that come with the package.
+            model: Sizes that the store must have; None takes the store's.
+            video: Size and length of clips; None takes the store's `pipeline.json`.
+            config: Settings of sampling; likewise.
+            dtype: Type of weights and products; None: float32 for the bundled weights, else bfloat16.
+            keep: Networks that stay in memory between calls: `all`, `transformer` or `none`.
+
+        Raises:
+            ConfigError: No directory is given, and no weights come with the package.
+            WeightsError: The store is missing, incomplete, damaged, or of another pipeline.
+        """
+        if directory is None and cls.bundled is None:
+            raise ConfigError(f"{cls.__name__}: has no bundled weights; name the folder of a store")
+        dtype = dtype or ("float32" if directory is None else "bfloat16")
+        directory = cls.bundled if directory is None else Path(directory)
+        defaults = read_pipeline(directory, cls.__name__, cls.config_type)
+        video, config = video or defaults[0], config or defaults[1]
+        networks = stored_networks(directory, model, dtype=dtype, merge_lora=config.merge_lora)
+        return cls(networks, video, config, keep=keep)
+
+    def _changed(self, **changes: Any) -> Any:
+        """The settings with some of them overridden; None leaves a setting as it is."""
+        return replace(self.config, **{name: x for name, x in changes.items() if x is not None})
+
+    @contextmanager
+    def _on_mesh(self) -> Iterator[Networks]:
+        """The networks, sharded over the mesh where it has several devices."""
+        with self.networks.on_mesh(self.config.mesh, self.mesh) as networks:
+            # The same sharded networks in every call, since they hold what is kept in memory.
+            self._sharded = networks if self._sharded is None else self._sharded
+            # The VAE encodes the image, and decodes the video.
+            yield self._sharded.replace(vae=self._sharded["vae"])
+
+    def _noise(self, noise: NoiseInput, seed: int, video: VideoConfig) -> Float[Array, "1 F h w C"]:
+        shape = video.latent_shape(1, self.networks.config.vae.latent_channels)
+        if noise is None:
+            return initial_noise(seed, shape)
+        return noise(shape) if callable(noise) else noise
+
+    def _encode(
+        self,
+        networks: Networks,
+        config: PipelineConfig,
+        image: Image.Image,
+        prompt: str,
+        video: VideoConfig,
+        adapters: Callable[[], Mapping[str, Array]],
+        timed: Timed,
+    ) -> ClipInputs:
+        """Prompts, image and adapters' inputs through the encoders.
+
+        Each encoder is released before the next is loaded.
+
+        Args:
+            networks: On the mesh.
+            config: Settings of this call.
+            image: Of the size that is generated.
+            prompt: What the video shows.
+            video: Size and length of the clip.
+            adapters: Makes the inputs of adapters, after the text and the image are encoded.
+            timed: Wraps each stage.
+        """
+        with timed("Text encoder"):
+            prompts = [prompt, config.negative_prompt] if config.needs_negative_prompt else [prompt]
+            text, *negative = encoders.encode_text(networks, prompts)
+        with timed("Image encoder"):
+            pixels = jnp.asarray(to_pixels(image))
+            encoded = encoders.encode_image(networks, pixels)
+        given = dict(adapters())
+        with timed("First frame to latents"):
+            latents = encoders.encode_first_frame(networks["vae"], pixels[None], video.num_frames)
+            first_frame = first_frame_condition(latents).block_until_ready()
+        return ClipInputs(first_frame, text, negative[0] if negative else text, encoded, given)
+
+    def _generate(
+        self,
+        networks: Networks,
+        config: PipelineConfig,
+        inputs: ClipInputs,
+        noise: Float[Array, "1 F h w C"],
+        *,
+        callback: Callable[[StepProgress], None] | None,
+        timed: Timed,
+        progress: bool,
+    ) -> tuple[UInt8[np.ndarray, "T H W 3"], Float[Array, "1 F h w C"]]:
+        """Noise to frames and latents."""
+        with timed("Transformer"):
+            latents = sample(
+                networks["transformer"],
+                *replicate((noise, inputs)),
+                config,
+                guidance=config.guidance,
+                options=config.adapter_options,
+                progress=progress,
+                callback=_progress(callback, config.num_inference_steps),
+            )
+        with timed("Latents to video"):
+            return _decode(networks, latents, config, progress=progress), latents
+
+
+def as_image(image: ImageInput) -> Image.Image:
+    """An RGB image from a path, a PIL image or an array.
+
+    Raises:
+        MediaError: It cannot be read, or is no image.
+    """
+    if isinstance(image, str | Path):
+        return media.read_image(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
+        return Image.fromarray(image)
+    shape = f" of {image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else ""
+    raise MediaError(
+        f"image: is {type(image).__name__}{shape}; give a path, a PIL image, or uint8 RGB [height, width, 3]"
+    )
+
+
+def as_waveform(audio: AudioInput, sampling_rate: int = SAMPLE_RATE) -> Float[np.ndarray, " samples"]:
+    """A mono waveform of 16 kHz from a path or an array.
+
+    Raises:
+        MediaError: It cannot be read, is no audio, or is empty.
+    """
+    if isinstance(audio, str | Path):
+        return media.read_audio(audio)
+    if not isinstance(audio, np.ndarray) or audio.ndim not in (1, 2) or audio.dtype.kind != "f":
+        shape = f" of {audio.dtype} {list(audio.shape)}" if isinstance(audio, np.ndarray) else ""
+        raise MediaError(
+            f"audio: is {type(audio).__name__}{shape}; give a path, or floats in [-1, 1], [samples] or "
+            "[samples, channels]"
+        )
+    if sampling_rate < 1 or not audio.size or not np.isfinite(audio).all():
+        raise MediaError("audio: is empty, not finite, or its sampling_rate is not positive")
+    mono = audio if audio.ndim == 1 else audio.mean(axis=1)
+    return media.resample(mono.astype(np.float32), sampling_rate, SAMPLE_RATE)
+
+
+def _decode(
+    networks: Networks, latents: Float[Array, "1 F h w C"], config: PipelineConfig, *, progress: bool
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Latents to frames: by devices that share the rows, or by one device, tile by tile."""
+    vae = networks["vae"]
+    if num_row_shards() > 1:
+        video = decode(vae, replicate(latents))
+    else:
+        video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
+    return to_uint8(np.asarray(video[0], np.float32))
+
+
+def _progress(
+    callback: Callable[[StepProgress], None] | None, num_steps: int
+) -> Callable[[int, Array], None] | None:
+    """The sampler's callback for a user's."""
+    if callback is None:
+        return None
+    begun: list[float] = []
+
+    def report(step: int, latents: Array) -> None:
+        latents.block_until_ready()
+        begun.append(time.perf_counter())
+        left = (begun[-1] - begun[0]) / step * (num_steps - step - 1) if step else None
+        callback(StepProgress("Transformer", step + 1, num_steps, left, latents))
+
+    return report
