@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from fantasy_jax import cli, media
@@ -21,7 +20,6 @@ from fantasy_jax.pipelines.latents import read_noise, save_latents
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.preprocessing.boxes import parse_box
-from fantasy_jax.preprocessing.overlay import overlay_frames
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
@@ -128,9 +126,7 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
     for note in scene.notes:
         print(note)
     if arguments.overlay:
-        drivers = [(driver.frames, driver.people) for driver in scene.drivers]
-        frames = overlay_frames(drivers, np.asarray(scene.picture), scene.boxes, scene.targets)
-        media.write_video(arguments.overlay, frames, pipeline.video.fps)
+        media.write_video(arguments.overlay, scene.overlay(), pipeline.video.fps)
         print(f"Wrote {arguments.overlay}: the drivers, and whom they drive")
     output = pipeline(
         scene, prompt=arguments.prompt or "", sound=arguments.sound or None, **_sampling(arguments)
@@ -244,7 +240,7 @@ def _add_portrait(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="LEFT,TOP,RIGHT,BOTTOM",
-        help="a person's face, as fractions of the picture; once for each person, in the order of the drivers",
+        help="a person's face, as fractions of the picture; once for each person, in the drivers' order",
     )
     group.add_argument(
         "--person",

@@ -1,6 +1,6 @@
 """Who in the picture is driven by whom: driving videos tracked, and matched with the faces of the picture."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,11 @@ from fantasy_jax.preprocessing.driving import (
 )
 from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.preprocessing.landmarks import FaceDetector
+from fantasy_jax.preprocessing.overlay import overlay_frames
 from fantasy_jax.preprocessing.people import box_growth, grow_box, paint_labels, token_labels
 from fantasy_jax.preprocessing.picture_faces import find_people
 from fantasy_jax.typing import Float, Int, UInt8
-from fantasy_jax.video import TEMPORAL_FACTOR, VideoConfig, latent_frames
+from fantasy_jax.video import PIXELS_PER_TOKEN, TEMPORAL_FACTOR, VideoConfig, latent_frames
 
 DriverInput = str | Path | UInt8[np.ndarray, "T H W 3"]
 """A driving video: a path of a video or a picture, or frames at the frame rate of the output."""
@@ -91,6 +92,16 @@ class Scene:
             faces = align_people(driver.frames, driver.people, name=driver.name)
             aligned.append(np.repeat(faces, self.num_frames, axis=1) if driver.length == 1 else faces)
         return np.concatenate(aligned)
+
+    def overlay(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        """Frames that show the drivers, the picture, and who drives whom (`preprocessing.overlay`)."""
+        drivers = [(driver.frames, driver.people) for driver in self.drivers]
+        labels = self.labels()
+        if labels is not None:
+            rows = self.picture.height // PIXELS_PER_TOKEN
+            labels = labels[0].astype(np.uint8).reshape(rows, -1)
+        picture = np.asarray(self.picture)
+        return overlay_frames(drivers, picture, self.boxes, self.targets, labels=labels)
 
     def labels(self) -> Int[np.ndarray, "F S"] | None:
         """The person that each video token shows (`preprocessing.people`); None if nobody is told apart."""

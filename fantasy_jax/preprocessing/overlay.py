@@ -71,6 +71,7 @@ def overlay_frames(
     boxes: Float[np.ndarray, "N 4"],
     targets: Sequence[int],
     *,
+    labels: UInt8[np.ndarray, "h w"] | None = None,
     height: int = 480,
 ) -> Iterator[UInt8[np.ndarray, "{height} _ 3"]]:
     """Yields the driving videos' frames beside the picture, a person's face and box in the same colour.
@@ -80,14 +81,18 @@ def overlay_frames(
         picture: RGB.
         boxes: The people of the picture, in its pixels; those without a driving face are labelled so.
         targets: The box, from 1, that each person of the drivers animates, one driver after another.
+        labels: The person of each of the picture's video tokens, 0 for the background; None: not shown.
         height: Of the result, in pixels.
 
     Yields:
         RGB frames of one size, the picture on the right; as many as the shortest driving video has.
     """
     numbers = range(1, len(boxes) + 1)
-    labels = [str(number) if number in targets else f"{number} undriven" for number in numbers]
-    right = _to_height(draw_boxes(picture, boxes, labels, numbers), height)
+    names = [str(number) if number in targets else f"{number} undriven" for number in numbers]
+    right, scale = _to_height(picture, height), height / len(picture)
+    if labels is not None:
+        right = _tint(right, labels)
+    right = draw_boxes(right, scale * boxes, names, numbers)
     remaining = iter(targets)
     own = [[next(remaining) for _ in people] for _, people in drivers]
     lengths = [len(people[0].found) for _, people in drivers]
@@ -108,6 +113,16 @@ def _to_height(image: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
     width = max(round(image.shape[1] * height / image.shape[0]), 1)
     interpolation = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
     return cv2.resize(image, (width, height), interpolation=interpolation)
+
+
+def _tint(image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Colours the video tokens of each person."""
+    size = (image.shape[1], image.shape[0])
+    people = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)[..., None]
+    colours = np.array([(0, 0, 0), *map(_colour, range(1, int(labels.max()) + 1))], np.float32)[
+        people[..., 0]
+    ]
+    return np.where(people > 0, 0.65 * image + 0.35 * colours, image).astype(np.uint8)
 
 
 def _colour(number: int) -> tuple[int, int, int]:
