@@ -17,14 +17,14 @@ def person(left, frames=4):
 
 def test_boxes_are_drawn_on_a_copy_in_different_colours():
     image = np.zeros((120, 200, 3), np.uint8)
-    drawn = draw_boxes(image, np.stack([BOX, BOX + np.array([80, 0, 80, 0])]), ["1", "2"])
+    drawn = draw_boxes(image, np.stack([BOX, BOX + np.array([80, 0, 80, 0])]), ["1", "2"], [1, 2])
     assert not image.any()
     assert not drawn[60, 30].any()
     assert not np.array_equal(drawn[60, 20], drawn[60, 100])
     assert drawn[60, 20].any()
     assert drawn[60, 100].any()
     # A box that is partly outside is drawn as far as it is inside, its label wholly.
-    outside = draw_boxes(image, np.array([[-30.0, -20.0, 50.0, 50.0]]), ["1 undriven"])
+    outside = draw_boxes(image, np.array([[-30.0, -20.0, 50.0, 50.0]]), ["1 undriven"], [1])
     assert outside[30, 50].any()
     assert outside[3, 3].any()
 
@@ -32,11 +32,11 @@ def test_boxes_are_drawn_on_a_copy_in_different_colours():
 def test_points_are_drawn_and_lost_frames_are_labelled():
     frame = np.zeros((120, 200, 3), np.uint8)
     people = [person(0), person(80)]
-    shown, lost = (draw_people(frame, people, index) for index in (1, 2))
+    shown, lost = (draw_people(frame, people, index, [1, 2]) for index in (1, 2))
     assert shown[60, 30].any()
     assert not np.array_equal(shown, lost)
-    np.testing.assert_array_equal(shown, draw_people(frame, people, 3))
-    assert np.array_equal(draw_people(frame, [], 0), frame)
+    np.testing.assert_array_equal(shown, draw_people(frame, people, 3, [1, 2]))
+    assert np.array_equal(draw_people(frame, [], 0, []), frame)
 
 
 def test_drivers_stand_beside_the_picture_at_equal_height(tmp_path):
@@ -45,7 +45,7 @@ def test_drivers_stand_beside_the_picture_at_equal_height(tmp_path):
     picture = np.full((200, 300, 3), 90, np.uint8)
     drivers = [(frames, [person(0), person(80)]), (tall, [person(10)])]
     boxes = np.array([[10.0, 50.0, 60.0, 90.0], [80.0, 50.0, 130.0, 90.0], [150.0, 50.0, 200.0, 90.0]])
-    made = list(overlay_frames(drivers, picture, boxes, height=240))
+    made = list(overlay_frames(drivers, picture, boxes, [1, 2, 3], height=240))
     assert len(made) == 3  # as many as the shortest driver
     assert {frame.shape for frame in made} == {(240, 400 + 100 + 360, 3)}
     # A person's boxes have the same colour on both sides.
@@ -53,7 +53,25 @@ def test_drivers_stand_beside_the_picture_at_equal_height(tmp_path):
         right = made[0][place[0], 500 + place[1]].astype(int)
         assert np.abs(made[0][driver].astype(int) - right).max() < 40, driver
     more = np.concatenate([boxes, [[220.0, 50.0, 280.0, 90.0]]])
-    (frame, *_) = overlay_frames(drivers, picture, more, height=240)
+    (frame, *_) = overlay_frames(drivers, picture, more, [1, 2, 3], height=240)
     assert (frame != made[0]).any()
-    media.write_video(tmp_path / "o.mp4", overlay_frames(drivers, picture, boxes, height=239), 25)
+    media.write_video(tmp_path / "o.mp4", overlay_frames(drivers, picture, boxes, [1, 2, 3], height=239), 25)
     assert len(media.read_video(tmp_path / "o.mp4")[0]) == 3
+
+
+def test_the_tokens_of_people_are_tinted_and_targets_choose_the_colour():
+    frames, picture = np.zeros((2, 120, 200, 3), np.uint8), np.full((192, 288, 3), 90, np.uint8)
+    labels = np.zeros((12, 18), np.uint8)
+    labels[6:9, 3:6], labels[6:9, 12:15] = 1, 2
+    boxes = np.array([[50.0, 100.0, 90.0, 140.0], [196.0, 100.0, 236.0, 140.0]])
+    made = [
+        next(overlay_frames([(frames, [person(0, 2)])], picture, boxes, [target], labels=labels, height=192))
+        for target in (1, 2)
+    ]
+    right = made[0][:, -288:]
+    assert not np.array_equal(right[120, 70], right[120, 216])  # in the boxes of both people
+    assert (right[180, 10] == 90).all()
+    driver = [frame[96, 33].astype(int) for frame in made]  # the left side of the box
+    assert np.abs(driver[0] - driver[1]).max() > 40
+    still = [(np.zeros((1, 120, 200, 3), np.uint8), [person(0, 1)]), (frames, [person(0, 2)])]
+    assert len(list(overlay_frames(still, picture, boxes, [1, 2]))) == 2

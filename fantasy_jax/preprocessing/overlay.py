@@ -118,11 +118,10 @@ def _to_height(image: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
 def _tint(image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
     """Colours the video tokens of each person."""
     size = (image.shape[1], image.shape[0])
-    people = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)[..., None]
-    colours = np.array([(0, 0, 0), *map(_colour, range(1, int(labels.max()) + 1))], np.float32)[
-        people[..., 0]
-    ]
-    return np.where(people > 0, 0.65 * image + 0.35 * colours, image).astype(np.uint8)
+    people = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
+    colours = np.array([(0, 0, 0), *map(_colour, range(1, int(labels.max()) + 1))])
+    tinted = 0.65 * image + 0.35 * colours[people]
+    return np.where(people[..., None] > 0, tinted, image).astype(np.uint8)
 
 
 def _colour(number: int) -> tuple[int, int, int]:
