@@ -6,10 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from fantasy_jax import cli
+from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import atomic_write, check_writable
 from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
+from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import slots
 from fantasy_jax.weights.download import download
 from fantasy_jax.weights.exporter import export_weights
@@ -29,9 +31,11 @@ Help of a command: python convert_weights.py import --help
 
 DOWNLOAD_EXAMPLES = """\
 examples:
-  python convert_weights.py download --output=downloads
+  python convert_weights.py download --config=configs/fantasy_talking_14b.py --output=downloads
+  python convert_weights.py download --config=configs/fantasy_portrait_14b.py --output=downloads
+  python convert_weights.py download --output=downloads     both
 
-80 GiB. After an interruption, run the same command again: it continues.
+80 GiB for one, 84 GiB for both. After an interruption, run the same command again: it continues.
 """
 
 INSPECT_EXAMPLES = """\
@@ -48,7 +52,9 @@ examples:
       --wav2vec2=downloads/wav2vec2-base-960h --output=weights
   python convert_weights.py import --fantasytalking=mine.safetensors --output=weights --dtype=float32
   python convert_weights.py import --arcface=antelopev2/glintr100.onnx --output=weights
-  python convert_weights.py import --pd_fpg=downloads/pd_fpg.pth --output=weights
+  python convert_weights.py import --wan=downloads/Wan2.1-I2V-14B-720P \\
+      --fantasyportrait=downloads/fantasyportrait_model.ckpt --pd_fpg=downloads/pd_fpg.pth \\
+      --output=weights/fantasy_portrait_14b
 
 Complete networks are skipped. After an interruption, run the same command again: it continues. 10 GiB of
 memory are sufficient.
@@ -81,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _download(arguments: argparse.Namespace) -> int:
-    download(arguments.output)
+    networks = None
+    if arguments.config:
+        networks = build(ModelConfig, load_config(arguments.config).model, "model").networks
+    download(arguments.output, networks)
     return 0
 
 
@@ -151,6 +160,11 @@ def _add_download(commands: Any) -> None:
     )
     command.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the files; created if needed"
+    )
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config file whose networks are downloaded (default: all published networks)",
     )
 
 

@@ -62,23 +62,43 @@ def hub(monkeypatch):
 def test_download_of_the_files_that_are_needed_and_missing(tmp_path, command, hub):
     code, out, err = command("download", "--output", tmp_path)
     assert (code, err) == (0, "")
-    assert len(hub) == 10
+    assert len(hub) == 11
     assert not any("README" in name or "assets" in name or ".bin" in name for name in hub)
     assert (tmp_path / "fantasytalking_model.ckpt").is_file()
     assert (tmp_path / "pd_fpg.pth").is_file()
     assert (tmp_path / "Wan2.1-I2V-14B-720P" / "google" / "umt5-xxl" / "spiece.model").is_file()
-    assert out.count("to download\n") == 10
+    assert out.count("to download\n") == 11
 
     hub.clear()
     (tmp_path / "fantasytalking_model.ckpt").write_bytes(bytes(4))
     code, out, _ = command("download", "--output", tmp_path)
     assert (code, hub) == (0, ["acvlab/FantasyTalking/fantasytalking_model.ckpt"])
-    assert out.count("complete\n") == 9
+    assert out.count("complete\n") == 10
+
+
+@pytest.mark.parametrize("name", ["talking", "portrait"])
+def test_download_of_the_networks_of_a_config(tmp_path, command, hub, name):
+    config = f"configs/fantasy_{name}_14b.py"
+    assert command("download", "--output", tmp_path, "--config", config)[0] == 0
+    adapters = {file for file in hub if not file.startswith("Wan-AI/")}
+    wanted = {
+        "talking": {
+            "acvlab/FantasyTalking/fantasytalking_model.ckpt",
+            "facebook/wav2vec2-base-960h/config.json",
+            "facebook/wav2vec2-base-960h/model.safetensors",
+        },
+        "portrait": {
+            "acvlab/FantasyPortrait/fantasyportrait_model.ckpt",
+            "acvlab/FantasyPortrait/pd_fpg.pth",
+        },
+    }
+    assert adapters == wanted[name]
+    assert len(hub) - len(adapters) == 6
 
 
 def test_download_prints_sizes_and_checks_the_disk_before_it_starts(tmp_path, command, hub, monkeypatch):
     usage = namedtuple("Usage", "free")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(99))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(109))
     code, out, err = command("download", "--output", tmp_path / "new")
     assert (code, hub, err.count("\n")) == (2, [], 1)
     assert "to download into" in out

@@ -1,5 +1,6 @@
 """Download of the published files from the Hugging Face hub, into the folders of fantasy-talking's README."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,10 +39,11 @@ class HostedFile:
         return path.is_file() and path.stat().st_size == self.bytes
 
 
-def repositories() -> list[Repository]:
-    """Returns the repositories of all networks."""
+def repositories(networks: Collection[str] | None = None) -> list[Repository]:
+    """Returns the repositories of networks, by their slots; None: of all."""
     found: dict[str, Repository] = {}
-    for source in (row.download for row in components().values()):
+    rows = [row for row in components().values() if networks is None or row.slot in networks]
+    for source in (row.download for row in rows):
         if source.repository:
             patterns = found[source.repository].patterns if source.repository in found else ()
             found[source.repository] = Repository(
@@ -50,8 +52,11 @@ def repositories() -> list[Repository]:
     return list(found.values())
 
 
-def hosted_files() -> list[HostedFile]:
-    """Returns all files that the system needs, with their sizes.
+def hosted_files(networks: Collection[str] | None = None) -> list[HostedFile]:
+    """Returns all files that networks need, with their sizes.
+
+    Args:
+        networks: Slots of the networks; None: all.
 
     Raises:
         WeightsError: The hub cannot be reached, or a repository does not hold a file.
@@ -59,7 +64,7 @@ def hosted_files() -> list[HostedFile]:
     from huggingface_hub import HfApi
 
     files = []
-    for repository in repositories():
+    for repository in repositories(networks):
         try:
             siblings = HfApi().model_info(repository.name, files_metadata=True, timeout=30).siblings or []
         except (
@@ -74,11 +79,12 @@ def hosted_files() -> list[HostedFile]:
     return list(dict.fromkeys(files))
 
 
-def download(output: str | Path) -> None:
+def download(output: str | Path, networks: Collection[str] | None = None) -> None:
     """Downloads all files and prints their sizes first; continues an interrupted call.
 
     Args:
-        output: A folder; 80 GiB are needed.
+        output: A folder; 84 GiB are needed for all networks.
+        networks: Slots of the networks; None: all.
 
     Raises:
         WeightsError: The hub cannot be reached, the disk has not enough space, or a download fails.
@@ -86,7 +92,7 @@ def download(output: str | Path) -> None:
     from huggingface_hub import hf_hub_download
 
     output = Path(output)
-    files = hosted_files()
+    files = hosted_files(networks)
     missing = [file for file in files if not file.is_in(output)]
     for file in files:
         state = "to download" if file in missing else "complete"
