@@ -1,6 +1,7 @@
 """Every test checks the shapes and types of all signatures at run time."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests of sharding use eight virtual devices; all other tests run on the first of them.
@@ -18,3 +19,14 @@ def highest_precision():
     """Matrix products in full float32, on TPUs and GPUs too."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    """A config of the preparation with small sizes, whose paths are relative to the repository."""
+    from prepare_fakes import CONFIG
+
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from prepare_fakes import open_fakes, without_networks
-from test_prepare import command, config_file, make_input, records_of  # noqa: F401
+from test_prepare_runs import command, make_input, records_of
 
 from fantasy_jax.data.records import read_metadata
 from fantasy_jax.prepare.command import main
@@ -15,7 +15,7 @@ pytest.importorskip("apache_beam", reason="pip install '.[beam]'")
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Beam and its imports
-def test_a_pipeline_writes_the_same_records(tmp_path, config_file):  # noqa: F811
+def test_a_pipeline_writes_the_same_records(tmp_path, config_file):
     folder = make_input(tmp_path / "videos")
     here, there = tmp_path / "here", tmp_path / "there"
     options = ["--beam=--runner=DirectRunner --direct_num_workers=1"]
