@@ -22,7 +22,7 @@ from fantasy_jax.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted(ROOT.glob("docs/*.md")))
-CONFIGS = ("configs/tiny.py", "configs/fantasy_talking_14b.py:adapters")
+CONFIGS = ("configs/tiny.py", "configs/fantasy_talking_14b.py:adapters", "configs/fantasy_portrait_14b.py")
 PROGRAMS = (
     *("sample.py", "train.py", "fantasy_jax.prepare", "fantasy_jax.benchmark"),
     "fantasy_jax.miniature.lip_sync",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -150,7 +150,7 @@ class Pipeline:
         config: PipelineConfig | None = None,
         dtype: str | None = None,
         keep: Keep = "all",
-    ) -> Self:
+    ) -> "Pipeline":
         """A pipeline from a store of weights.
 
         Args:
