@@ -24,6 +24,7 @@ from fantasy_jax.pipelines.base import (
 )
 from fantasy_jax.pipelines.config import PortraitSampleConfig
 from fantasy_jax.pipelines.scene import DriverInput, Scene, make_scene
+from fantasy_jax.preprocessing.driving import DrivingVideo
 from fantasy_jax.system import encoders
 from fantasy_jax.typing import Array, Float
 
@@ -130,6 +131,7 @@ class FantasyPortraitPipeline(Pipeline):
             with timed("Driving videos"):
                 image = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
         scene = image
+        sound = _sound(scene) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
         noise = self._noise(noise, seed, video)
@@ -146,15 +148,16 @@ class FantasyPortraitPipeline(Pipeline):
             frames, latents = self._generate(
                 networks, config, inputs, noise, callback=callback_on_step_end, timed=timed, progress=progress
             )
-        return VideoOutput(frames, latents, self.video.fps, _sound(scene) if sound is None else sound)
+        return VideoOutput(frames, latents, self.video.fps, sound)
 
 
 def _sound(scene: Scene) -> str | None:
-    """The first driver that has audio."""
+    """The first driver whose audio can be read."""
     for driver in scene.drivers:
-        try:
-            if media.probe_video(driver.name).has_audio:
-                return driver.name
-        except MediaError:  # a picture, or frames
-            continue
+        if isinstance(driver.frames, DrivingVideo):
+            try:
+                media.read_audio(driver.name)
+            except MediaError:  # a picture, or a silent video
+                continue
+            return driver.name
     return None
