@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,28 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError as error:
         raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def check_separate(inputs: Iterable[str | Path], outputs: Iterable[str | Path]) -> None:
+    """Checks that no output would replace an input or another output, under whatever name.
+
+    Raises:
+        ConfigError: An output is a file that is read, or that another output is written to.
+    """
+    used = {_identity(path): f"the input {path}" for path in inputs}
+    for path in outputs:
+        if other := used.get(_identity(path)):
+            raise ConfigError(f"{path}: would overwrite {other}; choose another name")
+        used[_identity(path)] = f"the output {path}"
+
+
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """The same for every name of a file: other spellings, links, and other case where it does not matter."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 @contextmanager

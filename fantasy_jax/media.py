@@ -120,8 +120,9 @@ def _decode_audio(
                 if length > seconds * source_rate:
                     break
             pieces += [part.to_ndarray() for part in resampler.resample(None)]
-    except av.FFmpegError as error:
-        raise MediaError(f"{path}: not readable audio ({error.strerror}); use a WAV or MP3 file") from error
+    except (av.FFmpegError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{path}: not readable audio ({reason}); use a WAV or MP3 file") from error
     if not pieces or sum(piece.shape[1] for piece in pieces) == 0:
         raise MediaError(f"{path}: the audio has no samples; use a file that is not empty")
     waveform = np.concatenate(pieces, axis=1)
