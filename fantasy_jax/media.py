@@ -120,9 +120,8 @@ def _decode_audio(
                 if length > seconds * source_rate:
                     break
             pieces += [part.to_ndarray() for part in resampler.resample(None)]
-    except (av.FFmpegError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{path}: not readable audio ({reason}); use a WAV or MP3 file") from error
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: not readable audio ({error.strerror}); use a WAV or MP3 file") from error
     if not pieces or sum(piece.shape[1] for piece in pieces) == 0:
         raise MediaError(f"{path}: the audio has no samples; use a file that is not empty")
     waveform = np.concatenate(pieces, axis=1)
@@ -340,13 +339,14 @@ def write_video(
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: There are no frames, the folder is not writable, or the audio is not readable.
+        MediaError: There are no frames, the folder is not writable, the audio is not readable, or the frames
+            are too large for H.264.
     """
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: the video has no frames; nothing is written")
-    with atomic_write(path) as partial:
+    with atomic_write(path) as partial, _encoding(path):
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
             codec, pixels, quality = (
@@ -368,6 +368,15 @@ def write_video(
             container.mux(video_stream.encode(None))
             if audio_stream is not None:
                 _encode_audio(container, audio_stream, _audio_of_length(audio, count / fps))
+
+
+@contextmanager
+def _encoding(path: str | Path) -> Iterator[None]:
+    """Errors of encoding, such as that of frames that are too wide, become a MediaError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: cannot be encoded ({error.strerror})") from error
 
 
 def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:

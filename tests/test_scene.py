@@ -185,6 +185,22 @@ def test_a_single_frame_is_held(tmp_path, kind):
     assert len(first) == len(second) == 5
 
 
+def test_an_animated_picture_is_a_video(tmp_path):
+    first, *others = map(Image.fromarray, driver(lambda i: 50 + 5 * i))
+    first.save(tmp_path / "v.gif", save_all=True, append_images=others, duration=40)
+    scene = make(picture(100), tmp_path / "v.gif")
+    assert (scene.num_frames, scene.notes) == (9, ())
+    assert not np.array_equal(scene.people[0].boxes[0], scene.people[0].boxes[-1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 999), (999, 3), (17, 33)], ids=str)
+def test_pictures_have_any_size(size):
+    scene = make(Image.new("RGB", size), driver(50), driver(200), boxes=[LEFT, RIGHT])
+    assert max(scene.picture.size) == 320
+    assert scene.labels().shape[1] == np.prod(scene.picture.size) // 256
+    assert len(list(scene.overlay())) == 9
+
+
 @pytest.mark.parametrize("frames", [2, 3, 4])
 def test_a_driver_that_is_too_short_is_an_error(frames):
     with pytest.raises(MediaError, match="at least 5"):
