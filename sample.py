@@ -137,7 +137,7 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
     )
     _write(output, arguments, request)
     if output.audio is None:
-        print("No driver has any sound, and the video has none.")
+        print("No driver has sound that can be read, and the video has none.")
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, object]:

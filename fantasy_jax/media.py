@@ -64,7 +64,9 @@ def _to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.ndarray, " samples"]:
+def read_audio(
+    path: str | Path, rate: int = SAMPLE_RATE, *, seconds: float = math.inf
+) -> Float32[np.ndarray, " samples"]:
     """Reads the audio of an audio or video file as mono, in [-1, 1].
 
     Channels are averaged and resampled by soxr at high quality, as `librosa.load` does.
@@ -72,11 +74,12 @@ def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.ndarray,
     Args:
         path: An audio or video file.
         rate: Sampling rate of the result, in Hz.
+        seconds: What is needed of it; reading stops soon after.
 
     Raises:
         MediaError: The file is missing or has no audio, or its audio is empty or not finite.
     """
-    waveform, source_rate = _decode_audio(path)
+    waveform, source_rate = _decode_audio(path, seconds=seconds)
     return resample(waveform.mean(axis=0, dtype=np.float32), source_rate, rate)
 
 

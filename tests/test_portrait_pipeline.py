@@ -224,7 +224,7 @@ def test_sound_that_cannot_be_read_is_found_before_sampling(dry_pipeline, sample
     assert not sampled
     loud = sounding(tmp_path / "loud.mp4", 0.2)
 
-    def damaged(path):
+    def damaged(path, **_):
         raise MediaError(f"{path}: damaged")
 
     monkeypatch.setattr(media, "read_audio", damaged)

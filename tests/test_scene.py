@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from drawn_faces import SIDE, clip, open_squares
 from PIL import Image
+from real_people import CONFIG as LANDMARKS
+from real_people import media_file, need_mediapipe
 
 from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
@@ -277,3 +279,15 @@ def test_the_overlay_has_every_frame_of_the_clip():
     assert not np.array_equal(shown[0], np.zeros_like(shown[0]))
     alone = make(picture(), driver(50, frames=1))
     assert len(list(alone.overlay())) == 1
+
+
+def test_a_real_video_of_two_people_drives_a_real_picture(monkeypatch):
+    need_mediapipe()
+    monkeypatch.undo()  # the detector of squares
+    config = DrivingConfig(landmarks=LANDMARKS)
+    image = media.read_image(media_file("two_people.png"))
+    made = scenes.make_scene(image, [media_file("two_people.mp4")], video=VIDEO, config=config)
+    assert (made.targets, made.num_frames, made.notes) == ((1, 2), 9, ())
+    assert made.boxes[0, 2] < made.boxes[1, 0]
+    assert set(np.unique(made.labels())) == {0, 1, 2}
+    assert made.faces().shape == (2, 9, 224, 224, 3)

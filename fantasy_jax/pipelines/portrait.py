@@ -122,7 +122,9 @@ class FantasyPortraitPipeline(Pipeline):
             expression_guidance_scale=expression_guidance_scale,
         )
         if sound is not None:
-            media.read_audio(sound)  # a file that cannot be read is found before the clip is made
+            media.read_audio(
+                sound, seconds=self.video.seconds
+            )  # a file that cannot be read is found before the clip is made
         if not isinstance(image, Scene):
             if drivers is None:
                 raise ConfigError(
@@ -131,7 +133,7 @@ class FantasyPortraitPipeline(Pipeline):
             with timed("Driving videos"):
                 image = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
         scene = image
-        sound = _sound(scene) if sound is None else sound
+        sound = _sound(scene, self.video.seconds) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
         noise = self._noise(noise, seed, video)
@@ -151,12 +153,12 @@ class FantasyPortraitPipeline(Pipeline):
         return VideoOutput(frames, latents, self.video.fps, sound)
 
 
-def _sound(scene: Scene) -> str | None:
-    """The first driver whose audio can be read."""
+def _sound(scene: Scene, seconds: float) -> str | None:
+    """The first driver whose first seconds of audio can be read."""
     for driver in scene.drivers:
         if isinstance(driver.frames, DrivingVideo):
             try:
-                media.read_audio(driver.name)
+                media.read_audio(driver.name, seconds=seconds)
             except MediaError:  # a picture, or a silent video
                 continue
             return driver.name
