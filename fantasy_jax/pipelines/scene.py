@@ -257,10 +257,12 @@ def _assign(count: int, people: int, targets: Sequence[int], notes: list[str]) -
             f"{count} people drive, but the picture shows {found}; give fewer drivers, or a --box for each "
             "person"
         )
-    if targets and (len(targets) != count or len(set(targets)) != count):
+    if targets and len(targets) != count:
         raise ConfigError(
-            f"--person is given {len(targets)} times for {count} drivers; name a person for each"
+            f"--person is given {len(targets)} times; give it {count}, once for each person who drives"
         )
+    if len(set(targets)) != len(targets):
+        raise ConfigError("--person names the same person twice; give every driver its own")
     if wrong := [target for target in targets if not 1 <= target <= shown]:
         raise ConfigError(f"--person={wrong[0]}: the picture shows {shown}; people are counted from 1")
     assigned = tuple(targets) or tuple(range(1, count + 1))
