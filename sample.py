@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from fantasy_jax import cli, media
 from fantasy_jax.config import build
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import check_writable
+from fantasy_jax.files import check_separate, check_writable
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.base import Pipeline, VideoOutput
@@ -96,9 +96,13 @@ def main(argv: list[str] | None = None) -> int:
         programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
     requests = _requests(arguments, pipeline_type)
-    for path in (arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs)):
-        if path:
-            check_writable(path)
+    outputs = _given(arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs))
+    read = [x for r in requests for x in (r.image, r.audio)]
+    check_separate(
+        _given(arguments.batch, arguments.noise, arguments.sound, *arguments.driver, *read), outputs
+    )
+    for path in outputs:
+        check_writable(path)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
     sample = _act if isinstance(pipeline, FantasyPortraitPipeline) else _talk
     return run_batch(requests, partial(sample, pipeline, arguments))
@@ -133,7 +137,7 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
     )
     _write(output, arguments, request)
     if output.audio is None:
-        print("No driver has any sound, and the video has none.")
+        print("No driver has sound that can be read, and the video has none.")
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
@@ -166,7 +170,14 @@ def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> S
     for name in needed:
         if not getattr(arguments, name):
             raise ConfigError(f"--{name} is needed; sample.py --help shows examples")
+    if not Path(arguments.output).name:
+        raise ConfigError(f"--output={arguments.output}: is a folder; give the name of a file")
     return [ClipRequest(arguments.image, arguments.audio or "", "", Path(arguments.output))]
+
+
+def _given(*paths: str | Path | None) -> list[str | Path]:
+    """Those that are not empty."""
+    return [path for path in paths if path]
 
 
 def _pipeline(

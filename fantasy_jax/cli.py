@@ -1,6 +1,7 @@
 """Shared parts of the command lines: settings as arguments, errors in one line, timings of phases."""
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -51,6 +52,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     """Runs a command; an expected error prints one line and exits with code 2, an interruption with 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`

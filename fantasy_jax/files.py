@@ -5,8 +5,7 @@ import fcntl
 import logging
 import os
 import socket
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,17 +18,39 @@ def check_writable(path: str | Path) -> None:
     """Creates the folder of an output file and checks that it is writable, before any work is done.
 
     Raises:
-        MediaError: The folder cannot be created or written to, or `path` is a folder.
+        MediaError: The folder cannot be created or written to, the name is too long, or `path` is a folder.
     """
     path = Path(path)
     if path.is_dir():
         raise MediaError(f"{path}: is a folder; give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        _partial(path).touch()
+        _partial(path).unlink()
     except OSError as error:
-        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def check_separate(inputs: Iterable[str | Path], outputs: Iterable[str | Path]) -> None:
+    """Checks that no output would replace an input or another output, under whatever name.
+
+    Raises:
+        ConfigError: An output is a file that is read, or that another output is written to.
+    """
+    used = {_identity(path): f"the input {path}" for path in inputs}
+    for path in outputs:
+        if other := used.get(_identity(path)):
+            raise ConfigError(f"{path}: would overwrite {other}; choose another name")
+        used[_identity(path)] = f"the output {path}"
+
+
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """The same for every name of a file: other spellings, links, and other case where it does not matter."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
@@ -41,7 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_writable(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
@@ -49,6 +70,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise MediaError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager

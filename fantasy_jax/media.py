@@ -64,7 +64,9 @@ def _to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.ndarray, " samples"]:
+def read_audio(
+    path: str | Path, rate: int = SAMPLE_RATE, *, seconds: float = math.inf
+) -> Float32[np.ndarray, " samples"]:
     """Reads the audio of an audio or video file as mono, in [-1, 1].
 
     Channels are averaged and resampled by soxr at high quality, as `librosa.load` does.
@@ -72,11 +74,12 @@ def read_audio(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.ndarray,
     Args:
         path: An audio or video file.
         rate: Sampling rate of the result, in Hz.
+        seconds: What is needed of it; reading stops soon after.
 
     Raises:
         MediaError: The file is missing or has no audio, or its audio is empty or not finite.
     """
-    waveform, source_rate = _decode_audio(path)
+    waveform, source_rate = _decode_audio(path, seconds=seconds)
     return resample(waveform.mean(axis=0, dtype=np.float32), source_rate, rate)
 
 
@@ -339,13 +342,14 @@ def write_video(
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: There are no frames, the folder is not writable, or the audio is not readable.
+        MediaError: There are no frames, the folder is not writable, the audio is not readable, or the frames
+            are too large for H.264.
     """
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: the video has no frames; nothing is written")
-    with atomic_write(path) as partial:
+    with atomic_write(path) as partial, _encoding(path):
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
             codec, pixels, quality = (
@@ -367,6 +371,15 @@ def write_video(
             container.mux(video_stream.encode(None))
             if audio_stream is not None:
                 _encode_audio(container, audio_stream, _audio_of_length(audio, count / fps))
+
+
+@contextmanager
+def _encoding(path: str | Path) -> Iterator[None]:
+    """Errors of encoding, such as that of frames that are too wide, become a MediaError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: cannot be encoded ({error.strerror})") from error
 
 
 def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -278,7 +278,7 @@ def test_a_checkpoint_of_another_model(tmp_path, references, command):
     assert f"{tmp_path}/nowhere: " in err
     code, _, err = command("import", "--output", tmp_path / "store")
     assert (code, err.count("\n")) == (2, 1)
-    assert "--wan, --fantasytalking, --wav2vec2, --arcface, --pd_fpg" in err
+    assert "--wan, --fantasytalking, --fantasyportrait, --wav2vec2, --arcface, --pd_fpg" in err
     assert not (tmp_path / "store").exists()
 
 

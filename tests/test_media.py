@@ -197,6 +197,12 @@ def test_an_unwritable_output_is_an_error(tmp_path):
     assert (tmp_path / "new" / "folder").is_dir()
 
 
+def test_frames_that_cannot_be_encoded_are_an_error(tmp_path):
+    with pytest.raises(MediaError, match=r"wide\.mp4"):
+        media.write_video(tmp_path / "wide.mp4", np.zeros((1, 16, 20_000, 3), np.uint8), 25)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_contact_sheet_shows_frames_in_order(tmp_path):
     frames = np.stack([np.full((40, 60, 3), 8 * t, np.uint8) for t in range(30)])
     media.write_contact_sheet(tmp_path / "sheet.png", frames, 25)

@@ -155,5 +155,6 @@ def test_a_store_of_another_pipeline_is_refused(tmp_path):
 
 def test_the_settings_of_a_store_are_read_back(tmp_path):
     write_pipeline(tmp_path, "FantasyTalkingPipeline", VIDEO, STEPS)
-    assert read_pipeline(tmp_path, "FantasyTalkingPipeline") == (VIDEO, STEPS)
-    assert read_pipeline(tmp_path / "none", "FantasyTalkingPipeline") == (VideoConfig(), SampleConfig())
+    pipeline = ("FantasyTalkingPipeline", SampleConfig)
+    assert read_pipeline(tmp_path, *pipeline) == (VIDEO, STEPS)
+    assert read_pipeline(tmp_path / "none", *pipeline) == (VideoConfig(), SampleConfig())

@@ -42,7 +42,7 @@ def read_batch(path: str | Path) -> list[ClipRequest]:
     Paths are relative to the working directory.
 
     Raises:
-        ConfigError: The file is missing or not CSV, a column or a value is missing, or two rows have one
+        ConfigError: The file is missing or not CSV, a column or an output is missing, or two rows have one
             output.
     """
     path = Path(path)
@@ -63,6 +63,8 @@ def read_batch(path: str | Path) -> list[ClipRequest]:
     outputs: dict[Path, int] = {}
     for line, row in rows:
         output = Path((row["output"] or "").strip())
+        if not output.name:
+            raise ConfigError(f"{path}, line {line}: output is empty")
         key = output.absolute().with_suffix("")
         if key in outputs:
             raise ConfigError(f"{path}, line {line}: {output} is written by line {outputs[key]}, too")
@@ -90,7 +92,7 @@ def run_batch(requests: Sequence[ClipRequest], run: Callable[[ClipRequest], None
         print(f"Clip {number} of {len(requests)}: {request.output}", flush=True)
         try:
             for name in _COLUMNS:
-                if getattr(request, name) in ("", Path()):
+                if not getattr(request, name):
                     raise ConfigError(f"{name} is empty")
             run(request)
         except (FantasyError, OSError) as error:

@@ -24,6 +24,7 @@ from fantasy_jax.pipelines.base import (
 )
 from fantasy_jax.pipelines.config import PortraitSampleConfig
 from fantasy_jax.pipelines.scene import DriverInput, Scene, make_scene
+from fantasy_jax.preprocessing.driving import DrivingVideo
 from fantasy_jax.system import encoders
 from fantasy_jax.typing import Array, Float
 
@@ -121,7 +122,9 @@ class FantasyPortraitPipeline(Pipeline):
             expression_guidance_scale=expression_guidance_scale,
         )
         if sound is not None:
-            media.read_audio(sound)  # a file that cannot be read is found before the clip is made
+            media.read_audio(
+                sound, seconds=self.video.seconds
+            )  # a file that cannot be read is found before the clip is made
         if not isinstance(image, Scene):
             if drivers is None:
                 raise ConfigError(
@@ -130,6 +133,7 @@ class FantasyPortraitPipeline(Pipeline):
             with timed("Driving videos"):
                 image = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
         scene = image
+        sound = _sound(scene, self.video.seconds) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
         noise = self._noise(noise, seed, video)
@@ -146,15 +150,16 @@ class FantasyPortraitPipeline(Pipeline):
             frames, latents = self._generate(
                 networks, config, inputs, noise, callback=callback_on_step_end, timed=timed, progress=progress
             )
-        return VideoOutput(frames, latents, self.video.fps, _sound(scene) if sound is None else sound)
+        return VideoOutput(frames, latents, self.video.fps, sound)
 
 
-def _sound(scene: Scene) -> str | None:
-    """The first driver that has audio."""
+def _sound(scene: Scene, seconds: float) -> str | None:
+    """The first driver whose first seconds of audio can be read."""
     for driver in scene.drivers:
-        try:
-            if media.probe_video(driver.name).has_audio:
-                return driver.name
-        except MediaError:  # a picture, or frames
-            continue
+        if isinstance(driver.frames, DrivingVideo):
+            try:
+                media.read_audio(driver.name, seconds=seconds)
+            except MediaError:  # a picture, or a silent video
+                continue
+            return driver.name
     return None

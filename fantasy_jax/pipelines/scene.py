@@ -1,5 +1,6 @@
 """Who in the picture is driven by whom: driving videos tracked, and matched with the faces of the picture."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from fantasy_jax.preprocessing.picture_faces import find_people
 from fantasy_jax.typing import Float, Int, UInt8
 from fantasy_jax.video import PIXELS_PER_TOKEN, TEMPORAL_FACTOR, VideoConfig, latent_frames
 
-DriverInput = str | Path | UInt8[np.ndarray, "T H W 3"]
+DriverInput = str | Path | UInt8[np.ndarray, "_ _ _ 3"]
 """A driving video: a path of a video or a picture, or frames at the frame rate of the output."""
 
 
@@ -89,7 +90,8 @@ class Scene:
         """Aligned faces of the people who drive, in every frame of the clip."""
         aligned = []
         for driver in self.drivers:
-            faces = align_people(driver.frames, driver.people, name=driver.name)
+            frames = itertools.islice(driver.frames, driver.length)  # where the clip is shorter, they go on
+            faces = align_people(frames, driver.people, name=driver.name)
             aligned.append(np.repeat(faces, self.num_frames, axis=1) if driver.length == 1 else faces)
         return np.concatenate(aligned)
 
@@ -255,10 +257,12 @@ def _assign(count: int, people: int, targets: Sequence[int], notes: list[str]) -
             f"{count} people drive, but the picture shows {found}; give fewer drivers, or a --box for each "
             "person"
         )
-    if targets and (len(targets) != count or len(set(targets)) != count):
+    if targets and len(targets) != count:
         raise ConfigError(
-            f"--person is given {len(targets)} times for {count} drivers; name a person for each"
+            f"--person is given {len(targets)} times; give it {count}, once for each person who drives"
         )
+    if len(set(targets)) != len(targets):
+        raise ConfigError("--person names the same person twice; give every driver its own")
     if wrong := [target for target in targets if not 1 <= target <= shown]:
         raise ConfigError(f"--person={wrong[0]}: the picture shows {shown}; people are counted from 1")
     assigned = tuple(targets) or tuple(range(1, count + 1))

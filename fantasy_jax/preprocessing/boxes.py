@@ -66,9 +66,9 @@ def parse_box(text: str, *, option: str) -> Float[np.ndarray, "4"]:
         left, top, right, bottom = (float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(f"{option}={text}: give four fractions, as in {option}=0.2,0.1,0.8,0.9") from error
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ConfigError(f"{option}={text}: must satisfy 0 <= left < right <= 1 and 0 <= top < bottom <= 1")
-    return np.array([left, top, right, bottom])
+    box = np.array([left, top, right, bottom])
+    _check_inside(box, f"{option}={text}")
+    return box
 
 
 def place_boxes(
@@ -77,7 +77,7 @@ def place_boxes(
     """Converts boxes of different people from fractions of an image to pixels.
 
     Args:
-        boxes: Results of `parse_box`.
+        boxes: Left, top, right, bottom as fractions of the image, as of `parse_box`.
         height: Of the image, in pixels.
         width: Likewise.
         option: Name of the option in messages.
@@ -86,8 +86,10 @@ def place_boxes(
         Left, top, right, bottom in pixels, in the given order.
 
     Raises:
-        ConfigError: Two boxes overlap.
+        ConfigError: Two boxes overlap, or one is empty or not inside of the image.
     """
+    for number, box in enumerate(boxes, 1):
+        _check_inside(box, f"{option}: box {number}")
     placed = np.array(boxes, np.float64).reshape(-1, 4) * (width, height, width, height)
     for first, second in combinations(range(len(placed)), 2):
         if box_iou(placed[first], placed[second]) > 0:
@@ -95,3 +97,9 @@ def place_boxes(
                 f"{option}: boxes {first + 1} and {second + 1} overlap; give boxes that have no common area"
             )
     return placed
+
+
+def _check_inside(box: Float[np.ndarray, "..."], name: str) -> None:
+    """Raises a ConfigError unless a box, as fractions, has an area and lies in the image."""
+    if box.shape != (4,) or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ConfigError(f"{name}: must satisfy 0 <= left < right <= 1 and 0 <= top < bottom <= 1")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.config import build
 from fantasy_jax.convert.rules import STORED, Rule, assign
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.typing import DType
@@ -106,7 +107,7 @@ class Component:
     def read_config(self, values: Mapping[str, Any], path: Path) -> Any:
         """Builds the sizes from the JSON form of their fields; `path` is for the WeightsError."""
         try:
-            return self._from_fields(values)
+            return build(self.config_type, values, self.name)
         except (TypeError, ValueError) as error:
             raise WeightsError(f"{path}: does not hold the sizes of {self.name} ({error})") from error
 
