@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +101,9 @@ class VideoOutput:
             media.write_video(path, self.frames, self.fps, audio=Path(folder) / "audio.wav")
 
 
+AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
+
+
 class Pipeline:
     """Networks, settings and the mesh, which stay the same from clip to clip.
 
@@ -142,7 +145,7 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[AnyPipeline],
         directory: str | Path | None = None,
         *,
         model: ModelConfig | None = None,
@@ -150,7 +153,7 @@ class Pipeline:
         config: PipelineConfig | None = None,
         dtype: str | None = None,
         keep: Keep = "all",
-    ) -> Self:
+    ) -> AnyPipeline:
         """A pipeline from a store of weights.
 
         Args:
