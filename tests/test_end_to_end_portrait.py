@@ -73,12 +73,17 @@ def driver(number):
 
 
 @pytest.fixture(scope="module")
-def scene():
-    """Three people, each with a driver."""
+def picture():
+    """Uint8 pixels, `[H, W, 3]`."""
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
     colours = np.stack([rows * 3, columns * 2, 128 + 90 * np.sin(rows / 7) * np.cos(columns / 9)], axis=-1)
-    picture = Image.fromarray(colours.astype(np.uint8))
-    return Scene(picture, BOXES, [driver(i) for i in range(3)], (1, 2, 3), FRAMES, ())
+    return colours.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def scene(picture):
+    """Three people, each with a driver."""
+    return Scene(Image.fromarray(picture), BOXES, [driver(i) for i in range(3)], (1, 2, 3), FRAMES, ())
 
 
 def only(scene, people):
@@ -88,16 +93,14 @@ def only(scene, people):
 
 
 @pytest.fixture(scope="module")
-def torch_parts(networks, noise):
+def torch_parts(networks, picture, noise):
     """PyTorch's networks, and the inputs that do not depend on drivers."""
     import torch
     import torch_portrait
     import torch_system
 
     parts = torch_portrait.torch_networks(networks)
-    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
-    colours = np.stack([rows * 3, columns * 2, 128 + 90 * np.sin(rows / 7) * np.cos(columns / 9)], axis=-1)
-    pixels = torch.tensor(colours.astype(np.uint8).astype(np.float32) * (2 / 255) - 1).permute(2, 0, 1)
+    pixels = torch.tensor(picture.astype(np.float32) * (2 / 255) - 1).permute(2, 0, 1)
     prompt, negative = (
         torch_system.encode_text(parts["text_encoder"], networks.folder, text)
         for text in (PROMPT, CONFIG.negative_prompt)
@@ -166,6 +169,17 @@ def test_latents_are_those_of_pytorch(networks, torch_parts, scene, noise, peopl
     with capsys.disabled():
         print(f" [{difference:.1e}]", end="")
     assert difference < 1e-5
+
+
+def test_labels_of_random_boxes(scene):
+    from torch_portrait import token_labels
+
+    random = np.random.default_rng(2)
+    corners = random.uniform((0, 0), (WIDTH, HEIGHT), (100, 3, 2, 2))
+    for boxes in np.concatenate([corners.min(axis=2), corners.max(axis=2)], axis=-1):
+        moving = [person.boxes for person in scene.people]
+        labels = token_labels(boxes, moving, HEIGHT, WIDTH, FRAMES)
+        np.testing.assert_array_equal(replace(scene, boxes=boxes).labels(), labels)
 
 
 def test_the_official_order_is_right_for_two_people_and_wrong_for_three(torch_parts, scene):
