@@ -40,8 +40,9 @@ REFERENCES = (
     "wav2vec2",
     "wav2vec2_large_style",
     "pdfgc_motion_encoder",
+    "fantasyportrait_dit",
 )
-"""One of each kind of network."""
+"""Every kind of network."""
 
 TINY_WAN = WanConfig(
     dim=48,
@@ -132,7 +133,7 @@ def as_float32(value: np.ndarray) -> np.ndarray:
 
 
 def randomise(module: nnx.Module, seed: int = 0, scale: float = 0.15) -> nnx.Module:
-    """Makes every parameter random and different from zero, in place; scales stay around one."""
+    """Makes every parameter random and different from zero, in place; scales and variances are near one."""
     assign(module, _random_values(module, seed, scale))
     return module
 
@@ -152,7 +153,8 @@ def _random_values(module: nnx.Module, seed: int, scale: float) -> dict[str, np.
     def draw(path: str, spec: Parameter) -> np.ndarray:
         if np.issubdtype(spec.dtype, np.integer):
             return random.integers(1, 1000, spec.shape, spec.dtype)
-        return (scale * random.standard_normal(spec.shape) + path.endswith("scale")).astype(np.float32)
+        around = path.endswith(("scale", "var"))
+        return (scale * random.standard_normal(spec.shape) + around).astype(np.float32)
 
     return {path: np.asarray(draw(path, spec)) for path, spec in sorted(flat_parameters(module).items())}
 

@@ -63,6 +63,7 @@ def manifest(tmp_path, name, **changes):
         ("umt5_xxl_encoder", "umt5_encoder", 242, "11,361,820,672 of bfloat16"),
         ("clip_xlm_roberta_vit_h14", "clip_vision", 393, "1,264,153,602 of float16"),
         ("pd_fpg", "pdfgc_motion_encoder", 387, "36,219,980 of float32"),
+        ("fantasyportrait_model", "fantasyportrait_adapter", 188, "4,013,297,664 of float32"),
     ],
 )
 def test_full_size_files_map_completely(command, name, component, count, size):

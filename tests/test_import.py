@@ -8,7 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import full_size
@@ -25,7 +25,15 @@ from fantasy_jax.weights import disk, store
 from fantasy_jax.weights.detect import detect
 from fantasy_jax.weights.loading import load_network
 
-REFERENCES = ("fantasytalking_dit", "wan_vae", "umt5_encoder", "clip_vision", "wav2vec2")
+REFERENCES = (
+    "fantasyportrait_dit",
+    "fantasytalking_dit",  # its transformer takes the place of the other's
+    "wan_vae",
+    "umt5_encoder",
+    "clip_vision",
+    "wav2vec2",
+    "pdfgc_motion_encoder",
+)
 
 
 def tiny_rows():
@@ -63,7 +71,7 @@ def layout_tensors(references, name, layout):
     """A reference's tensors under the keys of a layout."""
     config, values = references[name]
     rules = next(x.rules for x in components()[name].layouts if x.name == layout)(config)
-    return {key: np.ascontiguousarray(value) for key, value in export(rules, values)}
+    return {key: np.array(value, order="C") for key, value in export(rules, values)}
 
 
 def write_sharded(folder, name, tensors):
@@ -125,15 +133,29 @@ def speech(folder, references):
     return folder
 
 
-def adapter(path, references):
-    """The file of FantasyTalking: nested dictionaries, as in the .ckpt."""
+def adapter(path, references, name="fantasytalking"):
+    """The file of an adapter: nested dictionaries, as in the .ckpt."""
     import torch
 
-    nested = {"proj_model": {}, "audio_processor": {}}
-    for key, value in layout_tensors(references, "fantasytalking", "official").items():
-        part, name = key.split(".", 1)
-        nested[part][name] = torch.from_numpy(value)
-    torch.save(nested, path)
+    nested = defaultdict(dict)
+    for key, value in layout_tensors(references, name, "official").items():
+        part, rest = key.split(".", 1)
+        nested[part][rest] = torch.from_numpy(value)
+    torch.save(dict(nested), path)
+    return path
+
+
+def motion_encoder(path, references):
+    """The file of PD-FGC's motion encoder."""
+    write_pickle(path, layout_tensors(references, "pdfgc_motion_encoder", "official"))
+    return path
+
+
+def single_file(path, references):
+    """ComfyUI's file of FantasyPortrait: adapter and motion encoder."""
+    motion = layout_tensors(references, "pdfgc_motion_encoder", "official")
+    motion = {f"pd_fpg.{key}": value for key, value in motion.items()}
+    save_file(layout_tensors(references, "fantasyportrait_adapter", "comfyui") | motion, path)
     return path
 
 
@@ -143,7 +165,8 @@ def assert_stored(folder, references, names, dtype=np.float32):
         config, values = references[name]
         loaded = flat_parameters(load_network(folder / components()[name].slot, config, dtype=dtype))
         for path, value in values.items():
-            np.testing.assert_array_equal(loaded[path], value.astype(dtype), strict=True)
+            kept = value.dtype if value.dtype.kind == "i" else dtype  # counters
+            np.testing.assert_array_equal(loaded[path], value.astype(kept), strict=True)
     assert sorted(x.name for x in folder.iterdir()) == sorted(components()[name].slot for name in names)
 
 
@@ -152,9 +175,11 @@ def test_all_networks_of_either_layout(tmp_path, references, command, layout):
     wan = layout(tmp_path / "wan", references)
     sources = ["--wan", wan, "--fantasytalking", adapter(tmp_path / "f.ckpt", references)]
     sources += ["--wav2vec2", speech(tmp_path / "speech", references)]
+    file = adapter(tmp_path / "p.ckpt", references, "fantasyportrait_adapter")
+    sources += ["--fantasyportrait", file, "--pd_fpg", motion_encoder(tmp_path / "m.pth", references)]
     code, out, err = command("import", *sources, "--output", tmp_path / "store", "--dtype", "float32")
     assert (code, err) == (0, "")
-    assert out.count("GiB of float32") == 6
+    assert out.count("GiB of float32") == 8
     assert_stored(tmp_path / "store", references, references)
     copied = tmp_path / "store" / "text_encoder" / "tokenizer" / "tokenizer_config.json"
     assert "ByT5" in copied.read_text()
@@ -168,6 +193,13 @@ def test_all_networks_of_either_layout(tmp_path, references, command, layout):
             ["sha256sum", path], capture_output=True, text=True, check=True
         ).stdout.split()[0]
         assert source["sha256"] == digest
+
+
+def test_adapter_and_motion_encoder_in_one_file(tmp_path, references, command):
+    store, file = tmp_path / "store", single_file(tmp_path / "p.safetensors", references)
+    code, out, err = command("import", "--fantasyportrait", file, "--output", store, "--dtype", "float32")
+    assert (code, err, out.count("GiB of float32")) == (0, "", 2)
+    assert_stored(store, references, ["fantasyportrait_adapter", "pdfgc_motion_encoder"])
 
 
 def test_what_is_complete_is_skipped_and_more_can_be_added(tmp_path, references, command):

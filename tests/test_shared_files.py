@@ -11,24 +11,43 @@ from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import export, flat_parameters
 from fantasy_jax.weights.detect import detect
 
-ADAPTER, MOTION = "fantasytalking", "pdfgc_motion_encoder"
-SLOTS = {ADAPTER: "audio_adapter", MOTION: "motion_encoder"}
+MOTION = "pdfgc_motion_encoder"
+SLOTS = {
+    "fantasytalking": "audio_adapter",
+    "fantasyportrait_adapter": "expression_adapter",
+    MOTION: "motion_encoder",
+}
+OPTIONS = {"fantasytalking": "fantasytalking", "fantasyportrait_adapter": "fantasyportrait", MOTION: "pd_fpg"}
 
 
-@pytest.fixture(scope="module")
-def networks():
-    """Tensors of an adapter and of a motion encoder, each under its official keys."""
-    weights = open_weights(DATA / "fantasytalking_dit").part("fantasytalking.")
-    motion = load_file(DATA / MOTION / "weights.safetensors")
-    return {ADAPTER: {key: weights.read(key) for key in weights.specs}, MOTION: motion}
+@pytest.fixture(params=["fantasytalking", "fantasyportrait_adapter"])
+def adapter(request):
+    """An adapter's name; FantasyPortrait's is the one that ComfyUI's file holds."""
+    return request.param
 
 
 @pytest.fixture
-def file(tmp_path, networks):
+def reference(adapter):
+    """The folder of the adapter's reference."""
+    return DATA / ("fantasytalking_dit" if adapter == "fantasytalking" else "fantasyportrait_dit")
+
+
+@pytest.fixture
+def networks(adapter, reference):
+    """Tensors of the adapter under ComfyUI's keys, and of a motion encoder under its official ones."""
+    found = next(x for x in detect(open_weights(reference)) if x.component.name == adapter)
+    comfyui = next(x for x in found.component.layouts if x.name == "comfyui")
+    tensors = export(comfyui.rules(found.config), flat_parameters(found.load()))
+    motion = load_file(DATA / MOTION / "weights.safetensors")
+    return {adapter: {key: np.array(value, order="C") for key, value in tensors}, MOTION: motion}
+
+
+@pytest.fixture
+def file(tmp_path, networks, adapter, reference):
     """A file of both, as ComfyUI's of FantasyPortrait: the adapter without a prefix."""
     motion = {f"pd_fpg.{key}": value for key, value in networks[MOTION].items()}
-    save_file(networks[ADAPTER] | motion, tmp_path / "both.safetensors")
-    configs = [json.loads((DATA / x / "config.json").read_text()) for x in ("fantasytalking_dit", MOTION)]
+    save_file(networks[adapter] | motion, tmp_path / "both.safetensors")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (reference, DATA / MOTION)]
     (tmp_path / "config.json").write_text(json.dumps(configs[0] | configs[1]))
     return tmp_path / "both.safetensors"
 
@@ -52,18 +71,18 @@ def assert_holds(found, tensors):
         np.testing.assert_array_equal(value, as_float32(tensors[key]), strict=True)
 
 
-def test_a_network_without_a_prefix_does_not_get_the_keys_of_another(file, networks):
+def test_a_network_without_a_prefix_does_not_get_the_keys_of_another(file, networks, adapter):
     found = detect(open_weights(file))
-    assert [x.component.name for x in found] == [ADAPTER, MOTION]
+    assert [(x.component.name, x.layout.name) for x in found] == [(adapter, "comfyui"), (MOTION, "official")]
     for network in found:
         assert_holds(network, networks[network.component.name])
 
 
-@pytest.mark.parametrize(("key", "at_fault"), [("other.weight", ADAPTER), ("pd_fpg.other.weight", MOTION)])
-def test_other_tensors_are_problems_of_one_network(file, key, at_fault):
+@pytest.mark.parametrize("key", ["other.weight", "pd_fpg.other.weight"])
+def test_other_tensors_are_problems_of_one_network(file, key, adapter):
     save_file(load_file(file) | {key: np.zeros(2, np.float32)}, file)
     problems = {x.component.name: x.plan()[1].problems for x in detect(open_weights(file))}
-    (problem,) = problems.pop(at_fault)
+    (problem,) = problems.pop(MOTION if "pd_fpg" in key else adapter)
     assert (problem.kind, problem.key) == ("unexpected", key.removeprefix("pd_fpg."))
     assert list(problems.values()) == [[]]
 
@@ -77,26 +96,28 @@ def test_other_tensors_are_problems_of_the_first_of_networks_with_prefixes(tmp_p
     assert second == []
 
 
-@pytest.mark.parametrize("wanted", [ADAPTER, "pd_fpg"])
-def test_all_networks_of_a_file_are_imported_the_wanted_one_first(tmp_path, file, command, wanted):
-    code, out, _ = command(f"--{wanted}", file, "--output", tmp_path / "store")
+@pytest.mark.parametrize("first", ["adapter", "motion encoder"])
+def test_all_networks_of_a_file_are_imported_the_wanted_one_first(tmp_path, file, command, adapter, first):
+    order = [adapter, MOTION] if first == "adapter" else [MOTION, adapter]
+    code, out, _ = command(f"--{OPTIONS[order[0]]}", file, "--output", tmp_path / "store")
     assert code == 0
-    order = [SLOTS[ADAPTER], SLOTS[MOTION]][:: 1 if wanted == ADAPTER else -1]
-    assert [line.split(":")[0] for line in out.splitlines()] == [str(tmp_path / "store" / x) for x in order]
-    again = command(f"--{wanted}", file, "--output", tmp_path / "store")
+    places = [str(tmp_path / "store" / SLOTS[name]) for name in order]
+    assert [line.split(":")[0] for line in out.splitlines()] == places
+    again = command(f"--{OPTIONS[order[0]]}", file, "--output", tmp_path / "store")
     assert again[1].count("already complete") == 2
 
 
-def test_a_file_without_the_wanted_network_is_an_error(tmp_path, file, command):
+def test_a_file_without_the_wanted_network_is_an_error(tmp_path, file, command, adapter):
     code, out, err = command("--wav2vec2", file, "--output", tmp_path / "store")
     assert (code, out) == (2, "")
-    assert f"{file}: holds {ADAPTER} and {MOTION}, not wav2vec2" in err
+    assert f"{file}: holds {adapter} and {MOTION}, not wav2vec2" in err
     assert not (tmp_path / "store").exists()
 
 
-def test_the_same_network_in_two_files_is_an_error(tmp_path, file, command):
+def test_the_same_network_in_two_files_is_an_error(tmp_path, file, command, adapter):
     motion = DATA / MOTION / "weights.safetensors"
-    code, out, err = command("--fantasytalking", file, "--pd_fpg", motion, "--output", tmp_path / "store")
+    sources = [f"--{OPTIONS[adapter]}", file, "--pd_fpg", motion]
+    code, out, err = command(*sources, "--output", tmp_path / "store")
     assert (code, out) == (2, "")
     assert f"{motion}: holds the motion_encoder, as does {file}" in err
     assert not (tmp_path / "store").exists()

@@ -1,4 +1,4 @@
-"""FantasyTalking in PyTorch, the reference of `test_end_to_end`.
+"""FantasyTalking in PyTorch, the reference of `test_end_to_end`; `torch_portrait` shares its parts.
 
 The encoders are those of transformers, and the VAE is that of diffusers. The transformer with its audio
 adapter is written here, after Wan2.1, `wan/modules/model.py`, and fantasy-talking, `model.py`; it computes
@@ -76,8 +76,8 @@ def encode_first_frame(autoencoder, pixels, num_frames):
     return torch.cat([mask, latents], dim=1)
 
 
-def audio_windows(tokens, num_frames, expand=4):
-    """The audio tokens that each latent frame attends to, `[F, L, C]`, and how many are not padding."""
+def windows_of(tokens, num_frames, expand):
+    """The tokens that each latent frame attends to, `[F, L, C]`, and how many are not padding."""
     per_frame = tokens.shape[1] / num_frames
     half = int(per_frame * 4 / 2)
     ends = [per_frame * (4 * i + 1) for i in range(num_frames // 4 + 1)]
@@ -94,13 +94,13 @@ def audio_windows(tokens, num_frames, expand=4):
 
 
 class TorchTransformer:
-    """The transformer and the audio adapter, computed from their official state dicts."""
+    """The transformer and an adapter, computed from their official state dicts."""
 
-    def __init__(self, config, weights, audio_weights):
+    def __init__(self, config, weights, adapter_weights):
         """Keeps the weights; `config` is our WanConfig."""
         self.config = config
         self.weights = weights
-        self.audio_weights = audio_weights
+        self.adapter_weights = adapter_weights
 
     def linear(self, key, x):
         return functional.linear(x, self.weights[f"{key}.weight"], self.weights.get(f"{key}.bias"))
@@ -112,10 +112,11 @@ class TorchTransformer:
     def rms_norm(self, key, x):
         return functional.rms_norm(x, x.shape[-1:], self.weights[f"{key}.weight"], 1e-6)
 
-    def attend(self, q, k, v):
-        """Attention of `[B, L, D]`, which are split into heads."""
+    def attend(self, q, k, v, mask=None):
+        """Attention of `[B, L, D]`, which are split into heads; the mask is the same for all of them."""
         q, k, v = (x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attended.transpose(1, 2).flatten(2)
 
     def rotate(self, x, grid):
         """Rotary positions over frames, rows and columns, as complex numbers of float64."""
@@ -132,33 +133,19 @@ class TorchTransformer:
         turned = torch.view_as_complex(x.contiguous()) * torch.polar(torch.ones_like(turn), turn)
         return torch.view_as_real(turned).flatten(2).float()
 
-    def conditions(self, text, image, audio, num_frames):
-        """Tokens of all conditions; `audio` is None for a branch without it."""
+    def conditions(self, text, image, adapted):
+        """Tokens of text and image; and what the adapter's attention takes, None for a branch without it."""
         text = self.linear("text_embedding.0", text)
         text = self.linear("text_embedding.2", functional.gelu(text, approximate="tanh"))
         image = self.linear("img_emb.proj.1", self.layer_norm(image, "img_emb.proj.0", 1e-5))
         image = self.layer_norm(self.linear("img_emb.proj.3", functional.gelu(image)), "img_emb.proj.4", 1e-5)
-        if audio is not None:
-            weights = self.audio_weights
-            tokens = functional.linear(audio, weights["proj_model.proj.weight"])
-            scale, shift = weights["proj_model.norm.weight"], weights["proj_model.norm.bias"]
-            audio = audio_windows(functional.layer_norm(tokens, tokens.shape[-1:], scale, shift), num_frames)
-        return text, image, audio
+        return text, image, adapted
 
-    def attend_to_audio(self, block, q, audio):
-        """Audio attention of one block, frame by frame."""
-        windows, lengths = audio
-        name = f"audio_processor.{block}.cross_attn.processor"
-        attended = []
-        for frame, window, length in zip(q.chunk(len(lengths), dim=1), windows, lengths, strict=True):
-            key, value = (
-                functional.linear(window[None, :length], self.audio_weights[f"{name}.{part}_proj.weight"])
-                for part in "kv"
-            )
-            attended.append(self.attend(frame, key, value))
-        return torch.cat(attended, dim=1)
+    def attend_to_adapter(self, block, q, adapted):
+        """The adapter's attention in one block."""
+        raise NotImplementedError
 
-    def block(self, name, x, time, grid, text, image, audio):
+    def block(self, name, x, time, grid, text, image, adapted):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             self.weights[f"{name}.modulation"] + time
         ).chunk(6, 1)
@@ -180,8 +167,8 @@ class TorchTransformer:
         for suffix, tokens in (("", text), ("_img", image)):
             k = self.rms_norm(f"{attention}.norm_k{suffix}", self.linear(f"{attention}.k{suffix}", tokens))
             attended = attended + self.attend(q, k, self.linear(f"{attention}.v{suffix}", tokens))
-        if audio is not None:
-            attended = attended + self.attend_to_audio(name, q, audio)
+        if adapted is not None:
+            attended = attended + self.attend_to_adapter(name, q, adapted)
         x = x + self.linear(f"{attention}.o", attended)
 
         hidden = self.linear(f"{name}.ffn.0", self.layer_norm(x) * (1 + mlp_scale) + mlp_shift)
@@ -209,30 +196,81 @@ class TorchTransformer:
         return torch.einsum("bfhwpqc->bcfhpwq", x).reshape(latents.shape)
 
 
+class TorchTalkingTransformer(TorchTransformer):
+    """The transformer and the audio adapter."""
+
+    def windows(self, audio, num_frames):
+        """Windows of the audio tokens, and their lengths."""
+        weights = self.adapter_weights
+        tokens = functional.linear(audio, weights["proj_model.proj.weight"])
+        scale, shift = weights["proj_model.norm.weight"], weights["proj_model.norm.bias"]
+        tokens = functional.layer_norm(tokens, tokens.shape[-1:], scale, shift)
+        return windows_of(tokens, num_frames, expand=4)
+
+    def attend_to_adapter(self, block, q, adapted):
+        """Audio attention of one block, frame by frame."""
+        windows, lengths = adapted
+        name = f"audio_processor.{block}.cross_attn.processor"
+        attended = []
+        for frame, window, length in zip(q.chunk(len(lengths), dim=1), windows, lengths, strict=True):
+            key, value = (
+                functional.linear(window[None, :length], self.adapter_weights[f"{name}.{part}_proj.weight"])
+                for part in "kv"
+            )
+            attended.append(self.attend(frame, key, value))
+        return torch.cat(attended, dim=1)
+
+
+def euler(velocity, noise, num_steps, shift):
+    """Euler steps along `velocity`, a function of latents and timestep."""
+    sigmas = np.linspace(1, 0, num_steps + 1)
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    latents = noise
+    for now, after in pairwise(sigmas):
+        latents = latents + velocity(latents, float(np.float32(now * 1000))) * float(after - now)
+    return latents
+
+
 def sample(transformer, inputs, config, num_frames):
     """Guided Euler steps, with the settings of a SampleConfig."""
+    audio = transformer.windows(inputs["audio"], num_frames)
     branches = [
-        transformer.conditions(inputs[text], inputs["image"], audio, num_frames)
-        for text, audio in (("negative", None), ("prompt", None), ("prompt", inputs["audio"]))
+        transformer.conditions(inputs[text], inputs["image"], adapted)
+        for text, adapted in (("negative", None), ("prompt", None), ("prompt", audio))
     ]
-    sigmas = np.linspace(1, 0, config.num_inference_steps + 1)
-    sigmas = config.shift * sigmas / (1 + (config.shift - 1) * sigmas)
-    latents = inputs["noise"]
-    for now, after in pairwise(sigmas):
-        timestep = float(np.float32(now * 1000))
+
+    def velocity(latents, timestep):
         negative, no_audio, full = (
             transformer.velocity(latents, inputs["first_frame"], timestep, branch) for branch in branches
         )
-        velocity = negative + config.text_guidance_scale * (no_audio - negative)
-        velocity = velocity + config.audio_guidance_scale * (full - no_audio)
-        latents = latents + velocity * float(after - now)
-    return latents
+        guided = negative + config.text_guidance_scale * (no_audio - negative)
+        return guided + config.audio_guidance_scale * (full - no_audio)
+
+    return euler(velocity, inputs["noise"], config.num_inference_steps, config.shift)
 
 
 def torch_networks(networks):
     """Each network in PyTorch by slot, with the weights that ours have."""
     config = networks.config
-    text, image, speech = config.text_encoder, config.image_encoder, config.speech_encoder
+    speech = config.speech_encoder
+    speech_encoder = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**asdict(speech)))
+    state = to_torch(networks["speech_encoder"], wav2vec2.official_rules(speech))
+    faults = speech_encoder.load_state_dict(state, strict=False)
+    assert (faults.missing_keys, faults.unexpected_keys) == (["masked_spec_embed"], [])
+    transformer = networks["transformer"]
+    adapter = transformer.adapters.pop("audio")
+    weights = to_torch(transformer, wan.official_rules(config.transformer))
+    audio_weights = to_torch(adapter, wan.audio_adapter_rules(config.audio_adapter))
+    return torch_encoders(networks) | {
+        "speech_encoder": speech_encoder.eval().requires_grad_(False),
+        "transformer": TorchTalkingTransformer(config.transformer, weights, audio_weights),
+    }
+
+
+def torch_encoders(networks):
+    """The networks in PyTorch that encode text and image, by slot."""
+    config = networks.config
+    text, image = config.text_encoder, config.image_encoder
     text_encoder = transformers_umt5(text)
     state = to_torch(networks["text_encoder"], umt5.transformers_rules(text))
     text_encoder.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
@@ -242,24 +280,7 @@ def torch_networks(networks):
     state = to_torch(networks["image_encoder"], clip_vision.transformers_rules(image))
     assert not image_encoder.load_state_dict(state, strict=False).unexpected_keys
 
-    speech_encoder = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**asdict(speech)))
-    state = to_torch(networks["speech_encoder"], wav2vec2.official_rules(speech))
-    faults = speech_encoder.load_state_dict(state, strict=False)
-    assert (faults.missing_keys, faults.unexpected_keys) == (["masked_spec_embed"], [])
-
     autoencoder = AutoencoderKLWan(base_dim=config.vae.dim, z_dim=config.vae.latent_channels)
     autoencoder.load_state_dict(to_torch(networks["vae"], vae.diffusers_rules(config.vae)))
-
-    transformer = networks["transformer"]
-    adapter = transformer.adapters.pop("audio")
-    weights = to_torch(transformer, wan.official_rules(config.transformer))
-    audio_weights = to_torch(adapter, wan.audio_adapter_rules(config.audio_adapter))
-    for module in (text_encoder, image_encoder, speech_encoder, autoencoder):
-        module.eval().requires_grad_(False)
-    return {
-        "text_encoder": text_encoder,
-        "image_encoder": image_encoder,
-        "speech_encoder": speech_encoder,
-        "vae": autoencoder,
-        "transformer": TorchTransformer(config.transformer, weights, audio_weights),
-    }
+    encoders = {"text_encoder": text_encoder, "image_encoder": image_encoder, "vae": autoencoder}
+    return {slot: encoder.eval().requires_grad_(False) for slot, encoder in encoders.items()}

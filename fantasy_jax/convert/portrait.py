@@ -21,8 +21,8 @@ def official_rules(
     return [
         *(Rule(f"proj_model.{k}_proj.weight", f"projections/{v}/kernel", LINEAR) for k, v in _PARTS.items()),
         *norm("proj_model.norm", "norm"),
-        *_resampler_rules("mouth_proj_model", "mouth", config.mouth_queries, config.resampler.dim),
-        *_resampler_rules("emo_proj_model", "emotion", config.emotion_queries, config.resampler.dim),
+        *resampler_rules("mouth_proj_model", "mouth", config.mouth_queries, config.resampler.dim),
+        *resampler_rules("emo_proj_model", "emotion", config.emotion_queries, config.resampler.dim),
         *(
             Rule(f"{processor}.ip_adapter_single_stream_{x[0]}_proj.weight", f"layers/{x}/kernel", LINEAR)
             for x in ("key", "value")
@@ -55,7 +55,15 @@ def config_from_reference(reference: dict[str, Any]) -> ExpressionAdapterConfig:
     )
 
 
-def _resampler_rules(source: str, target: str, num_queries: int, dim: int) -> list[Rule]:
+def resampler_rules(source: str, target: str, num_queries: int, dim: int) -> list[Rule]:
+    """Returns the key table of a Perceiver resampler.
+
+    Args:
+        source: Prefix of the keys.
+        target: Prefix of the parameters' paths.
+        num_queries: Tokens that it gives.
+        dim: Width of the queries.
+    """
     attention, mlp = f"{source}.layers.{{layer}}.0", f"{source}.layers.{{layer}}.1"
     linear = {
         f"{attention}.to_q": "query",

@@ -29,12 +29,24 @@ def count_flops(function: Callable, *arguments: Any) -> int:
         return _count(jax.make_jaxpr(plain)(*arguments).jaxpr)
 
 
+def inner_jaxprs(equation: JaxprEqn) -> list[Jaxpr]:
+    """The jaxprs of an equation, such as a loop's body."""
+    found = []
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, ClosedJaxpr):
+                found.append(part.jaxpr)
+            elif isinstance(part, Jaxpr):
+                found.append(part)
+    return found
+
+
 def _count(jaxpr: Jaxpr) -> int:
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
 def _count_equation(equation: JaxprEqn) -> int:
-    name, inner = equation.primitive.name, list(_inner_jaxprs(equation))
+    name, inner = equation.primitive.name, list(inner_jaxprs(equation))
     if name == "dot_general":
         return _count_product(equation)
     if name == "conv_general_dilated":
@@ -48,17 +60,6 @@ def _count_equation(equation: JaxprEqn) -> int:
     if name == "while" and any(map(_count, inner)):
         raise ValueError("a while loop contains products: its trip count is unknown")
     return sum(map(_count, inner))
-
-
-def _inner_jaxprs(equation: JaxprEqn) -> list[Jaxpr]:
-    found = []
-    for value in equation.params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, ClosedJaxpr):
-                found.append(part.jaxpr)
-            elif isinstance(part, Jaxpr):
-                found.append(part)
-    return found
 
 
 def _count_product(equation: JaxprEqn) -> int:

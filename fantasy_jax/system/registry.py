@@ -4,11 +4,12 @@ A new network needs a row (`register`), and nothing else that names it: store, i
 sharding and ahead-of-time compilation iterate over the rows.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ class Component:
             return None
 
     def _from_fields(self, values: Mapping[str, Any]) -> Any:
-        return self.config_type(**{name: _as_tuples(value) for name, value in values.items()})
+        return _from_fields(self.config_type, values)
 
     def abstract(self, config: Any, dtype: DType = jnp.float32) -> nnx.Module:
         """Returns the module with `jax.ShapeDtypeStruct`s as parameters."""
@@ -203,5 +204,9 @@ def component_of(config: Any) -> Component:
     raise ConfigError(f"{type(config).__name__}: no network has a config of this type")
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+def _from_fields(kind: Any, value: Any) -> Any:
+    """A value of JSON as its annotated type: dataclasses from their fields, lists as tuples."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        hints = get_type_hints(kind)
+        return kind(**{name: _from_fields(hints.get(name), x) for name, x in value.items()})
+    return tuple(_from_fields(None, x) for x in value) if isinstance(value, list) else value

@@ -20,6 +20,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,15 @@ def items(component: Component, config: Any) -> Places:
     """The items of a stored network: one for each block, and one for the rest."""
     places: Places = {}
     for path, spec in flat_parameters(component.abstract(config)).items():
-        is_stack = path.split("/")[0] in _STACKS
-        for layer in range(spec.shape[0]) if is_stack else [None]:
+        for layer in range(spec.shape[0]) if _is_stacked(path) else [None]:
             places.setdefault(item_name(layer), {})[path] = layer
     return dict(sorted(places.items()))
+
+
+def _is_stacked(path: str) -> bool:
+    """Whether a parameter has an axis of layers, as those of `blocks/...`; a list's have an index there."""
+    names = pairwise(path.split("/"))
+    return any(name in _STACKS and not following.isdigit() for name, following in names)
 
 
 def item_name(layer: int | None) -> str:
