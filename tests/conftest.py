@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests of sharding use eight virtual devices; all other tests run on the first of them. Compiling takes most of
-# the time, and LLVM's optimizations would double it.
+# Tests of sharding use eight virtual devices; all other tests run on the first of them. Compiling takes most
+# of the time, and LLVM's optimizations would double it.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
