@@ -84,7 +84,7 @@ class CompiledReport:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--compile_only`, `--topology`, `--size` and `--json` to a command that can compile ahead."""
+    """Adds `--compile_only` and its options to a command that can compile ahead of time."""
     group = parser.add_argument_group("compiling ahead of time")
     group.add_argument(
         "--compile_only", action="store_true", help="compile for --topology and report what a chip needs"
@@ -95,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TPU slice to compile for, such as v5e:16x16 or v5p:4x4x4; v6e:2x4*2 is two slices",
     )
     group.add_argument("--size", metavar="HxW", help="size of the clips in pixels (default: the config's)")
+    group.add_argument(
+        "--only", metavar="NAME", help="compile the programs whose name begins so, such as 'guided step'"
+    )
     group.add_argument("--json", metavar="FILE", help="also write the report as JSON")
 
 
@@ -137,6 +140,7 @@ def compile_and_report(
         with_size(video, arguments.size),
         topology=arguments.topology,
         mesh_config=mesh_config,
+        only=arguments.only or "",
         json_path=arguments.json,
     )
     if arguments.json:
@@ -150,6 +154,7 @@ def compile_programs(
     *,
     topology: str | None,
     mesh_config: MeshConfig,
+    only: str = "",
     json_path: str | Path | None = None,
 ) -> list[CompiledReport]:
     """Compiles programs for a TPU slice that need not be attached.
@@ -159,10 +164,11 @@ def compile_programs(
         video: Size and length of the clips.
         topology: Name of the slice, as for `slice_devices`.
         mesh_config: Mesh axis sizes.
+        only: Beginning of the names of the programs that are compiled.
         json_path: Also writes the reports to this file.
 
     Raises:
-        ConfigError: The slice is unknown, or the mesh does not fit it.
+        ConfigError: The slice is unknown, the mesh does not fit it, or no program has such a name.
         MediaError: `json_path` cannot be written; this is checked before anything is compiled.
     """
     if not topology:
@@ -170,11 +176,16 @@ def compile_programs(
     if json_path:
         check_writable(json_path)
     mesh = make_mesh(**mesh_config.axes, devices=slice_devices(topology))
-    reports = []
+    reports, names = [], []
     with jax.set_mesh(mesh):
         for program in make_programs(video, mesh):
+            names.append(program.name)
+            if not program.name.startswith(only):
+                continue
             with timed(f"Compiling: {program.name}"):
                 reports.append(compile_program(program, topology, mesh))
+    if not reports:
+        raise ConfigError(f"--only={only}: no program has such a name; there are {', '.join(names)}")
     if json_path:
         write_json(json_path, reports)
     return reports
