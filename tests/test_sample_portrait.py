@@ -100,6 +100,7 @@ def test_a_picture_and_drivers_become_a_video(folder, capsys):
         ("--sound=two.png", "two.png"),
         ("--noise=none.safetensors", "none.safetensors"),
         ("--weights=none", "none"),
+        (f"--seed={10**20}", "seed"),
         ("--output=a", "folder"),
         ("--output=.", "folder"),
         ("--output=text.mp4/x.mp4", "written"),

@@ -271,6 +271,14 @@ def test_where_grown_boxes_meet_the_later_one_wins():
     assert tokens(swapped)[6:11] == [2, 2, 2, 1, 0]
 
 
+def test_a_person_without_a_token_is_named():
+    small, shift = np.array([[0.61, 0.41, 0.62, 0.45], [0.015, 0, 0.015, 0]])
+    scene = make(picture(), driver(50), driver(200), boxes=[small, small + shift])
+    assert set(np.unique(scene.labels())) == {0, 2}
+    (note,) = scene.notes
+    assert note.startswith("person 1")
+
+
 def test_the_overlay_has_every_frame_of_the_clip():
     scene = make(picture(40, 220), driver(50), driver(200, frames=1))
     shown = list(scene.overlay())

@@ -8,14 +8,22 @@ import numpy as np
 from safetensors.numpy import save
 
 from fantasy_jax.convert.files import open_weights
-from fantasy_jax.errors import WeightsError
+from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.files import atomic_write
 from fantasy_jax.typing import Array, Float
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:
-    """Normal noise, float32. The same seed gives PyTorch other numbers; `read_noise` takes PyTorch's."""
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+    """Normal noise, float32. The same seed gives PyTorch other numbers; `read_noise` takes PyTorch's.
+
+    Raises:
+        ConfigError: The seed is no 64-bit integer.
+    """
+    try:
+        key = jax.random.key(seed)
+    except OverflowError as error:
+        raise ConfigError(f"seed is {seed}; it must be an integer of at most 64 bits, signed") from error
+    return jax.random.normal(key, shape, jnp.float32)
 
 
 def read_noise(path: str | Path, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:

@@ -167,7 +167,8 @@ def make_scene(
     count = sum(len(driver.people) for driver in chosen)
     assigned = _assign(count, len(placed), targets, notes)
     several = placed if len(placed) > 1 else placed[:0]
-    return Scene(fitted, several, chosen, assigned, num_frames, tuple(notes))
+    scene = Scene(fitted, several, chosen, assigned, num_frames, tuple(notes))
+    return replace(scene, notes=(*notes, *_hidden(scene)))
 
 
 def _track(
@@ -245,6 +246,16 @@ def _lost(driver: Driver) -> list[str]:
         "repeat the last pose"
         for number, person in people
         if person.lost
+    ]
+
+
+def _hidden(scene: Scene) -> list[str]:
+    """Drivers without effect: every token of their person shows a later person, too, or there is none."""
+    labels = scene.labels()
+    hidden = [] if labels is None else sorted(set(scene.targets) - set(labels[0].tolist()))
+    return [
+        f"person {number} of the picture is too small or too close to another; their driver has no effect"
+        for number in hidden
     ]
 
 
