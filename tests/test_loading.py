@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from helpers import random_network
 
+from configs import fantasy_portrait_14b
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
@@ -70,6 +71,18 @@ def check_on_mesh(networks, slot):
 @pytest.mark.parametrize("slot", small_model().networks)
 def test_a_network_on_a_mesh_equals_the_one_in_host_memory(folder, slot, dtype):
     check_on_mesh(stored_networks(folder, small_model().replace(dtype=dtype)), slot)
+
+
+@pytest.mark.slow
+def test_the_networks_of_fantasyportrait_on_a_mesh_equal_those_in_host_memory(tmp_path):
+    """The adapter has stacks of layers inside its resamplers, the motion encoder has integers."""
+    model = fantasy_portrait_14b.small_model()
+    for slot, config in model.networks.items():
+        save_network(tmp_path / slot, random_network(config), component=component_of(config).name)
+    networks = stored_networks(tmp_path)
+    assert networks.config.expression_adapter == model.expression_adapter  # read from the store
+    for slot in ("expression_adapter", "motion_encoder"):
+        check_on_mesh(networks, slot)
 
 
 def test_networks_are_sharded(folder):

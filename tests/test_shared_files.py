@@ -20,19 +20,19 @@ SLOTS = {
 OPTIONS = {"fantasytalking": "fantasytalking", "fantasyportrait_adapter": "fantasyportrait", MOTION: "pd_fpg"}
 
 
-@pytest.fixture(params=["fantasytalking", "fantasyportrait_adapter"])
+@pytest.fixture(scope="module", params=["fantasytalking", "fantasyportrait_adapter"])
 def adapter(request):
     """An adapter's name; FantasyPortrait's is the one that ComfyUI's file holds."""
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference(adapter):
     """The folder of the adapter's reference."""
     return DATA / ("fantasytalking_dit" if adapter == "fantasytalking" else "fantasyportrait_dit")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def networks(adapter, reference):
     """Tensors of the adapter under ComfyUI's keys, and of a motion encoder under its official ones."""
     found = next(x for x in detect(open_weights(reference)) if x.component.name == adapter)
