@@ -171,6 +171,17 @@ def without_networks():
         yield
 
 
+def assert_equal_records(one, other):
+    """Records by split, which must be equal in content and type."""
+    assert one.keys() == other.keys()
+    for split in one:
+        assert len(one[split]) == len(other[split])
+        for a, b in zip(one[split], other[split], strict=True):
+            assert a.keys() == b.keys()
+            assert all(np.array_equal(a[name], b[name]) for name in a)
+            assert all(a[name].dtype == b[name].dtype for name in a)
+
+
 if __name__ == "__main__":
     from fantasy_jax import cli
     from fantasy_jax.prepare.command import main

@@ -27,15 +27,15 @@ ENCODERS = (
 PORTRAIT = (
     "fantasyportrait_adapter",
     "fantasyportrait_adapter_small_activations",
-    "fantasyportrait_dit",
     "fantasyportrait_masked_attention",
     "fantasyportrait_preprocessing",
 )
+SLOW = ("wan_vae", "fantasyportrait_dit")
 
 
 @pytest.mark.networks
 @pytest.mark.parametrize(
-    "name", [*TRANSFORMER, pytest.param("wan_vae", marks=pytest.mark.slow), *ENCODERS, *PORTRAIT]
+    "name", [*TRANSFORMER, *ENCODERS, *PORTRAIT, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)]
 )
 def test_every_output_of_a_reference_is_within_its_limit(name, tmp_path, capsys):
     report = tmp_path / "parity.json"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import prepare_fakes
 import pytest
-from prepare_fakes import FPS, FRAMES, SIZE, open_fakes, write_talk
+from prepare_fakes import FPS, FRAMES, SIZE, assert_equal_records, open_fakes, write_talk
 
 from fantasy_jax import media
 from fantasy_jax.config import build, load_config

@@ -9,9 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from prepare_fakes import FPS, FRAMES, SIZE, open_fakes, write_talk
+from prepare_fakes import FPS, FRAMES, SIZE, assert_equal_records, open_fakes, write_talk
 
 from fantasy_jax import cli
 from fantasy_jax.config import build, load_config
@@ -48,16 +47,6 @@ def records_of(dataset):
     return {
         split["name"]: [dict(record) for record in open_split(dataset, split["name"])] for split in splits
     }
-
-
-def assert_equal_records(one, other):
-    assert one.keys() == other.keys()
-    for split in one:
-        assert len(one[split]) == len(other[split])
-        for a, b in zip(one[split], other[split], strict=True):
-            assert a.keys() == b.keys()
-            assert all(np.array_equal(a[name], b[name]) for name in a)
-            assert all(a[name].dtype == b[name].dtype for name in a)
 
 
 @pytest.mark.slow

@@ -55,9 +55,11 @@ def run_masked_attention(reference: Reference) -> Outputs:
     images = reference.config["image_tokens"]
     base = {"image": Condition(context[:, :images]), "text": Condition(context[:, images:])}
 
+    attend = nnx.jit(lambda attention, *arguments: attention(*arguments))
+
     def attended(people: int, mask: Array | None = None, scale: float = 1.0) -> Array:
         expression = Condition(windows[None, :people], scale=scale, mask=mask)
-        result = attention(x, base | {"expression": expression}, {"expression": projection})
+        result = attend(attention, x, base | {"expression": expression}, {"expression": projection})
         return result.swapaxes(1, 2).reshape(tokens.shape)
 
     yield "attended_1", attended(1)

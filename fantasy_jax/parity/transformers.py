@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import guidance_branches
-from fantasy_jax.diffusion.sampler import SamplerConfig, sample
+from fantasy_jax.diffusion.sampler import HashableOptions, SamplerConfig, hashable, sample
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
 from fantasy_jax.models.windows import split_windows, window_ranges
 from fantasy_jax.parity.reference import Outputs, Reference, channels_first
 from fantasy_jax.preprocessing.people import paint_labels, token_labels
-from fantasy_jax.system.conditioning import condition
+from fantasy_jax.system.conditioning import Conditions, condition
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.typing import Array, Float, Int
 from fantasy_jax.video import PIXELS_PER_LATENT, latent_frames
@@ -61,7 +63,8 @@ class _Run:
     ) -> Float[np.ndarray, "B C F h w"]:
         """The velocity of the reference's latents."""
         time = self.reference.array("input.timestep") if timestep is None else jnp.array([timestep])
-        given = condition(self.transformer, inputs, options={self.name: {**self.settings, **settings}})
+        options = hashable({self.name: {**self.settings, **settings}})
+        given = _conditions(*nnx.split(self.transformer), inputs, options)
         latents = self.reference.images("input.latents")
         arguments = (latents, given.first_frame, time.astype(jnp.float32), given.attended)
         return channels_first(_forward(self.transformer, *arguments))
@@ -80,6 +83,14 @@ class _Run:
             callback=lambda _, latents: each.append(channels_first(latents)),
         )
         return each
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _conditions(
+    graphdef: nnx.GraphDef, state: nnx.State, inputs: ClipInputs, options: HashableOptions
+) -> Conditions:
+    settings = {name: dict(values) for name, values in options}
+    return condition(nnx.merge(graphdef, state), inputs, options=settings)
 
 
 _forward = nnx.jit(lambda transformer, *arguments: transformer(*arguments))
@@ -120,9 +131,8 @@ def run_expression_adapter(reference: Reference) -> Outputs:
     """The expression adapter's tokens and windows."""
     adapter = reference.modules["fantasyportrait_adapter"]
     motions = reference.array("input.motions")
-    yield "raw_tokens", adapter.raw_tokens(motions)
-    yield "mouth_tokens", adapter.mouth_tokens(motions)
-    yield "emotion_tokens", adapter.emotion_tokens(motions)
+    for name in ("raw_tokens", "mouth_tokens", "emotion_tokens"):
+        yield name, nnx.jit(lambda adapter, x, name=name: getattr(adapter, name)(x))(adapter, motions)
     yield from _motion_tokens(reference)
     for frames in (5, 9, 17, 21, 81, 201):
         yield (
@@ -169,7 +179,7 @@ def _motion_tokens(reference: Reference) -> Outputs:
     """Tokens and windows of each person."""
     adapter = reference.modules["fantasyportrait_adapter"]
     num_frames = reference.config["num_frames"]
-    tokens = adapter.tokens(reference.array("input.motions"))
+    tokens = nnx.jit(lambda adapter, x: adapter.tokens(x))(adapter, reference.array("input.motions"))
     ranges = window_ranges(tokens.shape[1], num_frames)
     windows, lengths = split_windows(tokens, ranges)
     yield "motion_tokens", tokens
