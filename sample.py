@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     model = build(ModelConfig, config.model, "model")
     video = build(VideoConfig, config.video, "video")
     settings = build(pipeline_type.config_type, config.sample, "sample")
-    if arguments.compile_only:
+    if ahead.is_requested(arguments):
         programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
     requests = _requests(arguments, pipeline_type)

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     video = build(VideoConfig, config.video, "video")
     sampling = build(SampleConfig, config.sample, "sample")
     training = build(TASKS[config.task], config.train, "train")
-    if arguments.compile_only:
+    if ahead.is_requested(arguments):
         programs = partial(training_programs, model, training)
         return ahead.compile_and_report(arguments, video, training.mesh, programs)
     if not arguments.workdir:

@@ -241,6 +241,7 @@ def test_wrong_arguments_are_one_line(command, arguments):
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.slow
 def test_the_program_itself():
     program = Path(convert_weights.__file__)
 

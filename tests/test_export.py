@@ -55,6 +55,7 @@ def widened(found):
     return {key: as_float32(found.weights.read(key)) for key in needed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reference", "component", "layout"), list(cases()))
 def test_every_layout_of_every_network_can_be_imported_again(store, tmp_path, reference, component, layout):
     folder, file = store / reference / components()[component].slot, tmp_path / "x.safetensors"
@@ -192,6 +193,7 @@ def test_transformers_loads_the_encoders(store, tmp_path):
     assert set(faults.missing_keys) <= {"encoder.embed_tokens.weight"}
 
 
+@pytest.mark.slow
 def test_exports_of_the_miniature(tmp_path, command):
     """Its VAE and audio adapter have tables of their own; no file is detected as theirs."""
     for slot, layouts in (("vae", ["official"]), ("audio_adapter", ["official", "comfyui"])):

@@ -170,6 +170,7 @@ def assert_stored(folder, references, names, dtype=np.float32):
     assert sorted(x.name for x in folder.iterdir()) == sorted(components()[name].slot for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [official, diffusers])
 def test_all_networks_of_either_layout(tmp_path, references, command, layout):
     wan = layout(tmp_path / "wan", references)

@@ -67,6 +67,7 @@ def check_on_mesh(networks, slot):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("slot", small_model().networks)
 def test_a_network_on_a_mesh_equals_the_one_in_host_memory(folder, slot, dtype):

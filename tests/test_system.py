@@ -374,12 +374,13 @@ def conditioned():
 
 
 GROUPS = ("text", "image", "audio")
+compiled_velocity = nnx.jit(velocity)
 
 
 def predict(conditioned, keep=None, **changes):
     transformer, latents, inputs = conditioned
     conditions = condition(transformer, replace(inputs, **changes), keep=keep)
-    return nnx.jit(velocity)(transformer, latents, jnp.float32(0.7), conditions)
+    return compiled_velocity(transformer, latents, jnp.float32(0.7), conditions)
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -97,6 +97,7 @@ def test_rows_that_are_not_divisible(vae, on_one_device, function):
         assert relative(jax.jit(run)(state, x), on_one_device(function, *WIDE, 2)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_vae_of_the_miniature_on_a_mesh():
     vae, mesh = make(MiniatureVAE, MINIATURE), make_mesh(context=4)
     video = np.random.default_rng(0).standard_normal((1, 5, 72, 16, 3)).astype(np.float32)

@@ -101,6 +101,7 @@ def assert_equal(loaded, network):
         np.testing.assert_array_equal(value, wanted[path], strict=True)
 
 
+@pytest.mark.slow
 def test_every_network_is_loaded_bit_for_bit(store):
     folder, config, networks = store
     stored = stored_networks(folder, config)

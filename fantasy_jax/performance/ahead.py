@@ -40,6 +40,9 @@ _LIBTPU_ENVIRONMENT = {
 _OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+)([GMK])(?: of|\) exceeds)", re.IGNORECASE)
 """The two messages of the TPU compiler about a program that needs more memory than a chip has."""
 
+_OPTIONS = ("topology", "size", "only", "json", "people")
+"""Options that have no effect without `--compile_only`."""
+
 MakePrograms = Callable[[VideoConfig, Mesh], Iterable[Program]]
 
 
@@ -99,6 +102,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", metavar="NAME", help="compile the programs whose name begins so, such as 'guided step'"
     )
     group.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+
+
+def is_requested(arguments: argparse.Namespace) -> bool:
+    """Returns whether `--compile_only` is given.
+
+    Raises:
+        ConfigError: Only options are given that belong to it.
+    """
+    names = [name for name in _OPTIONS if getattr(arguments, name, None)]
+    if names and not arguments.compile_only:
+        raise ConfigError(f"--{names[0]} has no effect without --compile_only")
+    return arguments.compile_only
 
 
 def with_size(video: VideoConfig, size: str | None) -> VideoConfig:

@@ -121,18 +121,19 @@ class FantasyPortraitPipeline(Pipeline):
             text_guidance_scale=guidance_scale,
             expression_guidance_scale=expression_guidance_scale,
         )
-        if sound is not None:
-            media.read_audio(
-                sound, seconds=self.video.seconds
-            )  # a file that cannot be read is found before the clip is made
-        if not isinstance(image, Scene):
-            if drivers is None:
+        if sound is not None:  # a file that cannot be read is found before the clip is made
+            media.read_audio(sound, seconds=self.video.seconds)
+        if isinstance(image, Scene):
+            scene = image
+            if drivers is not None or len(boxes) or len(people):
                 raise ConfigError(
-                    "drivers: is missing; give a driving video, or a scene in place of the image"
+                    "drivers, boxes and people belong to the scene that is given; leave them out"
                 )
+        elif drivers is None:
+            raise ConfigError("drivers: is missing; give a driving video, or a scene in place of the image")
+        else:
             with timed("Driving videos"):
-                image = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
-        scene = image
+                scene = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
         sound = _sound(scene, self.video.seconds) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
