@@ -221,19 +221,13 @@ def test_the_transformer_alone_is_kept():
     assert networks["transformer"] is networks["transformer"]
 
 
-def test_all_networks_are_kept_until_they_are_released():
+def test_all_networks_are_kept():
     networks, made = counted()
     networks = networks.keeping("all")
     for _ in range(2):
         networks["vae"], networks["transformer"]
     assert networks["transformer"].adapters["audio"] is networks["audio_adapter"]
     assert made == {"vae": 1, "transformer": 1, "audio_adapter": 1}
-    networks.release(["vae"])
-    networks["vae"], networks["transformer"]
-    assert made == {"vae": 2, "transformer": 1, "audio_adapter": 1}
-    networks.release()
-    networks["vae"], networks["transformer"]
-    assert made == {"vae": 3, "transformer": 2, "audio_adapter": 2}
 
 
 def test_given_networks_replace_those_of_the_loader():

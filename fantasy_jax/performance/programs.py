@@ -17,38 +17,16 @@ from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.sharding import batch_sharding
-from fantasy_jax.system.encoders import MOTION_BATCH, encode_first_frame
+from fantasy_jax.system.encoders import encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks
-from fantasy_jax.system.registry import slots
+from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.objective import velocity_objective
 from fantasy_jax.training.stages import StagesConfig, prepare_for_stage
 from fantasy_jax.training.state import Trainer
 from fantasy_jax.typing import Array, DType
 from fantasy_jax.video import VideoConfig
-
-InputSpec = tuple[tuple[int, ...], DType]
-"""Shape and type of an array."""
-
-
-def _images(slot: str, count: int = 1) -> Callable[[ModelConfig, VideoConfig], list[InputSpec]]:
-    def inputs(model: ModelConfig, video: VideoConfig) -> list[InputSpec]:
-        size = model.networks[slot].image_size
-        return [((count, size, size, 3), np.float32)]
-
-    return inputs
-
-
-ENCODER_INPUTS: dict[str, Callable[[ModelConfig, VideoConfig], list[InputSpec]]] = {
-    # Two prompts, the positive and the negative one.
-    "text_encoder": lambda model, video: [((2, model.transformer.text_length), np.int32), ((2,), np.int32)],
-    "image_encoder": _images("image_encoder"),
-    "face_encoder": _images("face_encoder"),
-    "motion_encoder": _images("motion_encoder", MOTION_BATCH),
-    "speech_encoder": lambda model, video: [((1, video.num_samples), np.float32)],
-}
-"""Inputs of the networks that `models.layers.run` runs once per clip, by slot."""
 
 
 def training_programs(
@@ -99,10 +77,10 @@ def sampling_programs(
         people: People of the clip who have inputs of their own.
     """
     networks = abstract_networks(model, mesh, config.mesh)
-    for slot in slots():
-        if slot in networks and slot in ENCODER_INPUTS:
-            inputs = [_replicated(shape, mesh, dtype) for shape, dtype in ENCODER_INPUTS[slot](model, video)]
-            yield _network_program(slot.replace("_", " "), networks[slot], run, *inputs)
+    for slot, sizes in model.networks.items():
+        if (inputs := component_of(sizes).inputs) is not None:
+            arrays = [_replicated(shape, mesh, dtype) for shape, dtype in inputs(model, video)]
+            yield _network_program(slot.replace("_", " "), networks[slot], run, *arrays)
     yield vae_encode_program(networks, video, mesh)
     yield guided_step_program(networks, config, video, mesh, people=people)
     yield vae_decode_program(networks, config, video, mesh)

@@ -1,6 +1,9 @@
 """The networks of the full-size system, one row each (see `system.registry.Component`)."""
 
+from collections.abc import Callable
 from functools import partial
+
+import numpy as np
 
 from fantasy_jax.convert import (
     arcface,
@@ -26,10 +29,24 @@ from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.models.wav2vec2 import WAV2VEC2_LARGE, Wav2Vec2Config, Wav2Vec2Model
-from fantasy_jax.system.registry import Component, Download, Layout, register
+from fantasy_jax.system.encoders import MOTION_BATCH
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.registry import Component, Download, InputSpec, Layout, register
+from fantasy_jax.video import VideoConfig
 
 WAN_DOWNLOAD = partial(Download, repository="Wan-AI/Wan2.1-I2V-14B-720P", folder="Wan2.1-I2V-14B-720P")
 _IN_TRANSFORMER = {name: f"transformer.{name}" for name in ("num_heads", "num_layers")}
+
+
+def _images(slot: str, count: int = 1) -> Callable[[ModelConfig, VideoConfig], list[InputSpec]]:
+    """The input of an encoder of images."""
+
+    def inputs(model: ModelConfig, video: VideoConfig) -> list[InputSpec]:
+        size = model.networks[slot].image_size
+        return [((count, size, size, 3), np.float32)]
+
+    return inputs
+
 
 TRANSFORMER = register(
     Component(
@@ -181,6 +198,8 @@ TEXT_ENCODER = register(
             Layout("transformers", ("shared.weight",), umt5.transformers_rules),
         ),
         umt5.ignored_keys,
+        # Two prompts, the positive and the negative one.
+        inputs=lambda model, video: [((2, model.transformer.text_length), np.int32), ((2,), np.int32)],
         download=WAN_DOWNLOAD(
             patterns=("models_t5_*.pth", "google/umt5-xxl/*"),
             wan_files={"official": "models_t5_umt5-xxl-enc-bf16.pth", "diffusers": "text_encoder"},
@@ -207,6 +226,7 @@ IMAGE_ENCODER = register(
             ),
         ),
         clip_vision.ignored_keys,
+        inputs=_images("image_encoder"),
         download=WAN_DOWNLOAD(
             patterns=("models_clip_*.pth",),
             wan_files={
@@ -233,6 +253,7 @@ SPEECH_ENCODER = register(
             for length in ("weight_g", "parametrizations.weight.original0")
         ),
         wav2vec2.ignored_keys,
+        inputs=lambda model, video: [((1, video.num_samples), np.float32)],
         download=Download(
             "facebook/wav2vec2-base-960h",
             ("*.json", "model.safetensors"),
@@ -257,6 +278,7 @@ FACE_ENCODER = register(
         ),
         arcface.ignored_keys,
         dtype="float32",
+        inputs=_images("face_encoder"),
         download=Download(
             option="arcface",
             help="file of insightface's IResNet-50 or -100: backbone.pth, or the .onnx of its packages",
@@ -279,6 +301,7 @@ MOTION_ENCODER = register(
         ),
         prefix="pd_fpg.",
         dtype="float32",
+        inputs=_images("motion_encoder", MOTION_BATCH),
         download=Download(
             "acvlab/FantasyPortrait",
             ("pd_fpg.pth",),

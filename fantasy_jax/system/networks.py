@@ -1,6 +1,6 @@
 """The networks of a system as one mapping, whatever their weights come from."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -126,11 +126,6 @@ class Networks(Mapping):
             return
         with jax.set_mesh(mesh):
             yield self if self._mesh is mesh else self._copy(mesh=mesh, mesh_config=mesh_config, kept={})
-
-    def release(self, slots: Iterable[str] | None = None) -> None:
-        """Removes networks from memory, by default all that were kept."""
-        for slot in list(self._kept) if slots is None else slots:
-            self._kept.pop(slot, None)
 
     def _copy(self, **changes: Any) -> "Networks":
         settings = {

@@ -20,9 +20,14 @@ from fantasy_jax.config import build
 from fantasy_jax.convert.rules import STORED, Rule, assign
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.typing import DType
+from fantasy_jax.video import VideoConfig
 
 MODULES = ("fantasy_jax.system.components", "fantasy_jax.miniature.components")
 """Modules that register rows, in order; `components` imports them."""
+
+
+InputSpec = tuple[tuple[int, ...], DType]
+"""Shape and dtype of an array."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Component:
         adapter: Name of the condition that it adds to the transformer; None for a network that is not an
             adapter.
         dtype: Fixed dtype of its weights and products; None: that of the system.
+        inputs: Shapes and dtypes of what it runs on for one clip, from the sizes of all networks and the
+            geometry of the clip; None for a network that other programs contain.
         download: Its published files.
     """
 
@@ -98,6 +105,7 @@ class Component:
     equal: Mapping[str, str] | None = None
     adapter: str | None = None
     dtype: str | None = None
+    inputs: Callable[[Any, VideoConfig], Sequence[InputSpec]] | None = None
     download: Download = Download()
 
     @property
