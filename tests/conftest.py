@@ -17,6 +17,13 @@ from jaxtyping import install_import_hook
 install_import_hook("fantasy_jax", "beartype.beartype")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_freed():
+    """Frees the programs that a file of tests compiled; those of all files together take several GiB."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def highest_precision():
     """Matrix products in full float32, on TPUs and GPUs too."""
