@@ -106,7 +106,10 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
     store = finetune(WEIGHTS, encoded, tmp_path, **settings)
     assert not (store / "audio_adapter").is_symlink()
     assert MotionNormaliser.load(store / "motion_adapter" / MOTION_FILE) == NORMALISER
-    assert read_pipeline(store, "FantasyTalkingPipeline", SampleConfig) == (settings["video"], settings["sampling"])
+    assert read_pipeline(store, "FantasyTalkingPipeline", SampleConfig) == (
+        settings["video"],
+        settings["sampling"],
+    )
     assert (store / "transformer").is_symlink()
     assert (store / "transformer").resolve() == (WEIGHTS / "transformer").resolve()
     changed, paths = changed_parameters(store, settings["model"])
