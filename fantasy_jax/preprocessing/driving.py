@@ -101,7 +101,7 @@ class DrivingFace:
 
 @dataclass(frozen=True)
 class DrivingVideo:
-    """The frames of a driving video, which can be iterated repeatedly; every pass reads the file anew.
+    """The frames of a driving video, which can be iterated repeatedly; every pass reads the file again.
 
     Attributes:
         path: A video, or an image, which is a driving video of one frame.
