@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "weights": "" if debug else "weights/fantasy_portrait_14b",
             "video": VideoConfig(height=size, width=size, num_frames=9 if debug else 81, fps=25),
             "model": small_model() if debug else full_size_model(),
-            "sample": replace(sample, num_inference_steps=3) if debug else sample,
+            "sample": replace(sample, num_inference_steps=3, overlap=1) if debug else sample,
         }
     )
 

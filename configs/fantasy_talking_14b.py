@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     sample = SampleConfig()
     if variant == "debug":
         model, video = small_model(), VideoConfig(height=64, width=64, num_frames=9)
-        sample = replace(sample, num_inference_steps=3)
+        sample = replace(sample, num_inference_steps=3, overlap=1)
         train = replace(train, mesh=MeshConfig())
     return to_config_dict(
         {

@@ -5,6 +5,7 @@ frames become `k + 1` latent frames; in space a latent stands for 8 x 8 pixels, 
 for 2 x 2 latents.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from fantasy_jax.errors import ConfigError
@@ -55,8 +56,8 @@ class VideoConfig:
         height: In pixels, a multiple of 16. When sampling, the image's aspect ratio is kept and the larger of
             height and width bounds its longest edge.
         width: In pixels, likewise.
-        num_frames: Frames T of a clip, 4k + 1. When sampling, the longest clip; shorter audio gives a shorter
-            one.
+        num_frames: Frames T of a clip, 4k + 1. When sampling, those of a window; shorter audio gives a
+            shorter clip, and longer audio a clip of several windows.
         fps: Frames per second.
     """
 
@@ -123,9 +124,13 @@ class VideoConfig:
         return replace(self, height=height, width=width)
 
     def for_seconds(self, seconds: float) -> "VideoConfig":
-        """Clips for audio of this duration: `min(floor(fps * seconds / 4) * 4 + 5, T)` frames.
+        """Clips for audio of this duration.
 
-        Source: fantasy-talking, `infer.py`.
+        Where T frames suffice, the clip has `min(floor(fps * seconds / 4) * 4 + 5, T)` frames
+        (fantasy-talking, `infer.py`); otherwise as few as last as long as the audio.
         """
+        frames = math.ceil(self.fps * seconds - 1e-6)
+        if frames > self.num_frames:
+            return replace(self, num_frames=video_frames(-(-(frames - 1) // TEMPORAL_FACTOR) + 1))
         groups = int(self.fps * seconds // TEMPORAL_FACTOR)
         return replace(self, num_frames=min(video_frames(groups + 2), self.num_frames))

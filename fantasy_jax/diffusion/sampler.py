@@ -1,27 +1,33 @@
-"""From noise to latents: a velocity function, guidance, and a solver, compiled as one program for every step.
+"""From noise to latents: a velocity function, guidance and a solver, compiled as one program for every step.
 
-A velocity function takes latents, a noise level and conditions. What changes it (windows over time, caches)
-is a wrapper: a function from velocity function to velocity function. A solver takes the guided velocity from
-one noise level to the next.
+A velocity function takes latents, a noise level and conditions. What changes it, such as a cache, is a
+wrapper: a function from velocity function to velocity function. Guidance combines the velocities of its
+branches; windows over time (`diffusion/windows.py`) wrap the guided velocity. A solver takes it from one
+noise level to the next.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
+from fantasy_jax.diffusion.held import HeldLatents, hold
+from fantasy_jax.diffusion.windows import Windows, WindowSchedule, windowed
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.sharding import axis_size
 from fantasy_jax.system.conditioning import AdapterOptions, Conditions, condition, velocity
 from fantasy_jax.system.inputs import ClipInputs
-from fantasy_jax.typing import Array, Float
+from fantasy_jax.typing import Array, Float, Float32, Leaf
+from fantasy_jax.video import video_frames
 
 Velocity = Callable[[Array, Array, Conditions], Array]
 """Of latents `[B, F, h, w, C]`, sigma, and conditions."""
@@ -66,17 +72,21 @@ class SamplerConfig:
         shift: Shift of the noise schedule.
         batch_branches: Whether the branches of guidance are evaluated as one batch, which is faster where
             memory allows, or one after another.
+        windows_per_device: Windows of a long clip that a device evaluates as one batch.
     """
 
     num_inference_steps: int = 30
     shift: float = 5.0
     batch_branches: bool = True
+    windows_per_device: int = 1
 
     def __post_init__(self):
         if self.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         if self.shift <= 0:
             raise ConfigError(f"shift is {self.shift}; it must be positive")
+        if self.windows_per_device < 1:
+            raise ConfigError(f"windows_per_device is {self.windows_per_device}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,33 @@ class StepProgram:
         batch_branches: As of `SamplerConfig`.
         solver: Takes latents from one noise level to the next.
         wrappers: Applied to the transformer's velocity, the first one innermost.
+        window_group: Windows that are evaluated as one batch, on all devices together.
     """
 
     batch_branches: bool = True
     solver: Solver = euler
     wrappers: tuple[Wrapper, ...] = ()
+    window_group: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepData:
+    """What differs from step to step.
+
+    Attributes:
+        sigmas: Noise levels before and after, `[2]`.
+        scales: From `difference_scales`, `[differences]`.
+        windows: Windows of a clip that is longer than one.
+        held: Latents that are held; with it, `noise` is their noise `[1, F, h, w, C]`.
+        noise: Initial noise.
+    """
+
+    sigmas: Leaf
+    scales: Leaf
+    windows: Windows | None = None
+    held: HeldLatents | None = None
+    noise: Leaf = None
 
 
 def sample(
@@ -104,6 +136,9 @@ def sample(
     options: AdapterOptions | None = None,
     solver: Solver = euler,
     wrappers: Sequence[Wrapper] = (),
+    windows: WindowSchedule | None = None,
+    held: HeldLatents | None = None,
+    strength: float = 1.0,
     progress: bool = False,
     callback: Callable[[int, Array], None] | None = None,
 ) -> Float[Array, "B F h w C"]:
@@ -118,6 +153,10 @@ def sample(
         options: Keyword arguments of adapters (`system.conditioning.condition`).
         solver: Takes latents from one noise level to the next.
         wrappers: Change the velocity function, the first one innermost.
+        windows: Windows of one clip that is longer than the model's; the first-frame condition of `inputs` is
+            that of a window, all else spans the whole clip.
+        held: Latents of one clip that are known, wholly or outside a mask.
+        strength: Noise level from which held latents are sampled; steps above it are left out.
         progress: Whether to show a progress bar.
         callback: Called with the step's number, from 0, and the latents after it.
 
@@ -128,17 +167,30 @@ def sample(
     scales = difference_scales(guidance)
     graphdef, state = nnx.split(transformer)
     dropped = tuple(branch.dropped for branch in guidance)
-    conditions = branch_conditions(graphdef, dropped, hashable(options), state, inputs)
-    program = StepProgram(config.batch_branches, solver, tuple(wrappers))
+    num_frames = video_frames(noise.shape[1])
+    conditions = branch_conditions(graphdef, dropped, hashable(options), num_frames, state, inputs)
+    group = config.windows_per_device * axis_size("data") * axis_size("fsdp")
+    program = StepProgram(config.batch_branches, solver, tuple(wrappers), group)
+    first = 0 if held is None else first_step(sigmas, strength)
     latents = jnp.array(noise, jnp.float32)  # a copy: the step donates its argument
-    steps = range(config.num_inference_steps)
+    if first:
+        latents = (1 - sigmas[first]) * held.latents + sigmas[first] * latents
+    steps = range(first, config.num_inference_steps)
     for i in tqdm(steps, desc="Sampling", unit="step", disable=not progress):
-        latents = guided_step(graphdef, program, state, latents, conditions, sigmas[i : i + 2], scales[i])
+        data = StepData(sigmas[i : i + 2], scales[i], None, held, None if held is None else noise)
+        if windows is not None:
+            data = replace(data, windows=replace(windows.at(i, multiple=group), noise=noise[:, :1]))
+        latents = guided_step(graphdef, program, state, latents, conditions, data)
         if progress:
             latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
         if callback is not None:
-            callback(i, latents)
+            callback(i - first, latents)
     return latents
+
+
+def first_step(sigmas: Float32[np.ndarray, " steps+1"], strength: float) -> int:
+    """The first step whose noise level is at most `strength`; all steps are left out at 0."""
+    return int(np.argmax(sigmas <= strength + 1e-6))
 
 
 HashableOptions = tuple[tuple[str, tuple[tuple[str, object], ...]], ...]
@@ -150,11 +202,12 @@ def hashable(options: AdapterOptions | None) -> HashableOptions:
     return tuple((name, tuple(sorted(values.items()))) for name, values in sorted((options or {}).items()))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def branch_conditions(
     graphdef: nnx.GraphDef,
     dropped: tuple[tuple[str, ...], ...],
     options: HashableOptions,
+    num_frames: int,
     state: nnx.State,
     inputs: ClipInputs,
 ) -> Conditions:
@@ -164,6 +217,7 @@ def branch_conditions(
         graphdef: Graphdef of the transformer.
         dropped: Dropout groups that each branch leaves out.
         options: From `hashable`.
+        num_frames: Video frames T that the inputs of adapters span.
         state: State of the transformer.
         inputs: What the clips are conditioned on.
 
@@ -173,7 +227,9 @@ def branch_conditions(
     transformer = nnx.merge(graphdef, state)
     settings = {name: dict(values) for name, values in options}
     each = [
-        condition(transformer, inputs, keep=dict.fromkeys(groups, False), options=settings)
+        condition(
+            transformer, inputs, keep=dict.fromkeys(groups, False), options=settings, num_frames=num_frames
+        )
         for groups in dropped
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
@@ -186,8 +242,7 @@ def guided_step(
     state: nnx.State,
     latents: Float[Array, "B F h w C"],
     conditions: Conditions,
-    sigmas: Float[Array, "2"],
-    scales: Float[Array, " differences"],
+    data: StepData,
 ) -> Float[Array, "B F h w C"]:
     """One guided step.
 
@@ -197,21 +252,23 @@ def guided_step(
         state: State of the transformer.
         latents: Latents at the first noise level; donated.
         conditions: From `branch_conditions`.
-        sigmas: Noise levels before and after.
-        scales: From `difference_scales`.
+        data: What differs from step to step.
     """
     function: Velocity = partial(velocity, nnx.merge(graphdef, state))
     for wrap in program.wrappers:
         function = wrap(function)
-    branches = len(scales) + 1
+    branches = len(data.scales) + 1
 
-    def guided(latents: Array, sigma: Array) -> Array:
+    def guided(latents: Array, sigma: Array, conditions: Conditions) -> Array:
         if program.batch_branches:
             merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), conditions)
             repeated = jnp.concatenate([latents] * branches)
             velocities = function(repeated, sigma, merged).reshape(branches, *latents.shape)
         else:
             velocities = jax.lax.map(lambda branch: function(latents, sigma, branch), conditions)
-        return combine(list(velocities), scales)
+        return combine(list(velocities), data.scales)
 
-    return program.solver(guided, latents, sigmas)
+    if data.windows is not None:
+        guided = windowed(guided, data.windows, program.window_group)
+    latents = program.solver(partial(guided, conditions=conditions), latents, data.sigmas)
+    return latents if data.held is None else hold(latents, data.held, data.noise, data.sigmas[1])

@@ -4,7 +4,7 @@ A large wav2vec2's features carry their position, those of a small one hardly do
 such rotation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig, 
 from fantasy_jax.models.condition import Condition, KVProjection
 from fantasy_jax.models.rope import rotate, time_table
 from fantasy_jax.models.windows import window_ranges
-from fantasy_jax.typing import Array, Float, Leaf
+from fantasy_jax.typing import Array, Float, Int, Leaf
 from fantasy_jax.video import TEMPORAL_FACTOR
 
 
@@ -35,6 +35,17 @@ class TimedCondition(Condition):
 
     frame_times: Leaf = None
     token_times: Leaf = None
+
+    def at_frames(self, frames: Int[Array, " W"], row: Int[Array, ""]) -> "TimedCondition":
+        """As of every condition, with the times of these latent frames."""
+        frame_times, token_times = (
+            jnp.take(times, row, axis=0, mode="clip") for times in (self.frame_times, self.token_times)
+        )
+        if self.tokens.ndim > 3:
+            token_times = token_times[frames]
+        return replace(
+            super().at_frames(frames, row), frame_times=frame_times[frames], token_times=token_times
+        )
 
 
 class RotaryKVProjection(KVProjection):
@@ -58,6 +69,7 @@ class RotaryAudioAdapter(AudioAdapter):
     """The audio adapter with rotary time in queries and keys."""
 
     kv_projection = RotaryKVProjection
+    least_half = 0  # its weights were trained at 25 frames per second, with what the official rule gives
 
     def condition(
         self,
@@ -74,7 +86,7 @@ class RotaryAudioAdapter(AudioAdapter):
         batch, num_tokens = features.shape[:2]
         times = np.arange(num_tokens)
         if attention == "frame":
-            ranges = window_ranges(num_tokens, num_frames, expand=expand)
+            ranges = window_ranges(num_tokens, num_frames, expand=expand, least_half=self.least_half)
             times = np.maximum(ranges[:, :1], 0) + np.arange(plain.tokens.shape[2])
         per_frame = num_tokens / num_frames
         # Latent frame 0 is video frame 0, latent frame i the four from 4i - 3 on. A token has length 1.

@@ -6,7 +6,7 @@ output projection, as in the released weights (fantasy-talking, `model.py`, `Wan
 new condition is a new entry in a mapping, not a new block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 
 from fantasy_jax.models.attention import attention, grouped_attention
 from fantasy_jax.models.layers import RMSNorm, stack_layers
-from fantasy_jax.typing import Array, DType, Float, Leaf
+from fantasy_jax.typing import Array, DType, Float, Int, Leaf
 
 _XAVIER = nnx.initializers.xavier_uniform()
 
@@ -39,6 +39,26 @@ class Condition:
     lengths: Leaf = None
     scale: Leaf = 1.0
     mask: Leaf = None
+
+    def at_frames(self, frames: Int[Array, " W"], row: Int[Array, ""]) -> "Condition":
+        """The condition of some latent frames of one sample, without the axis of samples.
+
+        Args:
+            frames: Latent frames. Tokens for every video token are the same in all of them.
+            row: The sample; where there are fewer, the last one.
+        """
+        tokens, lengths, scale, mask = (
+            None if x is None else jnp.take(jnp.atleast_1d(x), row, axis=0, mode="clip")
+            for x in (self.tokens, self.lengths, self.scale, self.mask)
+        )
+        match self.tokens.ndim:
+            case 4:
+                tokens = tokens[frames]
+            case 5:
+                tokens = tokens[:, frames]
+        lengths = lengths[frames] if lengths is not None and lengths.ndim else lengths
+        mask = None if mask is None else mask[:, frames]
+        return replace(self, tokens=tokens, lengths=lengths, scale=scale, mask=mask)
 
 
 class KVProjection(nnx.Module):

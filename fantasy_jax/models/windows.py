@@ -13,7 +13,9 @@ from fantasy_jax.typing import Array, Float, Int
 from fantasy_jax.video import TEMPORAL_FACTOR, latent_frames
 
 
-def window_ranges(num_tokens: int, num_frames: int, *, expand: int = 0) -> Int[np.ndarray, "F 2"]:
+def window_ranges(
+    num_tokens: int, num_frames: int, *, expand: int = 0, least_half: int = 0
+) -> Int[np.ndarray, "F 2"]:
     """First and last token, both included, of each latent frame's window; may reach outside the clip.
 
     Python floats and truncation as in the official code.
@@ -22,9 +24,10 @@ def window_ranges(num_tokens: int, num_frames: int, *, expand: int = 0) -> Int[n
         num_tokens: Tokens A of the whole clip.
         num_frames: Video frames T = 4k + 1.
         expand: Tokens added on both sides.
+        least_half: Tokens that a window has at least on each side of its middle, before it is expanded.
     """
     per_frame = num_tokens / num_frames
-    half = int(per_frame * TEMPORAL_FACTOR / 2)
+    half = max(int(per_frame * TEMPORAL_FACTOR / 2), least_half)
     centers = [
         int((per_frame * ((i - 1) * TEMPORAL_FACTOR + 1) + per_frame * (i * TEMPORAL_FACTOR + 1)) / 2) - 1
         for i in range(1, latent_frames(num_frames))

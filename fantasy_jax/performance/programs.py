@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fantasy_jax.data.encoded import batch_spec
-from fantasy_jax.diffusion.sampler import StepProgram, branch_conditions, guided_step, hashable
+from fantasy_jax.diffusion.sampler import StepData, StepProgram, branch_conditions, guided_step, hashable
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
 from fantasy_jax.models.tiling import decode
@@ -133,12 +133,13 @@ def guided_step_program(
     graphdef, state = nnx.split(networks["transformer"])
     inputs = ClipInputs.spec(model, video, 1, people=people, sharding=_sharding(mesh))
     dropped, options = tuple(branch.dropped for branch in branches), hashable(config.adapter_options)
-    conditions = jax.eval_shape(partial(branch_conditions, graphdef, dropped, options), state, inputs)
+    build = partial(branch_conditions, graphdef, dropped, options, video.num_frames)
+    conditions = jax.eval_shape(build, state, inputs)
     conditions = jax.tree.map(lambda x: _replicated(x.shape, mesh, x.dtype), conditions)
     latents = video.latent_shape(1, model.transformer.latent_channels)
     latents, sigmas, scales = (_replicated(x, mesh) for x in (latents, (2,), (len(branches) - 1,)))
     static = (graphdef, StepProgram(config.batch_branches))
-    arguments = (state, latents, conditions, sigmas, scales)
+    arguments = (state, latents, conditions, StepData(sigmas, scales))
     return Program(
         f"guided step, {len(branches)} branches",
         partial(guided_step.lower, *static, *arguments),

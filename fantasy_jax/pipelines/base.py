@@ -1,5 +1,6 @@
 """What the pipelines share: weights and mesh, inputs and outputs, and the way from conditions to frames."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fantasy_jax import media
 from fantasy_jax.diffusion.sampler import sample
+from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.tiling import decode, tiled_decode
@@ -26,7 +28,7 @@ from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Keep, Networks
 from fantasy_jax.typing import Array, Float, UInt8
-from fantasy_jax.video import SAMPLE_RATE, VideoConfig
+from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
 from fantasy_jax.weights.loading import stored_networks
 
 ImageInput = str | Path | Image.Image | np.ndarray
@@ -227,7 +229,8 @@ class Pipeline:
             encoded = encoders.encode_image(networks, pixels)
         given = dict(adapters())
         with timed("First frame to latents"):
-            latents = encoders.encode_first_frame(networks["vae"], pixels[None], video.num_frames)
+            num_frames = min(video.num_frames, self.video.num_frames)  # those of a window
+            latents = encoders.encode_first_frame(networks["vae"], pixels[None], num_frames)
             first_frame = first_frame_condition(latents).block_until_ready()
         return ClipInputs(first_frame, text, negative[0] if negative else text, encoded, given)
 
@@ -237,12 +240,16 @@ class Pipeline:
         config: PipelineConfig,
         inputs: ClipInputs,
         noise: Float[Array, "1 F h w C"],
+        windows: WindowSchedule | None,
         *,
         callback: Callable[[StepProgress], None] | None,
         timed: Timed,
         progress: bool,
     ) -> tuple[UInt8[np.ndarray, "T H W 3"], Float[Array, "1 F h w C"]]:
         """Noise to frames and latents."""
+        if progress:
+            seconds = video_frames(noise.shape[1]) / self.video.fps
+            print(_plan(seconds, windows.count if windows else 1, config), flush=True)
         with timed("Transformer"):
             latents = sample(
                 networks["transformer"],
@@ -250,11 +257,22 @@ class Pipeline:
                 config,
                 guidance=config.guidance,
                 options=config.adapter_options,
+                windows=windows,
                 progress=progress,
                 callback=_progress(callback, config.num_inference_steps),
             )
         with timed("Latents to video"):
             return _decode(networks, latents, config, progress=progress), latents
+
+
+def _plan(seconds: float, windows: int, config: PipelineConfig) -> str:
+    """How much work a clip is."""
+    factors = windows, config.num_inference_steps, len(config.guidance)
+    product = " x ".join(map(str, factors))
+    return (
+        f"{seconds:.2f} s of video: {math.prod(factors)} evaluations of the transformer ({product}: windows, "
+        "steps, branches of guidance)"
+    )
 
 
 def as_image(image: ImageInput) -> Image.Image:
@@ -275,14 +293,36 @@ def as_image(image: ImageInput) -> Image.Image:
     )
 
 
-def as_waveform(audio: AudioInput, sampling_rate: int = SAMPLE_RATE) -> Float[np.ndarray, " samples"]:
+def as_waveform(
+    audio: AudioInput, sampling_rate: int = SAMPLE_RATE, max_seconds: float | None = None
+) -> Float[np.ndarray, " samples"]:
     """A mono waveform of 16 kHz from a path or an array.
 
+    Args:
+        audio: A path, or floats in [-1, 1], `[samples]` or `[samples, channels]`.
+        sampling_rate: Samples per second of an array.
+        max_seconds: Seconds to which it is cut; None: all of it.
+
     Raises:
-        MediaError: It cannot be read, is no audio, or is empty.
+        MediaError: It cannot be read, is no audio, is empty, or is shorter than `max_seconds`.
     """
+    waveform = _read_waveform(audio, sampling_rate, math.inf if max_seconds is None else max_seconds)
+    if max_seconds is None:
+        return waveform
+    limit = round(max_seconds * SAMPLE_RATE)
+    if waveform.size < limit:
+        name = audio if isinstance(audio, str | Path) else "audio"
+        raise MediaError(
+            f"{name}: lasts {waveform.size / SAMPLE_RATE:.2f} s, less than max_seconds, {max_seconds:g}; ask "
+            "for less, or leave it out to use all"
+        )
+    return waveform[:limit]
+
+
+def _read_waveform(audio: AudioInput, sampling_rate: int, seconds: float) -> Float[np.ndarray, " samples"]:
+    """As `as_waveform`; of a file, little more than `seconds` are read."""
     if isinstance(audio, str | Path):
-        return media.read_audio(audio)
+        return media.read_audio(audio, seconds=seconds)
     if not isinstance(audio, np.ndarray) or audio.ndim not in (1, 2) or audio.dtype.kind != "f":
         shape = f" of {audio.dtype} {list(audio.shape)}" if isinstance(audio, np.ndarray) else ""
         raise MediaError(

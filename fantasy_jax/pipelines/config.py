@@ -1,6 +1,7 @@
 """Settings of sampling, and the file in a store that holds a pipeline's defaults."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from fantasy_jax.config import as_json, build
 from fantasy_jax.diffusion.guidance import GuidanceBranch, Scale, guidance_branches
 from fantasy_jax.diffusion.sampler import SamplerConfig
+from fantasy_jax.diffusion.windows import Anchor, WindowSchedule
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.files import atomic_write
 from fantasy_jax.models.adapters.audio import AudioAttention
@@ -48,6 +50,11 @@ class PipelineConfig(SamplerConfig):
         keep: Networks that stay in memory between clips.
         tile: Rows and columns of latents that are decoded at once, where one device decodes.
         tile_stride: Rows and columns from one tile to the next; overlaps are blended.
+        max_seconds: Seconds of sound, or of driving videos, that are used; None: all.
+        overlap: Latent frames that neighbouring windows of a long clip share (`diffusion/windows.py`). More
+            are smoother and cost more: with 5 of 21, 1.4 times the evaluations of a clip per second.
+        anchor: What the first position of a later window holds.
+        moving: Whether windows move from step to step, which takes one more window.
     """
 
     batch_branches: bool = False  # at full size each branch fills a device
@@ -58,11 +65,29 @@ class PipelineConfig(SamplerConfig):
     keep: Literal["all", "transformer", "none"] = "none"
     tile: tuple[int, int] = (30, 52)
     tile_stride: tuple[int, int] = (15, 26)
+    max_seconds: float | None = None
+    overlap: int = 5
+    anchor: Anchor = "picture"
+    moving: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
+            raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None for all")
         if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
             raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
+
+    def windows(self, clip: VideoConfig, window: VideoConfig) -> WindowSchedule | None:
+        """The windows of a clip; None if it is a single one.
+
+        Raises:
+            ConfigError: `overlap` does not fit.
+        """
+        if clip.num_frames <= window.num_frames:
+            return None
+        return WindowSchedule(
+            clip.latent_frames, window.latent_frames, self.overlap, self.anchor, self.moving
+        )
 
     @property
     def guidance(self) -> tuple[GuidanceBranch, ...]:

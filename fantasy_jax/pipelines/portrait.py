@@ -137,6 +137,7 @@ class FantasyPortraitPipeline(Pipeline):
         sound = _sound(scene, self.video.seconds) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
+        windows = config.windows(video, self.video)
         noise = self._noise(noise, seed, video)
         with self._on_mesh() as networks:
 
@@ -149,7 +150,14 @@ class FantasyPortraitPipeline(Pipeline):
                 owners = {"expression": jnp.asarray([scene.targets], jnp.int32)}
                 inputs = replace(inputs, labels=jnp.asarray(labels[None]), owners=owners)
             frames, latents = self._generate(
-                networks, config, inputs, noise, callback=callback_on_step_end, timed=timed, progress=progress
+                networks,
+                config,
+                inputs,
+                noise,
+                windows,
+                callback=callback_on_step_end,
+                timed=timed,
+                progress=progress,
             )
         return VideoOutput(frames, latents, self.video.fps, sound)
 

@@ -94,21 +94,32 @@ class FantasyTalkingPipeline(Pipeline):
             audio_guidance_scale=audio_guidance_scale,
         )
         with timed("Image and audio"):
-            portrait, waveform = as_image(image), as_waveform(audio, sampling_rate)
+            portrait, waveform = as_image(image), as_waveform(audio, sampling_rate, config.max_seconds)
             fitted = fit_image(portrait, self.video.longest_edge)
-            video = self.video.for_seconds(waveform.size / SAMPLE_RATE).for_size(fitted.height, fitted.width)
+            window = self.video.for_size(fitted.height, fitted.width)
+            video = window.for_seconds(waveform.size / SAMPLE_RATE)
+            windows = config.windows(video, window)
             noise = self._noise(noise, seed, video)
         with self._on_mesh() as networks:
             face = self._encode_face(networks, config, portrait, timed)
 
             def adapters() -> Mapping[str, Array]:
                 samples = waveform[: video.num_samples]
+                if windows is not None:  # silence, so that the features span the whole clip
+                    samples = np.pad(samples, (0, video.num_samples - samples.size))
                 with timed("Speech encoder"):
                     return face | {"audio": encoders.encode_audio(networks["speech_encoder"], samples)}
 
             inputs = self._encode(networks, config, fitted, prompt, video, adapters, timed)
             frames, latents = self._generate(
-                networks, config, inputs, noise, callback=callback_on_step_end, timed=timed, progress=progress
+                networks,
+                config,
+                inputs,
+                noise,
+                windows,
+                callback=callback_on_step_end,
+                timed=timed,
+                progress=progress,
             )
         source = waveform if isinstance(audio, np.ndarray) else audio
         return VideoOutput(frames, latents, self.video.fps, source, waveform.size / SAMPLE_RATE)

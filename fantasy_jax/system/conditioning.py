@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
 from fantasy_jax.system.inputs import ClipInputs
-from fantasy_jax.typing import Array, Float, Leaf
+from fantasy_jax.typing import Array, Float, Int, Leaf
 from fantasy_jax.video import video_frames
 
 Kept = bool | Float[Array, " B"]
@@ -35,6 +36,22 @@ class Conditions:
     attended: dict[str, Condition]
     time_offset: Leaf = None
 
+    def at_frames(self, frames: Int[Array, "N W"], row: Int[Array, " N"]) -> "Conditions":
+        """The conditions of N windows of one clip, as a batch.
+
+        Args:
+            frames: Latent frames of the clip that each window holds.
+            row: Row of the first-frame condition and of the image; conditions of one row are the same in all
+                windows.
+        """
+        cut = jax.vmap(lambda condition, frames, row: condition.at_frames(frames, row), (None, 0, 0))
+        pick = partial(jnp.take, indices=row, axis=0, mode="clip")
+        return Conditions(
+            pick(self.first_frame),
+            {name: cut(condition, frames, row) for name, condition in self.attended.items()},
+            None if self.time_offset is None else pick(self.time_offset),
+        )
+
 
 def condition(
     transformer: WanTransformer,
@@ -42,6 +59,7 @@ def condition(
     *,
     keep: Mapping[str, Kept] | None = None,
     options: AdapterOptions | None = None,
+    num_frames: int | None = None,
 ) -> Conditions:
     """Builds the conditions of a batch of clips.
 
@@ -53,9 +71,11 @@ def condition(
         inputs: What the clips are conditioned on.
         keep: By dropout group: `text`, `image`, and the groups of adapters. Groups that are missing are kept.
         options: Keyword arguments of adapters, such as `{"audio": {"attention": "clip"}}`.
+        num_frames: Video frames T that the inputs of adapters span; None: those of the first-frame condition.
     """
     keep, options = keep or {}, options or {}
-    batch, frames = inputs.first_frame.shape[:2]
+    batch = len(inputs.first_frame)
+    num_frames = video_frames(inputs.first_frame.shape[1]) if num_frames is None else num_frames
     attended = transformer.conditions(_select_text(transformer, inputs, keep.get("text", True)), inputs.image)
     image_weight = _weight(keep.get("image", True), batch)
     attended["image"] = replace(attended["image"], scale=image_weight)
@@ -76,7 +96,7 @@ def condition(
         scale = settings.pop("scale", adapter.default_scale) * _weight(
             keep.get(adapter.dropout_group, True), batch
         )
-        attended[name] = adapter.condition(features, video_frames(frames), scale=scale, **settings)
+        attended[name] = adapter.condition(features, num_frames, scale=scale, **settings)
         if adapter.per_person:
             attended[name] = replace(attended[name], mask=inputs.attended_people(adapter.input))
     return Conditions(first_frame, attended, offset)

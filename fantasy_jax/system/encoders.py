@@ -17,9 +17,12 @@ from fantasy_jax.preprocessing.text import tokenize
 from fantasy_jax.sharding import constrain
 from fantasy_jax.system.networks import Networks
 from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.video import FEATURE_HOP, FEATURE_WINDOW, wav2vec2_length
 
 MOTION_BATCH = 16
 """Faces that the motion encoder takes at once."""
+AUDIO_PIECE, AUDIO_CONTEXT = 1500, 100
+"""Features of a piece of long audio, and of its context on each side: 30 and 2 seconds."""
 
 
 def encode_text(networks: Networks, prompts: list[str]) -> list[Float[Array, "1 L C"]]:
@@ -40,9 +43,21 @@ def encode_image(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[Arr
 def encode_audio(encoder: Wav2Vec2Model, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
     """wav2vec2's last hidden state of a waveform of 16 kHz (fantasy-talking, `utils.py`).
 
-    The waveform is normalised to zero mean and unit variance, as by transformers' processor.
+    The waveform is normalised to zero mean and unit variance, as by transformers' processor. A long one is
+    encoded in pieces, so that memory is bounded; two seconds on both sides of a piece are its context.
     """
-    return run(encoder, jnp.asarray(normalise_waveform(waveform))[None])
+    waveform = normalise_waveform(waveform)
+    total, longest = wav2vec2_length(waveform.size), AUDIO_PIECE + 2 * AUDIO_CONTEXT
+    if total <= longest:
+        return run(encoder, jnp.asarray(waveform)[None])
+    encoded = []
+    for first in range(0, total, AUDIO_PIECE):
+        last = min(first + AUDIO_PIECE, total)
+        start = min(max(first - AUDIO_CONTEXT, 0), total - longest)  # all pieces have one length
+        samples = waveform[start * FEATURE_HOP :][: (longest - 1) * FEATURE_HOP + FEATURE_WINDOW]
+        piece = run(encoder, jnp.asarray(samples)[None])
+        encoded.append(np.asarray(piece[:, first - start : last - start]))
+    return jnp.asarray(np.concatenate(encoded, axis=1))
 
 
 def encode_face(

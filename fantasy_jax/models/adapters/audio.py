@@ -48,6 +48,9 @@ class AudioAdapter(Adapter):
     input = "audio"
     dropout_group = "audio"
     kv_projection: ClassVar[type[KVProjection]] = KVProjection
+    least_half: ClassVar[int] = 4
+    """Tokens that a window has at least on each side of its middle. The official rule gives 4 up to 24 frames
+    per second, at which the weights were trained; from 25 on it truncates 3.98 to 3."""
 
     @classmethod
     def input_shape(cls, config: AudioAdapterConfig, video: VideoConfig) -> tuple[int, ...]:
@@ -95,6 +98,7 @@ class AudioAdapter(Adapter):
         tokens = self.tokens(features)
         if attention == "clip":
             return Condition(tokens, scale=scale)
-        windows, lengths = split_windows(tokens, window_ranges(tokens.shape[1], num_frames, expand=expand))
+        ranges = window_ranges(tokens.shape[1], num_frames, expand=expand, least_half=self.least_half)
+        windows, lengths = split_windows(tokens, ranges)
         lengths = jnp.broadcast_to(lengths, (tokens.shape[0], *lengths.shape))
         return Condition(windows, lengths, scale)
