@@ -51,11 +51,11 @@ def identity(held_out: HeldOutClips) -> dict[str, Figure]:
     generated = held_out.generate(held_out.encoded, "With identity")
     without_adapter = held_out.generate(held_out.encoded, "Without identity", identity_scale=0.0)
     true = np.stack([clip["video"] for clip in held_out.clips])
-    portraits = _embed(encoder, true[:, :1], held_out.clips)[:, 0]
+    portraits = embed_faces(encoder, true[:, :1], held_out.clips)[:, 0]
 
     def similarity(videos: UInt8[np.ndarray, "N T H W 3"]) -> Float[np.ndarray, " N"]:
         """Mean over all frames but the first, which is given."""
-        embeddings = _embed(encoder, videos[:, 1:], held_out.clips)
+        embeddings = embed_faces(encoder, videos[:, 1:], held_out.clips)
         return np.einsum("ntc,nc->nt", embeddings, portraits).mean(axis=1)
 
     with_adapter, without = similarity(generated), similarity(without_adapter)
@@ -68,7 +68,7 @@ def identity(held_out: HeldOutClips) -> dict[str, Figure]:
     }
 
 
-def _embed(
+def embed_faces(
     encoder: FaceEncoder, videos: UInt8[np.ndarray, "N T H W 3"], clips: Sequence[Record]
 ) -> Float[np.ndarray, "N T E"]:
     """Unit embeddings of the faces in every frame, cropped at their position in the first frame."""
