@@ -88,6 +88,11 @@ class SamplerConfig:
         if self.windows_per_device < 1:
             raise ConfigError(f"windows_per_device is {self.windows_per_device}; it must be at least 1")
 
+    @property
+    def window_group(self) -> int:
+        """Windows that are evaluated as one batch on the current mesh."""
+        return self.windows_per_device * axis_size("data") * axis_size("fsdp")
+
 
 @dataclass(frozen=True)
 class StepProgram:
@@ -169,7 +174,7 @@ def sample(
     dropped = tuple(branch.dropped for branch in guidance)
     num_frames = video_frames(noise.shape[1])
     conditions = branch_conditions(graphdef, dropped, hashable(options), num_frames, state, inputs)
-    group = config.windows_per_device * axis_size("data") * axis_size("fsdp")
+    group = config.window_group
     program = StepProgram(config.batch_branches, solver, tuple(wrappers), group)
     first = 0 if held is None else first_step(sigmas, strength)
     latents = jnp.array(noise, jnp.float32)  # a copy: the step donates its argument
@@ -188,7 +193,7 @@ def sample(
     return latents
 
 
-def first_step(sigmas: Float32[np.ndarray, " steps+1"], strength: float) -> int:
+def first_step(sigmas: Float32[np.ndarray, " n"], strength: float) -> int:
     """The first step whose noise level is at most `strength`; all steps are left out at 0."""
     return int(np.argmax(sigmas <= strength + 1e-6))
 

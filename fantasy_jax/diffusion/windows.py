@@ -10,8 +10,9 @@ single frame of the picture. Here it begins with the picture itself, at the step
 `picture`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 from fantasy_jax.diffusion.flow import add_noise
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.system.conditioning import Conditions
-from fantasy_jax.typing import Array, Float, Leaf
+from fantasy_jax.typing import Array, Float, Float32, Int, Leaf
 
 Anchor = Literal["picture", "preceding", "track"]
 """What the first position of a later window holds: the picture's latent at the step's noise level, or the
@@ -62,6 +63,8 @@ class WindowSchedule:
         anchor: What the first position of a later window holds.
         moving: Whether inner windows lie elsewhere in each step, which takes one more window.
         continues: Whether the track goes on from another one, so that its first window is a later window.
+        references: Latent frames at which the rows of the first-frame condition and of the image are taken; a
+            window has the last one that is not after its start.
     """
 
     num_frames: int
@@ -70,6 +73,7 @@ class WindowSchedule:
     anchor: Anchor = "picture"
     moving: bool = False
     continues: bool = False
+    references: tuple[int, ...] = (0,)
 
     def __post_init__(self):
         if not 1 <= self.overlap < self.useful:
@@ -77,8 +81,6 @@ class WindowSchedule:
                 f"overlap is {self.overlap}; it must be at least 1 and less than the {self.useful} latent "
                 "frames that a window adds"
             )
-        if self.anchor not in ("picture", "preceding", "track"):
-            raise ConfigError(f"anchor is {self.anchor!r}; it must be 'picture', 'preceding' or 'track'")
 
     @property
     def useful(self) -> int:
@@ -120,11 +122,20 @@ class WindowSchedule:
             held = np.arange(start - lead, start - lead + self.window)
             before = ends[i - 1] if i else start
             after = starts[i + 1] if i + 1 < len(starts) else end
-            fade = _rise(held - start, before - start) * (1 - _rise(held - after, end - after))
+            # The first latent of a window of the anchor `track` stands where the picture's belongs.
+            rise = partial(_rise, from_zero=self.anchor == "track")
+            fade = rise(held - start, before - start) * (1 - rise(held - after, end - after))
             frames.append(np.clip(held, 0, self.num_frames - 1))
             weights.append(np.where((held >= start) & (held < end), fade, 0))
         anchored = [self.anchor == "picture" and self._is_later(i) for i in range(len(starts))]
-        return _fill(np.array(frames), _normalised(frames, weights, self.num_frames), anchored, multiple)
+        rows = np.maximum(np.searchsorted(self.references, starts, side="right") - 1, 0)
+        missing = -len(frames) % multiple
+        return Windows(
+            frames=np.pad(frames, ((0, missing), (0, 0)), "edge").astype(np.int32),
+            weights=np.pad(_normalised(frames, weights, self.num_frames), ((0, missing), (0, 0))),
+            anchored=np.pad(anchored, (0, missing)),
+            reference=np.pad(rows, (0, missing)).astype(np.int32),
+        )
 
     def _is_later(self, index: int) -> bool:
         return (index > 0 or self.continues) and self.anchor != "track"
@@ -135,30 +146,22 @@ def bit_reversal(step: int) -> float:
     return int(f"{step:b}"[::-1], 2) / 2 ** max(step.bit_length(), 1)
 
 
-def _rise(position: np.ndarray, length: int) -> np.ndarray:
-    """A ramp from 0 to 1 over `length` positions, 0 before it and 1 after it."""
-    if length <= 1:
-        return (position >= max(length, 0)).astype(np.float64)
-    return np.clip(position / (length - 1), 0, 1)
+def _rise(position: Int[np.ndarray, " W"], length: int, *, from_zero: bool) -> Float[np.ndarray, " W"]:
+    """A ramp over `length` positions, 0 before it and 1 after it; its own first value is 0 or above."""
+    if from_zero:
+        return np.clip(position / max(length - 1, 1), 0, 1) if length else (position >= 0).astype(float)
+    return np.clip((position + 1) / (length + 1), 0, 1)
 
 
-def _normalised(frames: list[np.ndarray], weights: list[np.ndarray], num_frames: int) -> np.ndarray:
+def _normalised(
+    frames: Sequence[Int[np.ndarray, " W"]], weights: Sequence[Float[np.ndarray, " W"]], num_frames: int
+) -> Float32[np.ndarray, "N W"]:
     """Weights whose sum over windows is one in each latent frame."""
     total = np.zeros(num_frames)
     np.add.at(total, np.array(frames), np.array(weights))
     if not (total > 0).all():
         raise ValueError(f"no window has weight in latent frames {np.flatnonzero(total <= 0).tolist()}")
-    return np.array(weights) / total[np.array(frames)]
-
-
-def _fill(frames: np.ndarray, weights: np.ndarray, anchored: list[bool], multiple: int) -> Windows:
-    missing = -len(frames) % multiple
-    return Windows(
-        frames=np.pad(frames, ((0, missing), (0, 0)), "edge").astype(np.int32),
-        weights=np.pad(weights, ((0, missing), (0, 0))).astype(np.float32),
-        anchored=np.pad(np.array(anchored), (0, missing)),
-        reference=np.zeros(len(frames) + missing, np.int32),
-    )
+    return (np.array(weights) / total[np.array(frames)]).astype(np.float32)
 
 
 def windowed(guided: Guided, windows: Windows, group: int) -> Guided:

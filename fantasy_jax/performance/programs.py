@@ -1,6 +1,7 @@
 """The programs of a config: the jitted functions that training and sampling run, with abstract arguments."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -124,24 +125,38 @@ def guided_step_program(
 
     Args:
         networks: Abstract networks on the mesh.
-        config: Settings of sampling.
-        video: Size and length of the clip.
+        config: Settings of sampling; a clip of `max_seconds` consists of windows.
+        video: Size and length of a window.
         mesh: The current mesh.
         people: People of the clip who have inputs of their own.
     """
     model, branches = networks.config, config.guidance
+    clip = video if config.max_seconds is None else video.for_seconds(config.max_seconds)
     graphdef, state = nnx.split(networks["transformer"])
-    inputs = ClipInputs.spec(model, video, 1, people=people, sharding=_sharding(mesh))
+    inputs = ClipInputs.spec(model, clip, 1, people=people, sharding=_sharding(mesh))
+    window = ClipInputs.spec(model, video, 1, sharding=_sharding(mesh))
+    inputs = replace(inputs, first_frame=window.first_frame)
     dropped, options = tuple(branch.dropped for branch in branches), hashable(config.adapter_options)
-    build = partial(branch_conditions, graphdef, dropped, options, video.num_frames)
+    build = partial(branch_conditions, graphdef, dropped, options, clip.num_frames)
     conditions = jax.eval_shape(build, state, inputs)
-    conditions = jax.tree.map(lambda x: _replicated(x.shape, mesh, x.dtype), conditions)
-    latents = video.latent_shape(1, model.transformer.latent_channels)
-    latents, sigmas, scales = (_replicated(x, mesh) for x in (latents, (2,), (len(branches) - 1,)))
-    static = (graphdef, StepProgram(config.batch_branches))
-    arguments = (state, latents, conditions, StepData(sigmas, scales))
+    shape = clip.latent_shape(1, model.transformer.latent_channels)
+    group = config.window_group
+    windows = config.windows(clip, video)
+    name = f"guided step, {len(branches)} branches"
+    given = None
+    if windows is not None:
+        noise = np.zeros((1, 1, *shape[2:]), np.float32)
+        given = replace(windows.at(multiple=group), noise=noise)
+        name += f", {len(given.frames)} windows in groups of {group}"
+    data = StepData(np.zeros(2, np.float32), np.zeros(len(branches) - 1, np.float32), given)
+    latents, conditions, data = jax.tree.map(
+        lambda x: _replicated(x.shape, mesh, x.dtype),
+        (jax.ShapeDtypeStruct(shape, np.float32), conditions, data),
+    )
+    static = (graphdef, StepProgram(config.batch_branches, window_group=group))
+    arguments = (state, latents, conditions, data)
     return Program(
-        f"guided step, {len(branches)} branches",
+        name,
         partial(guided_step.lower, *static, *arguments),
         arguments,
         count_flops(partial(guided_step.__wrapped__, *static), *arguments),

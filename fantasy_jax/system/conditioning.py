@@ -94,7 +94,7 @@ def condition(
             offset = more if offset is None else offset + more
             continue
         scale = settings.pop("scale", adapter.default_scale) * _weight(
-            keep.get(adapter.dropout_group, True), batch
+            keep.get(adapter.dropout_group, True), len(features)
         )
         attended[name] = adapter.condition(features, num_frames, scale=scale, **settings)
         if adapter.per_person:
