@@ -152,11 +152,10 @@ def _write(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequ
         save_latents(arguments.save_latents, output.latents)
         print(f"Wrote {arguments.save_latents}: the latents")
     video, sheet = request.outputs
-    with cli.timed("Video and audio to mp4"):
-        output.save(video)
-        media.write_contact_sheet(sheet, output.frames, output.fps)
-    frames, height, width, _ = output.frames.shape
-    print(f"Wrote {video}: {frames} frames of {width} x {height} at {output.fps} frames per second")
+    with cli.timed("Latents to video"):
+        output.save(video, sheet=sheet)
+    size = f"{output.width} x {output.height}"
+    print(f"Wrote {video}: {output.num_frames} frames of {size} at {output.fps} frames per second")
     print(f"Wrote {sheet}: a contact sheet of its frames")
 
 

@@ -96,7 +96,7 @@ def test_all_parts_and_pytorch_are_timed(tmp_path):
         "stage 1 step",
         "stage 2 step",
         "first frame to latents",
-        "a tile of latents to video",
+        "a tile of a latent frame to video",
         "loader, 8 clips",
         "forward, PyTorch eager, without audio",
         "forward, PyTorch compiled, without audio",

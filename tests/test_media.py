@@ -68,11 +68,11 @@ def tone(rate, seconds=1.0, channels=1):
     return np.stack([left, 0.5 * left][:channels])
 
 
-def write_audio(path, samples, rate, codec, container_format=None):
+def write_audio(path, samples, rate, codec, **options):
     """Encodes a waveform with a codec, as other programs would."""
     layout = "mono" if len(samples) == 1 else "stereo"
-    with av.open(str(path), "w", format=container_format) as container:
-        stream = container.add_stream(codec, rate=rate)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, **options)
         stream.layout = layout
         resampler = av.AudioResampler(format=stream.format, layout=layout, rate=rate, frame_size=1024)
         frame = av.AudioFrame.from_ndarray(samples.astype(np.float32), format="fltp", layout=layout)
@@ -170,21 +170,54 @@ def test_frames_are_written_one_by_one_too(tmp_path):
     assert not (tmp_path / "none.mp4").exists()
 
 
-def test_an_output_is_complete_or_absent(tmp_path, monkeypatch):
+def test_an_output_is_complete_or_absent(tmp_path):
     target = tmp_path / "v.mp4"
     target.write_text("what was there before")
     with pytest.raises(MediaError):
         media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, audio=tmp_path / "missing.wav")
 
-    def encode_half(*arguments):
+    def half():
+        yield from np.zeros((3, 16, 16, 3), np.uint8)
         raise RuntimeError("the power fails")
 
-    monkeypatch.setattr(media, "_encode_audio", encode_half)
     write_audio(tmp_path / "tone.wav", tone(44100), 44100, "pcm_s16le")
     with pytest.raises(RuntimeError, match="power"):
-        media.write_video(target, np.zeros((5, 16, 16, 3), np.uint8), 25, audio=tmp_path / "tone.wav")
+        media.write_video(target, half(), 25, audio=tmp_path / "tone.wav")
     assert target.read_text() == "what was there before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tone.wav", "v.mp4"]
+
+
+def test_audio_that_is_resampled_while_it_is_read_has_the_same_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    for rate in (11_025, 16_000, 44_100):
+        samples = rng.integers(-9000, 9000, 3 * rate + 7, np.int16)
+        media.write_audio(tmp_path / "noise.wav", samples, rate)
+        whole = media.resample((samples / 32768).astype(np.float32), rate)
+        assert np.array_equal(media.read_audio(tmp_path / "noise.wav"), whole)
+        assert media.audio_seconds(tmp_path / "noise.wav") == samples.size / rate
+        start = media.read_audio(tmp_path / "noise.wav", seconds=0.5)
+        assert 8000 <= start.size < 12_000
+        assert np.array_equal(start[:7900], whole[:7900])
+
+
+def test_audio_is_muxed_beside_its_frames(tmp_path):
+    """A long video: packets of sound and picture alternate, and the sound is what one call would encode."""
+    sound = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 44_100 * 30)).astype(np.float32)
+    write_audio(tmp_path / "noise.wav", sound, 44_100, "pcm_f32le")
+    frames = (np.full((16, 16, 3), t % 256, np.uint8) for t in range(25 * 20))
+    media.write_video(tmp_path / "v.mp4", frames, 25, audio=tmp_path / "noise.wav")
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        packets = [
+            (x.stream.type, float(x.dts * x.time_base)) for x in container.demux() if x.dts is not None
+        ]
+    latest = {"video": 0.0, "audio": 0.0}
+    for kind, time in packets:
+        latest[kind] = time
+        assert abs(latest["video"] - latest["audio"]) < 1
+    assert latest["audio"] == pytest.approx(20, abs=0.1)
+    write_audio(tmp_path / "whole.mp4", sound[:, : 44_100 * 20], 44_100, "aac", bit_rate=192_000)
+    expected, found = (media.read_audio(tmp_path / name, 44_100) for name in ("whole.mp4", "v.mp4"))
+    assert np.array_equal(found, expected)
 
 
 def test_an_unwritable_output_is_an_error(tmp_path):
@@ -205,7 +238,9 @@ def test_frames_that_cannot_be_encoded_are_an_error(tmp_path):
 
 def test_a_contact_sheet_shows_frames_in_order(tmp_path):
     frames = np.stack([np.full((40, 60, 3), 8 * t, np.uint8) for t in range(30)])
-    media.write_contact_sheet(tmp_path / "sheet.png", frames, 25)
+    collected = media.ContactSheet(30, 25)
+    assert np.array_equal(list(collected.collect(iter(frames))), frames)
+    collected.write(tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
     tile_height, tile_width = sheet.shape[0] // 2, sheet.shape[1] // 6
     shades = [int(sheet[20 + tile_height * (i // 6), 60 + tile_width * (i % 6)]) for i in range(12)]

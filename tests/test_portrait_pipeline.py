@@ -73,6 +73,17 @@ def dry_pipeline():
     return FantasyPortraitPipeline(networks.replace(**empty), VIDEO, STEPS)
 
 
+class NoDecoder:
+    """Black frames in place of decoded ones."""
+
+    first = True
+
+    def __call__(self, latents):
+        for _ in range(latents.shape[1]):
+            yield np.zeros((1 if self.first else 4, 32, 64, 3), np.uint8)
+            self.first = False
+
+
 @pytest.fixture
 def sampled(monkeypatch):
     """Collects inputs and options of the sampler; it and all networks are replaced by what costs nothing."""
@@ -87,7 +98,7 @@ def sampled(monkeypatch):
         return jnp.zeros(replace(VIDEO, num_frames=num_frames).for_size(*size).latent_shape(1, 16))
 
     monkeypatch.setattr(base, "sample", sample)
-    monkeypatch.setattr(base, "_decode", lambda *_, **__: np.zeros((5, 32, 64, 3), np.uint8))
+    monkeypatch.setattr(base, "StreamingDecoder", lambda *_, **__: NoDecoder())
     monkeypatch.setattr(encoders, "encode_text", lambda _, prompts: [jnp.zeros((1, 3, 32))] * len(prompts))
     monkeypatch.setattr(encoders, "encode_image", lambda *_: jnp.zeros((1, 257, 32)))
     monkeypatch.setattr(encoders, "encode_first_frame", encode_first_frame)

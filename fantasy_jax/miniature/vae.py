@@ -11,7 +11,7 @@ from flax import nnx
 
 from fantasy_jax.miniature.convolution import convolve
 from fantasy_jax.models.halo import Rows
-from fantasy_jax.models.vae import Linear, VAEConfig, WanVAE
+from fantasy_jax.models.vae import Carried, Linear, VAEConfig, WanVAE
 from fantasy_jax.typing import Array, DType, Float
 from fantasy_jax.video import TEMPORAL_FACTOR
 
@@ -48,17 +48,16 @@ class LinearShortcut(nnx.Module):
         self.decode_first = Linear(config.latent_channels, pixels, **types)
         self.decode_chunk = Linear(config.latent_channels, TEMPORAL_FACTOR * pixels, **types)
 
-    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
-        """Term of the posterior's mean."""
-        first = self.encode_first(to_blocks(video[:, :1], 1, self.side))
-        rest = self.encode_chunk(to_blocks(video[:, 1:], TEMPORAL_FACTOR, self.side))
-        return jnp.concatenate([first, rest], axis=1)
+    def encode(self, chunk: Float[Array, "B T H W 3"]) -> Float[Array, "B 1 h w C"]:
+        """Term of the posterior's mean of the first frame, or of four frames after it."""
+        frames = chunk.shape[1]
+        encode = self.encode_first if frames == 1 else self.encode_chunk
+        return encode(to_blocks(chunk, frames, self.side))
 
-    def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
-        """Term of the decoded pixels."""
-        first = from_blocks(self.decode_first(latents[:, :1]), 1, self.side)
-        rest = from_blocks(self.decode_chunk(latents[:, 1:]), TEMPORAL_FACTOR, self.side)
-        return jnp.concatenate([first, rest], axis=1)
+    def decode(self, latent: Float[Array, "B 1 h w C"], frames: int) -> Float[Array, "B T H W 3"]:
+        """Term of the decoded pixels of the first frame, or of four frames after it."""
+        decode = self.decode_first if frames == 1 else self.decode_chunk
+        return from_blocks(decode(latent), frames, self.side)
 
 
 class MiniatureVAE(WanVAE):
@@ -81,13 +80,18 @@ class MiniatureVAE(WanVAE):
             if isinstance(module, nnx.Conv):
                 module.conv_general_dilated = convolve
 
-    def _encode(self, video: Float[Array, "B T H W 3"], rows: Rows) -> Float[Array, "B F h w D"]:
-        moments = super()._encode(to_blocks(video, 1, self.config.patch), rows)
-        return moments.at[..., : self.config.latent_channels].add(self.shortcut.encode(video))
+    def _encode_chunk(
+        self, chunk: Float[Array, "B T H W 3"], carried: Carried | None, rows: Rows
+    ) -> tuple[Float[Array, "B 1 h w D"], Carried]:
+        moments, carried = super()._encode_chunk(to_blocks(chunk, 1, self.config.patch), carried, rows)
+        return moments.at[..., : self.config.latent_channels].add(self.shortcut.encode(chunk)), carried
 
-    def _decode(self, latents: Float[Array, "B F h w C"], rows: Rows) -> Float[Array, "B T H W 3"]:
-        video = from_blocks(super()._decode(latents, rows), 1, self.config.patch)
-        return video + self.shortcut.decode(self._denormalise(latents))
+    def _decode_chunk(
+        self, latent: Float[Array, "B 1 h w C"], carried: Carried | None, rows: Rows
+    ) -> tuple[Float[Array, "B T H W 3"], Carried]:
+        blocks, carried = super()._decode_chunk(latent, carried, rows)
+        video = from_blocks(blocks, 1, self.config.patch)
+        return video + self.shortcut.decode(self._denormalise(latent), video.shape[1]), carried
 
 
 def to_blocks(video: Float[Array, "B T H W C"], frames: int, side: int) -> Float[Array, "B U h w D"]:

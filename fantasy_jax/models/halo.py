@@ -69,32 +69,39 @@ def num_row_shards() -> int:
 
 
 def halo_exchange(
-    run: Callable[[Leaf, Array, Rows], Array], state: Leaf, x: Float[Array, "B T H W C"], *, multiple: int = 1
-) -> Float[Array, "B U R V D"]:
+    run: Callable[[Leaf, Array, Leaf, Rows], tuple[Array, Leaf]],
+    state: Leaf,
+    x: Float[Array, "B T H W C"],
+    carried: Leaf = None,
+    *,
+    multiple: int = 1,
+) -> tuple[Float[Array, "B U R V D"], Leaf]:
     """Runs a function with rows sharded over the `context` and `tensor` axes of the mesh in force.
 
     Args:
-        run: Function of the state, one device's rows, and how rows are sharded. It may change the resolution.
+        run: Function of the state, one device's rows, what is carried, and how rows are sharded. It returns
+            its result, whose resolution may be another, and what the next call carries.
         state: First argument of `run`, replicated.
         x: Images or videos. Their rows are padded, and the padding is removed from the result.
+        carried: What the previous call returned, a tree of arrays `[B, T, R, W, C]`; None in the first call.
         multiple: Number that a device's rows must be a multiple of.
 
     Returns:
-        The result, sharded by rows.
+        The result, and what the next call carries, both sharded by rows. What is carried keeps the padding.
     """
     devices = num_row_shards()
     if devices == 1:
-        return run(state, x, Rows())
+        return run(state, x, carried, Rows())
     height = x.shape[2]
     padded = height + -height % (devices * multiple)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - height), (0, 0), (0, 0)))
     batch = partition("batch")[0] if x.shape[0] % (axis_size("data") * axis_size("fsdp")) == 0 else None
     spec = PartitionSpec(batch, None, _AXES)
     sharded = jax.shard_map(
-        lambda state, x: run(state, x, Rows(devices, height, padded)),
-        in_specs=(PartitionSpec(), spec),
+        lambda state, x, carried: run(state, x, carried, Rows(devices, height, padded)),
+        in_specs=(PartitionSpec(), spec, spec),
         out_specs=spec,
         check_vma=False,
     )
-    result = sharded(state, x)
-    return result[:, :, : result.shape[2] * height // padded]
+    result, carried = sharded(state, x, carried)
+    return result[:, :, : result.shape[2] * height // padded], carried

@@ -298,38 +298,43 @@ class WanVAE(nnx.Module):
         Raises:
             ValueError: The length or a side is another.
         """
-        factor = self.config.spatial_factor
-        if video.shape[1] % TEMPORAL_FACTOR != 1 or video.shape[2] % factor or video.shape[3] % factor:
-            raise ValueError(
-                f"video of {video.shape[1]} frames, {video.shape[2]} x {video.shape[3]} pixels: the number "
-                f"of frames must be 4k + 1, the sides multiples of {factor}"
-            )
+        if video.shape[1] % TEMPORAL_FACTOR != 1:
+            raise ValueError(f"video of {video.shape[1]} frames: their number must be 4k + 1")
         graphdef, state = nnx.split(self)
-        moments = halo_exchange(
-            lambda state, video, rows: nnx.merge(graphdef, state)._encode(video, rows),
+        moments, _ = halo_exchange(
+            lambda state, video, _, rows: (nnx.merge(graphdef, state)._encode(video, rows), None),
             state,
-            video,
-            multiple=factor,
+            self._checked(video),
+            multiple=self.config.spatial_factor,
         )
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, log_variance
 
-    def _encode(self, video: Float[Array, "B T H W P"], rows: Rows) -> Float[Array, "B F h w D"]:
+    def _encode(self, video: Float[Array, "B T H W 3"], rows: Rows) -> Float[Array, "B F h w D"]:
         """Mean and log variance, concatenated, of one device's rows."""
-        first, carried = self.encoder(video[:, :1], None, rows)
-        graphdef, state = nnx.split(self.encoder)
+        first, carried = self._encode_chunk(video[:, :1], None, rows)
+        if video.shape[1] == 1:
+            return first
+        graphdef, state = nnx.split(self)
 
         @jax.checkpoint
         def encode_chunk(state: nnx.State, carried: Carried, index: Array) -> tuple[Array, Carried]:
             chunk = jax.lax.dynamic_slice_in_dim(video, 1 + TEMPORAL_FACTOR * index, TEMPORAL_FACTOR, axis=1)
-            return nnx.merge(graphdef, state)(chunk, carried, rows)
+            return nnx.merge(graphdef, state)._encode_chunk(chunk, carried, rows)
 
         def body(carried: Carried, index: Array) -> tuple[Carried, Array]:
             encoded, carried = encode_chunk(state, carried, index)
             return carried, encoded[:, 0]
 
         _, rest = jax.lax.scan(body, carried, jnp.arange(video.shape[1] // TEMPORAL_FACTOR))
-        return self.moments(jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1))
+        return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
+
+    def _encode_chunk(
+        self, chunk: Float[Array, "B T H W P"], carried: Carried | None, rows: Rows
+    ) -> tuple[Float[Array, "B 1 h w D"], Carried]:
+        """Mean and log variance of the first frame (`carried` is None), or of four frames after it."""
+        encoded, carried = self.encoder(chunk, carried, rows)
+        return self.moments(encoded), carried
 
     def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
         """Normalised latents of a video: the posterior's mean.
@@ -337,24 +342,49 @@ class WanVAE(nnx.Module):
         Arguments and errors are those of `encode_moments`.
         """
         mean, _ = self.encode_moments(video)
-        return (mean - self.latent_mean.get_value()) / self.latent_std.get_value()
+        return self._normalise(mean)
+
+    def encode_chunk(
+        self, chunk: Float[Array, "B T H W 3"], carried: Carried | None
+    ) -> tuple[Float[Array, "B 1 h w C"], Carried]:
+        """One latent frame of a video, as `encode` makes it of the whole.
+
+        Args:
+            chunk: The first frame, or four frames after it, in [-1, 1]; sides as of `encode_moments`.
+            carried: What the call before returned; None for the first frame.
+
+        Raises:
+            ValueError: A side is no multiple of the spatial factor.
+        """
+        graphdef, state = nnx.split(self)
+        moments, carried = halo_exchange(
+            lambda state, *arguments: nnx.merge(graphdef, state)._encode_chunk(*arguments),
+            state,
+            self._checked(chunk),
+            carried,
+            multiple=self.config.spatial_factor,
+        )
+        return self._normalise(jnp.split(moments, 2, axis=-1)[0]), carried
 
     def decode(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B T H W 3"]:
         """Video of normalised latents, not clamped to [-1, 1]."""
         graphdef, state = nnx.split(self)
         return halo_exchange(
-            lambda state, latents, rows: nnx.merge(graphdef, state)._decode(latents, rows), state, latents
-        )
+            lambda state, latents, _, rows: (nnx.merge(graphdef, state)._decode(latents, rows), None),
+            state,
+            latents,
+        )[0]
 
-    def _decode(self, latents: Float[Array, "B F h w C"], rows: Rows) -> Float[Array, "B T H W P"]:
+    def _decode(self, latents: Float[Array, "B F h w C"], rows: Rows) -> Float[Array, "B T H W 3"]:
         """Video of one device's rows."""
-        latents = self.latents_in(self._denormalise(latents))
-        first, carried = self.decoder(latents[:, :1], None, rows)
-        graphdef, state = nnx.split(self.decoder)
+        first, carried = self._decode_chunk(latents[:, :1], None, rows)
+        if latents.shape[1] == 1:
+            return first
+        graphdef, state = nnx.split(self)
 
         @jax.checkpoint
         def decode_chunk(state: nnx.State, carried: Carried, latent: Array) -> tuple[Array, Carried]:
-            return nnx.merge(graphdef, state)(latent, carried, rows)
+            return nnx.merge(graphdef, state)._decode_chunk(latent, carried, rows)
 
         def body(carry: tuple[Carried, Array], index: Array) -> tuple[tuple[Carried, Array], None]:
             carried, video = carry
@@ -370,6 +400,39 @@ class WanVAE(nnx.Module):
         video = jnp.zeros(shape, first.dtype).at[:, :1].set(first)
         (_, video), _ = jax.lax.scan(body, (carried, video), jnp.arange(1, latents.shape[1]))
         return video
+
+    def _decode_chunk(
+        self, latent: Float[Array, "B 1 h w C"], carried: Carried | None, rows: Rows
+    ) -> tuple[Float[Array, "B T H W P"], Carried]:
+        """The first frame (`carried` is None), or four frames after it, of one device's rows."""
+        return self.decoder(self.latents_in(self._denormalise(latent)), carried, rows)
+
+    def decode_chunk(
+        self, latent: Float[Array, "B 1 h w C"], carried: Carried | None
+    ) -> tuple[Float[Array, "B T H W 3"], Carried]:
+        """Frames of one latent frame, as `decode` makes them of the whole: one of the first, then four.
+
+        Args:
+            latent: Normalised.
+            carried: What the call before returned; None for the first latent frame.
+        """
+        graphdef, state = nnx.split(self)
+        return halo_exchange(
+            lambda state, *arguments: nnx.merge(graphdef, state)._decode_chunk(*arguments),
+            state,
+            latent,
+            carried,
+        )
+
+    def _checked(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
+        factor = self.config.spatial_factor
+        if video.shape[2] % factor or video.shape[3] % factor:
+            height, width = video.shape[2:4]
+            raise ValueError(f"video of {height} x {width} pixels: the sides must be multiples of {factor}")
+        return video
+
+    def _normalise(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
+        return (latents - self.latent_mean.get_value()) / self.latent_std.get_value()
 
     def _denormalise(self, latents: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
         return latents * self.latent_std.get_value() + self.latent_mean.get_value()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.models.tiling import blend_tiles, tiled_decode
+from fantasy_jax.models.tiling import blend_tiles
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.parity.masked_attention import run_masked_attention
 from fantasy_jax.parity.reference import Outputs, Reference, channels_first
@@ -20,6 +20,7 @@ from fantasy_jax.preprocessing import driving, official_detectors
 from fantasy_jax.preprocessing.audio import normalise_waveform
 from fantasy_jax.preprocessing.images import clip_image_preprocess
 from fantasy_jax.preprocessing.one_euro import OFFICIAL_GROUPS, smooth_landmarks
+from fantasy_jax.system.streaming import StreamingDecoder
 from fantasy_jax.typing import Array, Float
 from fantasy_jax.video import PIXELS_PER_LATENT
 
@@ -36,7 +37,9 @@ def run_vae(reference: Reference) -> Outputs:
     video = reference.images("input.video_tiled")
     yield "latents_tiled", channels_first(tiled_encode(vae, video, tile=tile, stride=stride))
     latents = reference.images("output.latents_tiled")
-    yield "decoded_tiled", channels_first(tiled_decode(vae, latents, tile=tile, stride=stride))
+    decoder = StreamingDecoder(vae, tile=tile, stride=stride)
+    decoded = [decoder.decode(latents[:, i : i + 1]) for i in range(latents.shape[1])]
+    yield "decoded_tiled", channels_first(jnp.clip(jnp.concatenate(decoded, axis=1), -1, 1))
 
 
 def tiled_encode(

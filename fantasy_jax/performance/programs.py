@@ -13,20 +13,20 @@ from fantasy_jax.data.encoded import batch_spec
 from fantasy_jax.diffusion.sampler import StepData, StepProgram, branch_conditions, guided_step, hashable
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
-from fantasy_jax.models.tiling import decode
 from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
-from fantasy_jax.sharding import batch_sharding
+from fantasy_jax.sharding import RULES, batch_sharding
 from fantasy_jax.system.encoders import encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks
 from fantasy_jax.system.registry import component_of
+from fantasy_jax.system.streaming import decode_step
 from fantasy_jax.training.objective import velocity_objective
 from fantasy_jax.training.stages import StagesConfig, prepare_for_stage
 from fantasy_jax.training.state import Trainer
-from fantasy_jax.typing import Array, DType
+from fantasy_jax.typing import DType, Leaf
 from fantasy_jax.video import VideoConfig
 
 
@@ -102,7 +102,7 @@ def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh) -> Pr
 
 
 def vae_decode_program(networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh) -> Program:
-    """Decoding of a clip or, where one device decodes it, of a tile of it.
+    """Decoding of a latent frame after the first or, where one device decodes it, of a tile of it.
 
     Args:
         networks: Abstract networks on the mesh.
@@ -110,12 +110,15 @@ def vae_decode_program(networks: Networks, config: PipelineConfig, video: VideoC
         video: Size and length of the clip.
         mesh: The current mesh.
     """
-    batch, frames, *sides, channels = video.latent_shape(1, networks.config.vae.latent_channels)
-    name = "latents to video"
+    vae, name = networks["vae"], "latent frame to video"
+    batch, _, *sides, channels = video.latent_shape(1, networks.config.vae.latent_channels)
     if num_row_shards() == 1:
-        sides, name = map(min, sides, config.tile), f"a tile of {name}"
-    latents = _replicated((batch, frames, *sides, channels), mesh)
-    return _network_program(name, networks["vae"], decode, latents)
+        sides, name = map(min, sides, config.tile), f"a tile of a {name}"
+    latent = _replicated((batch, 1, *sides, channels), mesh)
+    carried = jax.eval_shape(lambda vae, latent: decode_step(vae, None, latent)[0], vae, latent)
+    spec = NamedSharding(mesh, PartitionSpec(None, None, RULES["rows"]))
+    carried = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), carried)
+    return _network_program(name, vae, decode_step, carried, latent)
 
 
 def guided_step_program(
@@ -165,15 +168,15 @@ def guided_step_program(
 
 
 def _network_program(
-    name: str, network: nnx.Module, function: Callable, *inputs: jax.ShapeDtypeStruct, static: tuple = ()
+    name: str, network: nnx.Module, function: Callable, *inputs: Leaf, static: tuple = ()
 ) -> Program:
-    """A jitted function of a network, arrays, and static arguments."""
+    """A jitted function of a network, trees of arrays, and static arguments."""
     graphdef, state = nnx.split(network)
 
-    def plain(state: nnx.State, *inputs: Array) -> Array:
+    def plain(state: nnx.State, *inputs: Leaf) -> Leaf:
         return function.__wrapped__(nnx.merge(graphdef, state), *inputs, *static)
 
-    def call(state: nnx.State, *inputs: Array) -> Array:
+    def call(state: nnx.State, *inputs: Leaf) -> Leaf:
         return function(nnx.merge(graphdef, state), *inputs, *static)
 
     lower = partial(function.lower, network, *inputs, *static)

@@ -6,29 +6,31 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from fantasy_jax import media
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.models.halo import num_row_shards
-from fantasy_jax.models.tiling import decode, tiled_decode
 from fantasy_jax.pipelines.config import PipelineConfig, read_pipeline
 from fantasy_jax.pipelines.latents import initial_noise
-from fantasy_jax.preprocessing.images import to_pixels, to_uint8
+from fantasy_jax.preprocessing.images import to_pixels
 from fantasy_jax.sharding import make_mesh, replicate
 from fantasy_jax.system import encoders
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Keep, Networks
+from fantasy_jax.system.streaming import StreamingDecoder
 from fantasy_jax.typing import Array, Float, UInt8
-from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
+from fantasy_jax.video import PIXELS_PER_LATENT, SAMPLE_RATE, VideoConfig, video_frames
 from fantasy_jax.weights.loading import stored_networks
 
 ImageInput = str | Path | Image.Image | np.ndarray
@@ -67,40 +69,71 @@ class StepProgress:
 
 @dataclass(frozen=True)
 class VideoOutput:
-    """A generated clip.
+    """A generated clip, whose frames are decoded when they are needed.
 
     Attributes:
-        frames: RGB, uint8 `[T, H, W, 3]`.
+        decode: Starts to decode the latents, and yields frames: RGB, uint8 `[H, W, 3]`.
         latents: Final latents, float32, `[1, F, h, w, C]`.
+        num_frames: Frames T of the video; the latents can hold a few more.
         fps: Frames per second.
         audio: The audio file, or the waveform of 16 kHz, in [-1, 1]; None for a silent clip.
         audio_seconds: Duration of the audio.
     """
 
-    frames: UInt8[np.ndarray, "T H W 3"]
+    decode: Callable[[], Iterator[UInt8[np.ndarray, "H W 3"]]]
     latents: Float[Array, "1 F h w C"]
+    num_frames: int
     fps: int
     audio: str | Path | np.ndarray | None = None
     audio_seconds: float = 0.0
 
     @property
+    def height(self) -> int:
+        """Height in pixels."""
+        return self.latents.shape[2] * PIXELS_PER_LATENT
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+        return self.latents.shape[3] * PIXELS_PER_LATENT
+
+    @property
     def seconds(self) -> float:
         """Duration of the video."""
-        return len(self.frames) / self.fps
+        return self.num_frames / self.fps
 
-    def save(self, path: str | Path) -> None:
+    @cached_property
+    def frames(self) -> UInt8[np.ndarray, "T H W 3"]:
+        """All frames, which are decoded once and kept."""
+        return np.stack(list(islice(self.decode(), self.num_frames)))
+
+    def stream_frames(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        """Yields the frames one by one; they are decoded, but not kept, unless `frames` has been used."""
+        return iter(self.frames) if "frames" in vars(self) else islice(self.decode(), self.num_frames)
+
+    def save(self, path: str | Path, *, sheet: str | Path | None = None) -> None:
         """Writes an mp4 with the audio, cut to the video's length.
 
+        Frames are written while they are decoded, so that memory does not grow with the length.
+
+        Args:
+            path: The mp4.
+            sheet: A PNG with frames of the clip; None: it is not written.
+
         Raises:
-            MediaError: The file cannot be written, or the audio cannot be read.
+            MediaError: A file cannot be written, or the audio cannot be read.
         """
-        if not isinstance(self.audio, np.ndarray):
-            media.write_video(path, self.frames, self.fps, audio=self.audio)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            waveform = np.round(np.clip(self.audio, -1, 1) * 32767).astype(np.int16)
-            media.write_audio(Path(folder) / "audio.wav", waveform, SAMPLE_RATE)
-            media.write_video(path, self.frames, self.fps, audio=Path(folder) / "audio.wav")
+        collected = media.ContactSheet(self.num_frames, self.fps)
+        frames = collected.collect(self.stream_frames())
+        if isinstance(self.audio, np.ndarray):
+            with tempfile.TemporaryDirectory() as folder:
+                waveform = np.round(np.clip(self.audio, -1, 1) * 32767).astype(np.int16)
+                media.write_audio(Path(folder) / "audio.wav", waveform, SAMPLE_RATE)
+                media.write_video(path, frames, self.fps, audio=Path(folder) / "audio.wav")
+        else:
+            media.write_video(path, frames, self.fps, audio=self.audio)
+        if sheet is not None:
+            collected.write(sheet)
 
 
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
@@ -245,8 +278,8 @@ class Pipeline:
         callback: Callable[[StepProgress], None] | None,
         timed: Timed,
         progress: bool,
-    ) -> tuple[UInt8[np.ndarray, "T H W 3"], Float[Array, "1 F h w C"]]:
-        """Noise to frames and latents."""
+    ) -> tuple[Callable[[], Iterator[UInt8[np.ndarray, "H W 3"]]], Float[Array, "1 F h w C"]]:
+        """Noise to latents; returns a function that decodes them, and the latents (`VideoOutput`)."""
         if progress:
             seconds = video_frames(noise.shape[1]) / self.video.fps
             print(_plan(seconds, windows.count if windows else 1, config), flush=True)
@@ -261,8 +294,21 @@ class Pipeline:
                 progress=progress,
                 callback=_progress(callback, config.num_inference_steps),
             )
-        with timed("Latents to video"):
-            return _decode(networks, latents, config, progress=progress), latents
+        return partial(self._decode, latents, config, progress=progress), latents
+
+    def _decode(
+        self, latents: Float[Array, "1 F h w C"], config: PipelineConfig, *, progress: bool
+    ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        """Yields the frames of latents, decoded by the mesh."""
+        with self._on_mesh() as networks:
+            decoder = StreamingDecoder(networks["vae"], tile=config.tile, stride=config.tile_stride)
+        indices = range(latents.shape[1])
+        for index in tqdm(indices, "Decoding", unit="latent frame", disable=not progress):
+            # The mesh is not set while the caller has a frame.
+            with self.networks.on_mesh(self.config.mesh, self.mesh):
+                chunks = list(decoder(replicate(latents[:, index : index + 1])))
+            for frames in chunks:
+                yield from frames
 
 
 def _plan(seconds: float, windows: int, config: PipelineConfig) -> str:
@@ -333,18 +379,6 @@ def _read_waveform(audio: AudioInput, sampling_rate: int, seconds: float) -> Flo
         raise MediaError("audio: is empty, not finite, or its sampling_rate is not positive")
     mono = audio if audio.ndim == 1 else audio.mean(axis=1)
     return media.resample(mono.astype(np.float32), sampling_rate, SAMPLE_RATE)
-
-
-def _decode(
-    networks: Networks, latents: Float[Array, "1 F h w C"], config: PipelineConfig, *, progress: bool
-) -> UInt8[np.ndarray, "T H W 3"]:
-    """Latents to frames: by devices that share the rows, or by one device, tile by tile."""
-    vae = networks["vae"]
-    if num_row_shards() > 1:
-        video = decode(vae, replicate(latents))
-    else:
-        video = tiled_decode(vae, latents, tile=config.tile, stride=config.tile_stride, progress=progress)
-    return to_uint8(np.asarray(video[0], np.float32))
 
 
 def _progress(

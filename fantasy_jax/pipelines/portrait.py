@@ -149,7 +149,7 @@ class FantasyPortraitPipeline(Pipeline):
             if (labels := scene.labels()) is not None:
                 owners = {"expression": jnp.asarray([scene.targets], jnp.int32)}
                 inputs = replace(inputs, labels=jnp.asarray(labels[None]), owners=owners)
-            frames, latents = self._generate(
+            decode, latents = self._generate(
                 networks,
                 config,
                 inputs,
@@ -159,7 +159,7 @@ class FantasyPortraitPipeline(Pipeline):
                 timed=timed,
                 progress=progress,
             )
-        return VideoOutput(frames, latents, self.video.fps, sound)
+        return VideoOutput(decode, latents, video.num_frames, video.fps, sound)
 
 
 def _sound(scene: Scene, seconds: float) -> str | None:

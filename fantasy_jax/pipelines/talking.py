@@ -3,6 +3,7 @@
 Source of the steps: fantasy-talking, `infer.py` and `diffsynth/pipelines/wan_video.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class FantasyTalkingPipeline(Pipeline):
                     return face | {"audio": encoders.encode_audio(networks["speech_encoder"], samples)}
 
             inputs = self._encode(networks, config, fitted, prompt, video, adapters, timed)
-            frames, latents = self._generate(
+            decode, latents = self._generate(
                 networks,
                 config,
                 inputs,
@@ -121,8 +122,11 @@ class FantasyTalkingPipeline(Pipeline):
                 timed=timed,
                 progress=progress,
             )
+        seconds = waveform.size / SAMPLE_RATE
+        # A clip of several windows ends with the sound.
+        num_frames = video.num_frames if windows is None else math.ceil(seconds * video.fps - 1e-6)
         source = waveform if isinstance(audio, np.ndarray) else audio
-        return VideoOutput(frames, latents, self.video.fps, source, waveform.size / SAMPLE_RATE)
+        return VideoOutput(decode, latents, num_frames, video.fps, source, seconds)
 
     def _encode_face(
         self, networks: Networks, config: SampleConfig, portrait: Image.Image, timed: Timed

@@ -83,6 +83,9 @@ def from_uint8(video: UInt8[Array | np.ndarray, "*n H W 3"]) -> Float[Array, "*n
     return jnp.asarray(video, jnp.float32) / 127.5 - 1
 
 
-def to_uint8(video: Float[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
-    """Converts pixels in [-1, 1] to 8-bit values, truncated rather than rounded, as in the official code."""
+def to_uint8(video: Float[Array | np.ndarray, "*n H W 3"]) -> UInt8[Array | np.ndarray, "*n H W 3"]:
+    """Converts pixels in [-1, 1] to 8-bit values, truncated rather than rounded, as in the official code.
+
+    Pixels beyond [-1, 1] become 0 or 255; the result is an array of NumPy or JAX, as the argument is.
+    """
     return ((video + 1) * 127.5).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,31 @@
+"""Reading and writing of images, audio and video; the only package that uses codecs."""
+
+from fantasy_jax.media.audio import (
+    audio_seconds,
+    read_audio,
+    read_audio_track,
+    resample,
+    stream_audio,
+    write_audio,
+)
+from fantasy_jax.media.images import ContactSheet, encode_jpeg, read_image
+from fantasy_jax.media.reading import VideoInfo, probe_video, read_video, stream_frames, stream_video
+from fantasy_jax.media.writing import write_video
+
+__all__ = [
+    "ContactSheet",
+    "VideoInfo",
+    "audio_seconds",
+    "encode_jpeg",
+    "probe_video",
+    "read_audio",
+    "read_audio_track",
+    "read_image",
+    "read_video",
+    "resample",
+    "stream_audio",
+    "stream_frames",
+    "stream_video",
+    "write_audio",
+    "write_video",
+]

@@ -1,0 +1,124 @@
+"""Writing of videos with audio."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from fantasy_jax.errors import MediaError
+from fantasy_jax.files import atomic_write
+from fantasy_jax.media.audio import stream_audio
+from fantasy_jax.typing import Float32, UInt8
+
+_AUDIO_RATE = 44_100
+"""Sampling rate of the audio stream in a written video, in Hz."""
+_AUDIO_BLOCK = 1024
+"""Samples that AAC encodes together."""
+
+
+def write_video(
+    path: str | Path,
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
+    fps: int,
+    *,
+    audio: str | Path | None = None,
+    lossless: bool = False,
+) -> None:
+    """Writes an mp4 (H.264, AAC), atomically.
+
+    Frames and audio are read when they are needed; memory does not grow with the length.
+
+    Args:
+        path: Output file; an existing file is replaced.
+        frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
+            one repeated row or column, because H.264 needs even sides.
+        fps: Frames per second.
+        audio: File whose audio is added, cut to the length of the video or padded with silence.
+        lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
+
+    Raises:
+        MediaError: There are no frames, the folder is not writable, the audio is not readable, or the frames
+            are too large for H.264.
+    """
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise MediaError(f"{path}: the video has no frames; nothing is written")
+    with atomic_write(path) as partial, _encoding(path):
+        options = {"movflags": "+faststart"}
+        with av.open(str(partial), "w", format="mp4", container_options=options) as container:
+            codec, pixels, quality = (
+                ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
+                if lossless
+                else ("libx264", "yuv420p", {"crf": "16"})
+            )
+            stream = container.add_stream(codec, rate=fps, options=quality)
+            stream.height, stream.width = _even_sides(first).shape[:2]
+            stream.pix_fmt = pixels
+            track = None if audio is None else _AudioTrack(container, audio)
+            for count, frame in enumerate(itertools.chain([first], remaining), 1):
+                shown = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
+                container.mux(stream.encode(shown))
+                if track is not None:
+                    track.write_until(count / fps)
+            container.mux(stream.encode(None))
+            if track is not None:
+                track.finish(count / fps)
+
+
+@contextmanager
+def _encoding(path: str | Path) -> Iterator[None]:
+    """Errors of encoding, such as that of frames that are too wide, become a MediaError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise MediaError(f"{path}: cannot be encoded ({error.strerror})") from error
+
+
+def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    return np.pad(frame, [(0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)], "edge")
+
+
+class _AudioTrack:
+    """Audio of a file, written to a video's container while its frames are written."""
+
+    def __init__(self, container: av.container.OutputContainer, path: str | Path):
+        """Adds the stream, and reads the beginning of the file: MediaError if that is not possible."""
+        self._pieces = stream_audio(path, rate=_AUDIO_RATE, layout="stereo")
+        self._read = next(self._pieces)
+        self._container, self._written = container, 0
+        self._stream = container.add_stream("aac", rate=_AUDIO_RATE)
+        self._stream.layout, self._stream.bit_rate = "stereo", 192_000
+
+    def write_until(self, seconds: float) -> None:
+        """Writes whole blocks up to this time."""
+        while self._written + _AUDIO_BLOCK <= round(seconds * _AUDIO_RATE):
+            self._write(_AUDIO_BLOCK)
+
+    def finish(self, seconds: float) -> None:
+        """Writes what is left up to this time."""
+        self.write_until(seconds)
+        if left := round(seconds * _AUDIO_RATE) - self._written:
+            self._write(left)
+        self._container.mux(self._stream.encode(None))
+
+    def _write(self, samples: int) -> None:
+        frame = av.AudioFrame.from_ndarray(self._take(samples), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = _AUDIO_RATE, self._written
+        frame.time_base = Fraction(1, _AUDIO_RATE)
+        self._container.mux(self._stream.encode(frame))
+        self._written += samples
+
+    def _take(self, samples: int) -> Float32[np.ndarray, "2 {samples}"]:
+        """The next samples of the file, and silence after its end."""
+        while self._read.shape[1] < samples:
+            piece = next(self._pieces, None)
+            if piece is None:
+                piece = np.zeros((2, samples - self._read.shape[1]), np.float32)
+            self._read = np.concatenate([self._read, piece], axis=1)
+        taken, self._read = np.split(self._read, [samples], axis=1)
+        return np.ascontiguousarray(taken)
