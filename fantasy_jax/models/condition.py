@@ -40,6 +40,11 @@ class Condition:
     scale: Leaf = 1.0
     mask: Leaf = None
 
+    @property
+    def per_person(self) -> bool:
+        """Whether each person has tokens of their own."""
+        return self.tokens.ndim == 5
+
 
 class KVProjection(nnx.Module):
     """Key and value projections of one condition in one block."""

@@ -71,8 +71,9 @@ class VideoOutput:
         frames: RGB, uint8 `[T, H, W, 3]`.
         latents: Final latents, float32, `[1, F, h, w, C]`.
         fps: Frames per second.
-        audio: The audio file, or the waveform of 16 kHz, in [-1, 1]; None for a silent clip.
+        audio: The audio file, or the waveform in [-1, 1]; None for a silent clip.
         audio_seconds: Duration of the audio.
+        audio_rate: Sampling rate of the waveform, in Hz.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
@@ -80,6 +81,7 @@ class VideoOutput:
     fps: int
     audio: str | Path | np.ndarray | None = None
     audio_seconds: float = 0.0
+    audio_rate: int = SAMPLE_RATE
 
     @property
     def seconds(self) -> float:
@@ -97,7 +99,7 @@ class VideoOutput:
             return
         with tempfile.TemporaryDirectory() as folder:
             waveform = np.round(np.clip(self.audio, -1, 1) * 32767).astype(np.int16)
-            media.write_audio(Path(folder) / "audio.wav", waveform, SAMPLE_RATE)
+            media.write_audio(Path(folder) / "audio.wav", waveform, self.audio_rate)
             media.write_video(path, self.frames, self.fps, audio=Path(folder) / "audio.wav")
 
 
@@ -275,14 +277,16 @@ def as_image(image: ImageInput) -> Image.Image:
     )
 
 
-def as_waveform(audio: AudioInput, sampling_rate: int = SAMPLE_RATE) -> Float[np.ndarray, " samples"]:
-    """A mono waveform of 16 kHz from a path or an array.
+def as_waveform(
+    audio: AudioInput, sampling_rate: int = SAMPLE_RATE, rate: int = SAMPLE_RATE
+) -> Float[np.ndarray, " samples"]:
+    """A mono waveform of `rate` Hz from a path, or from an array of `sampling_rate` Hz.
 
     Raises:
         MediaError: It cannot be read, is no audio, or is empty.
     """
     if isinstance(audio, str | Path):
-        return media.read_audio(audio)
+        return media.read_audio(audio, rate)
     if not isinstance(audio, np.ndarray) or audio.ndim not in (1, 2) or audio.dtype.kind != "f":
         shape = f" of {audio.dtype} {list(audio.shape)}" if isinstance(audio, np.ndarray) else ""
         raise MediaError(
@@ -292,7 +296,7 @@ def as_waveform(audio: AudioInput, sampling_rate: int = SAMPLE_RATE) -> Float[np
     if sampling_rate < 1 or not audio.size or not np.isfinite(audio).all():
         raise MediaError("audio: is empty, not finite, or its sampling_rate is not positive")
     mono = audio if audio.ndim == 1 else audio.mean(axis=1)
-    return media.resample(mono.astype(np.float32), sampling_rate, SAMPLE_RATE)
+    return media.resample(mono.astype(np.float32), sampling_rate, rate)
 
 
 def _decode(

@@ -37,12 +37,23 @@ def encode_image(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[Arr
     return run(encoder, small).astype(jnp.float32)
 
 
-def encode_audio(encoder: Wav2Vec2Model, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
+def encode_audio(
+    encoder: Wav2Vec2Model, waveform: Float[np.ndarray, " samples"], *, num_samples: int = 0
+) -> Float[Array, "1 A C"]:
     """wav2vec2's last hidden state of a waveform of 16 kHz (fantasy-talking, `utils.py`).
 
-    The waveform is normalised to zero mean and unit variance, as by transformers' processor.
+    The waveform is normalised to zero mean and unit variance, as by transformers' processor. Silence is added
+    after that, as zeros: it would otherwise lower the variance, and so raise the level of the speech before
+    it. transformers pads the inputs of wav2vec2-base likewise, without a mask.
+
+    Args:
+        encoder: The speech encoder.
+        waveform: In [-1, 1].
+        num_samples: Length to which a shorter waveform is padded with silence.
     """
-    return run(encoder, jnp.asarray(normalise_waveform(waveform))[None])
+    normalised = normalise_waveform(waveform)
+    padded = np.pad(normalised, (0, max(num_samples - normalised.size, 0)))
+    return run(encoder, jnp.asarray(padded)[None])
 
 
 def encode_face(
