@@ -15,6 +15,7 @@ from PIL import Image
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.miniature.audio import RotaryAudioAdapter, RotaryAudioAdapterConfig
 from fantasy_jax.models.adapters.audio import AudioAdapter
+from fantasy_jax.models.layers import run
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.pipelines import speakers
 from fantasy_jax.preprocessing.audio import normalise_waveform
@@ -130,7 +131,7 @@ def test_silence_after_a_sound_does_not_change_its_level(encoder):
     assert np.array_equal(encode_audio(encoder, speech, num_samples=4000), encode_audio(encoder, speech))
     padded = np.pad(normalise_waveform(speech), (0, 4000))
     found = encode_audio(encoder, speech, num_samples=8000)
-    assert relative(found, encoder(jnp.asarray(padded)[None])) < 1e-6
+    assert np.array_equal(found, run(encoder, jnp.asarray(padded)[None]))
     # Normalised with the silence, the same speech is louder.
     assert relative(found, encode_audio(encoder, np.pad(speech, (0, 4000)))) > 1e-3
 

@@ -29,7 +29,7 @@ class Sounds:
         rate: Sampling rate of that waveform, in Hz.
     """
 
-    waveforms: tuple[Float[np.ndarray, " samples"], ...]
+    waveforms: tuple[Float[np.ndarray, "_"], ...]
     num_samples: int
     played: AudioInput
     rate: int = SAMPLE_RATE
