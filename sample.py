@@ -35,6 +35,16 @@ examples:
   with a motion adapter, a face that hardly moves on a lively body (0.5 is usual):
   python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4 \\
       --config.sample.face_motion=0.1 --config.sample.body_motion=0.9
+  a picture of two people, of whom the right one speaks; both, each with a sound; a drawing, with boxes:
+  python sample.py --config=configs/fantasy_talking_14b.py --image=two.png --audio=a.wav --person=2 \\
+      --output=out/right.mp4
+  python sample.py --config=configs/fantasy_talking_14b.py --image=two.png --audio=a.wav --audio=b.wav \\
+      --output=out/both.mp4
+  python sample.py --config=configs/fantasy_talking_14b.py --image=cats.png --audio=a.wav --person=1 \\
+      --box=0.1,0.2,0.4,0.6 --box=0.6,0.2,0.9,0.6 --output=out/left.mp4
+  a song: the separated voice moves the mouth, and the whole song is heard:
+  python sample.py --config=configs/fantasy_talking_14b.py --image=woman.png --audio=song.mp3 \\
+      --voice=vocals.wav --prompt="A woman sings." --output=out/song.mp4
 
   The 14B model, with weights from `convert_weights.py import --output=weights/fantasy_talking_14b`:
   python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
@@ -74,8 +84,8 @@ PIPELINES: dict[str, type[Pipeline]] = {
 """Pipelines by the task of the config."""
 
 OPTIONS = {
-    FantasyTalkingPipeline: ("audio", "batch"),
-    FantasyPortraitPipeline: ("driver", "box", "person", "sound", "overlay", "people"),
+    FantasyTalkingPipeline: ("audio", "voice", "batch"),
+    FantasyPortraitPipeline: ("driver", "sound", "overlay"),
 }
 """Options that only one pipeline has."""
 
@@ -97,10 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
     requests = _requests(arguments, pipeline_type)
     outputs = _given(arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs))
-    read = [x for r in requests for x in (r.image, r.audio)]
-    check_separate(
-        _given(arguments.batch, arguments.noise, arguments.sound, *arguments.driver, *read), outputs
-    )
+    read = [*arguments.driver, *arguments.voice, *(x for r in requests for x in (r.image, *r.audio))]
+    check_separate(_given(arguments.batch, arguments.noise, arguments.sound, *read), outputs)
     for path in outputs:
         check_writable(path)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
@@ -112,12 +120,17 @@ def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, reque
     """Samples one clip of FantasyTalking and writes it."""
     prompt = request.prompt or arguments.prompt
     given = {} if prompt is None else {"prompt": prompt}
-    output = pipeline(request.image, request.audio, **given, **_sampling(arguments))
+    boxes = [parse_box(text, option="--box") for text in arguments.box]
+    output = pipeline(
+        request.image,
+        request.audio,
+        people=arguments.person,
+        boxes=boxes,
+        voice=arguments.voice or None,
+        **given,
+        **_sampling(arguments),
+    )
     _write(output, arguments, request)
-    if output.audio_seconds > output.seconds:
-        print(
-            f"The audio lasts {output.audio_seconds:.2f} s and is cut to the video's {output.seconds:.2f} s."
-        )
 
 
 def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
@@ -163,7 +176,8 @@ def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> S
     """The clips of the command line: one, or those of a batch file."""
     needed = ("image", "audio" if pipeline_type is FantasyTalkingPipeline else "driver", "output")
     if arguments.batch:
-        if given := [name for name in (*needed, "noise", "save_latents") if getattr(arguments, name)]:
+        single = (*needed, "voice", "person", "box", "noise", "save_latents")
+        if given := [name for name in single if getattr(arguments, name)]:
             raise ConfigError(f"--{given[0]} does not go with --batch, whose rows name their files")
         return read_batch(arguments.batch)
     for name in needed:
@@ -171,7 +185,7 @@ def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> S
             raise ConfigError(f"--{name} is needed; sample.py --help shows examples")
     if not Path(arguments.output).name:
         raise ConfigError(f"--output={arguments.output}: is a folder; give the name of a file")
-    return [ClipRequest(arguments.image, arguments.audio or "", "", Path(arguments.output))]
+    return [ClipRequest(arguments.image, tuple(arguments.audio), "", Path(arguments.output))]
 
 
 def _given(*paths: str | Path | None) -> list[str | Path]:
@@ -221,14 +235,51 @@ def _parser() -> cli.ArgumentParser:
         metavar="FILE",
         help="write the final latents as a safetensors file: the tensor `latents`, with the same layout",
     )
+    _add_people(parser.add_argument_group("several people in the picture"))
     _add_talking(parser.add_argument_group("FantasyTalking"))
     _add_portrait(parser.add_argument_group("FantasyPortrait"))
     ahead.add_arguments(parser)
     return parser
 
 
+def _add_people(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--person",
+        action="append",
+        default=[],
+        type=int,
+        metavar="N",
+        help="who speaks a sound, or whom a driver drives, counted from 1, from the left; once for each "
+        "--audio or --driver; others keep still",
+    )
+    group.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="a person's face, as fractions of the picture, where detection fails; once for each person, who "
+        "are then counted in this order",
+    )
+    group.add_argument("--people", type=int, metavar="N", help="people of the clip, for --compile_only")
+
+
 def _add_talking(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--audio", help="the speech: an audio file, or a video with audio")
+    group.add_argument(
+        "--audio",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the speech: an audio file, or a video with audio; once for each person who speaks, from left "
+        "to right",
+    )
+    group.add_argument(
+        "--voice",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the separated voice of a sound, without music or noise: it moves the mouth, and --audio is "
+        "what the video plays; once for each --audio",
+    )
     group.add_argument(
         "--batch",
         metavar="FILE",
@@ -246,27 +297,11 @@ def _add_portrait(group: argparse._ArgumentGroup) -> None:
         "right, or one video that shows several people",
     )
     group.add_argument(
-        "--box",
-        action="append",
-        default=[],
-        metavar="LEFT,TOP,RIGHT,BOTTOM",
-        help="a person's face, as fractions of the picture; once for each person, in the drivers' order",
-    )
-    group.add_argument(
-        "--person",
-        action="append",
-        default=[],
-        type=int,
-        metavar="N",
-        help="whom a driver drives, counted from 1, from the left; once for each driver",
-    )
-    group.add_argument(
         "--sound", metavar="FILE", help="the video's sound (default: the first driver's that has any)"
     )
     group.add_argument(
         "--overlay", metavar="FILE", help="write an mp4 that shows who drives whom, before the clip is made"
     )
-    group.add_argument("--people", type=int, metavar="N", help="people of the clip, for --compile_only")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from configs.fantasy_talking_14b import small_model
 from fantasy_jax import FantasyTalkingPipeline
 from fantasy_jax.errors import ConfigError, MediaError, WeightsError
 from fantasy_jax.media import read_video
+from fantasy_jax.pipelines.base import as_image, as_waveform
 from fantasy_jax.pipelines.config import SampleConfig, read_pipeline, write_pipeline
-from fantasy_jax.pipelines.talking import as_image, as_waveform
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.networks import RandomLoader, random_networks
 from fantasy_jax.video import VideoConfig

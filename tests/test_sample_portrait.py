@@ -81,6 +81,7 @@ def test_a_picture_and_drivers_become_a_video(folder, capsys):
     ("change", "named"),
     [
         ("--audio=voice.wav", "--audio"),
+        ("--voice=voice.wav", "--voice"),
         ("--batch=pairs.csv", "--batch"),
         ("--image=none.png", "none.png"),
         ("--image=text.mp4", "text.mp4"),
@@ -120,7 +121,7 @@ def test_arguments_that_are_needed(capsys, missing):
     assert missing in refused(capsys, *given)
 
 
-@pytest.mark.parametrize("option", ["--driver=a/v.mp4", "--box=0,0,1,1", "--person=1", "--overlay=o.mp4"])
+@pytest.mark.parametrize("option", ["--driver=a/v.mp4", "--sound=voice.wav", "--overlay=o.mp4"])
 def test_options_of_portrait_do_not_go_with_other_pipelines(capsys, option):
     talking = ["--image=two.png", "--audio=voice.wav", "--output=out/talk.mp4"]
     for config in (f"{ROOT / 'configs/tiny.py'}", TALKING):

@@ -15,6 +15,7 @@ from fantasy_jax.miniature import controls, lip_sync
 from fantasy_jax.miniature.held_out import HeldOutClips, figure
 from fantasy_jax.miniature.synthetic import SyntheticConfig, records
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
+from fantasy_jax.video import VideoConfig
 from sample import main
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,33 @@ def test_mouths_follow_their_own_audio(pipeline):
     assert figures["correlation_with_other_truth"].mean > 0.65
     assert abs(figures["correlation_with_other_audio"].mean) < 0.25
     assert figures["psnr_outside_lips"].mean > 25
+    assert abs(figures["opening_in_pauses"].mean) < 0.1
+    assert figures["opening_in_speech"].mean > 0.25
+    assert abs(figures["opening_in_pauses_over_speech_of_renders"].mean) < 0.1
+    assert figures["opening_in_pauses_over_speech_without_audio"].mean > 0.7
+
+
+def test_pauses_are_measured_in_units_of_the_truth():
+    video = build(VideoConfig, CONFIG.video, "video")
+    clips = list(records(build(SyntheticConfig, CONFIG.data, "data"), video, "test", 16))
+    rendered = np.stack([clip["video"] for clip in clips])
+    found = lip_sync.pauses(clips, rendered, "")
+    paused = [lip_sync._pauses(clip["opening"]) for clip in clips]
+    assert found["opening_in_pauses"].clips == sum(bool(frames[1:].any()) for frames in paused)
+    assert abs(found["opening_in_pauses"].mean) < 0.05
+    speech = [
+        clip["opening"][1:][~frames[1:]].mean()
+        for clip, frames in zip(clips, paused, strict=True)
+        if frames[1:].any()
+    ]
+    assert abs(found["opening_in_speech"].mean - np.mean(speech)) < 0.05
+    still = np.repeat(rendered[:, :1], video.num_frames, axis=1)
+    assert abs(lip_sync.pauses(clips, still, "")["opening_in_pauses_over_speech"].mean - 1) < 1e-6
+
+
+def test_a_pause_lasts_four_frames():
+    opening = np.array([0.0, 0.01, 0.2, 0.0, 0.0, 0.0, 0.04, 0.3, 0.0, 0.0, 0.0])
+    assert np.flatnonzero(lip_sync._pauses(opening)).tolist() == [3, 4, 5, 6]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Mouth opening per frame, measured from the pixels of a video.
 
 The measurement uses nothing but the position of the face in the first frame. Only the shape of the resulting
-curve is meaningful, not its offset or scale. Figures from different versions of it are not comparable.
+curve is meaningful, not its offset or scale, unless two videos of a face are compared. Figures from different
+versions of it are not comparable.
 """
 
 import cv2
@@ -15,7 +16,9 @@ _MARGIN = 3
 
 
 def mouth_opening(
-    video: UInt8[np.ndarray, "T H W 3"], box: Float[np.ndarray, "4"]
+    video: UInt8[np.ndarray, "T H W 3"],
+    box: Float[np.ndarray, "4"],
+    reference: UInt8[np.ndarray, "T H W 3"] | None = None,
 ) -> Float[np.ndarray, " T"]:
     """Opening of the mouth in every frame, in arbitrary units.
 
@@ -26,15 +29,20 @@ def mouth_opening(
     Args:
         video: RGB frames.
         box: Left, top, right, bottom of the head in the first frame, in pixels.
+        reference: Another video of the same face, whose pattern is used: openings of both have the same
+            offset and scale then.
     """
-    crops = _crop_mouth(video, box)
+    crops = _crop_mouth(video if reference is None else reference, box)
     beside = crops[:, :, [*range(_MARGIN), *range(-_MARGIN, 0)]].reshape(len(crops), -1, 3)
     skin = np.median(beside, axis=1)[:, None, None]
     difference = np.linalg.norm(crops - skin, axis=-1)
     inside = slice(_MARGIN + 2, -_MARGIN - 2)
     estimate = (difference - np.quantile(difference, 0.1, axis=0))[:, :, inside].mean((1, 2))
-    centered = crops - crops.mean(axis=0)
+    mean = crops.mean(axis=0)
+    centered = crops - mean
     pattern = np.tensordot(estimate - estimate.mean(), centered, axes=1)
+    if reference is not None:
+        centered = _crop_mouth(video, box) - mean
     opening = (centered * pattern).sum(axis=(1, 2, 3))
     return opening / (np.linalg.norm(pattern) + 1e-9)
 

@@ -30,7 +30,7 @@ class TimedCondition(Condition):
 
     Attributes:
         frame_times: Times of the latent frames, `[B, F]`, in tokens from the start of the clip.
-        token_times: Times of the tokens, `[B, L]` or `[B, F, L]`, in the same unit.
+        token_times: Times of the tokens, in the same unit; the shape is that of `tokens` without the width.
     """
 
     frame_times: Leaf = None
@@ -73,7 +73,7 @@ class RotaryAudioAdapter(AudioAdapter):
 
     def condition(
         self,
-        features: Float[Array, "B A C"],
+        features: Float[Array, "B *P A C"],
         num_frames: int,
         *,
         scale: float | Float[Array, " B"] = 1.0,
@@ -83,15 +83,17 @@ class RotaryAudioAdapter(AudioAdapter):
         """As of the audio adapter, with the times of latent frames and tokens."""
         settings = {"scale": scale, "attention": attention, "expand": expand}
         plain = super().condition(features, num_frames, **settings)
-        batch, num_tokens = features.shape[:2]
+        num_tokens = features.shape[-2]
         times = np.arange(num_tokens)
         if attention == "frame":
             ranges = window_ranges(num_tokens, num_frames, expand=expand, least_half=self.least_half)
-            times = np.maximum(ranges[:, :1], 0) + np.arange(plain.tokens.shape[2])
+            times = np.maximum(ranges[:, :1], 0) + np.arange(plain.tokens.shape[-2])
         per_frame = num_tokens / num_frames
         # Latent frame 0 is video frame 0, latent frame i the four from 4i - 3 on. A token has length 1.
         middles = per_frame * np.array([0.5, *range(3, num_frames, TEMPORAL_FACTOR)]) - 0.5
+        shapes = (len(features), middles.size), plain.tokens.shape[:-1]
         frame_times, token_times = (
-            jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, *x.shape)) for x in (middles, times)
+            jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape)
+            for x, shape in zip((middles, times), shapes, strict=True)
         )
         return TimedCondition(plain.tokens, plain.lengths, plain.scale, None, frame_times, token_times)

@@ -6,14 +6,17 @@ pixels is correlated with the opening that the audio was synthesised with:
     python -m fantasy_jax.miniature.lip_sync --config=configs/tiny.py --json=out/lipsync.json
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
 
 from fantasy_jax import cli, media
+from fantasy_jax.data.records import Record
 from fantasy_jax.errors import MediaError
 from fantasy_jax.evaluation.metrics import psnr, windowed_rms
+from fantasy_jax.evaluation.mouth import mouth_opening
 from fantasy_jax.files import check_writable
 from fantasy_jax.miniature.held_out import (
     Figure,
@@ -25,7 +28,7 @@ from fantasy_jax.miniature.held_out import (
     write_figures,
 )
 from fantasy_jax.system.encoders import encode_audio
-from fantasy_jax.typing import Float, UInt8
+from fantasy_jax.typing import Bool, Float, UInt8
 from fantasy_jax.video import SAMPLE_RATE
 
 EXAMPLES = """\
@@ -50,6 +53,15 @@ LABELS = {
     "psnr_outside_lips": "PSNR outside lips, to VAE (dB)",
     "psnr_outside_lips_to_render": "PSNR outside lips, to render (dB)",
     "psnr_of_vae": "PSNR of VAE to render (dB)",
+    "opening_in_pauses": "opening in pauses",
+    "opening_in_speech": "  in speech",
+    "opening_in_pauses_over_speech": "  in pauses over that in speech",
+    "opening_in_pauses_without_audio": "  without audio, in pauses",
+    "opening_in_speech_without_audio": "  without audio, in speech",
+    "opening_in_pauses_over_speech_without_audio": "  without audio, in pauses over speech",
+    "opening_in_pauses_of_renders": "  rendered clips, in pauses",
+    "opening_in_speech_of_renders": "  rendered clips, in speech",
+    "opening_in_pauses_over_speech_of_renders": "  rendered clips, in pauses over speech",
     "correlation_of_real_speech": "real speech, opening with energy",
     "correlation_of_real_speech_with_other_audio": "  with energy of other audio",
 }
@@ -62,7 +74,8 @@ def lip_sync(held_out: HeldOutClips) -> dict[str, Figure]:
         By name: the correlation with the ground truth; of clips generated with another clip's audio, the
         correlation with their own truth and with that of the audio; the correlation without audio; those of
         the VAE's reconstruction and of the rendered clips, which are upper bounds; and PSNR in dB: outside
-        the lips to the VAE's reconstruction and to the rendered clip, and of the VAE to the rendered clip.
+        the lips to the VAE's reconstruction and to the rendered clip, and of the VAE to the rendered clip;
+        and those of `pauses`, of the clips generated with and without audio, and of the rendered ones.
     """
     clips, encoded = held_out.clips, held_out.encoded
     others = [*range(1, len(clips)), 0]
@@ -85,7 +98,55 @@ def lip_sync(held_out: HeldOutClips) -> dict[str, Figure]:
         "psnr_outside_lips": figure(_psnr_outside(generated, decoded, lips)),
         "psnr_outside_lips_to_render": figure(_psnr_outside(generated, rendered, lips)),
         "psnr_of_vae": figure(_psnr_outside(decoded, rendered, np.zeros_like(lips))),
+        **pauses(held_out.clips, generated, ""),
+        **pauses(held_out.clips, no_audio, "_without_audio"),
+        **pauses(held_out.clips, rendered, "_of_renders"),
     }
+
+
+def pauses(clips: Sequence[Record], videos: UInt8[np.ndarray, "N T H W 3"], suffix: str) -> dict[str, Figure]:
+    """Measures whether mouths close in pauses of the speech.
+
+    A pause is a run of at least four frames (160 ms) in which the true opening is below 0.05; the closed lips
+    of an m or b are shorter. Openings are in units of the truth, from 0 (closed) to 1: measured with the
+    pattern that opening leaves in the rendered clip, and scaled as the line of best fit of the rendered
+    clip's to the truth. The first frame, which is given, does not count, nor do clips without a pause.
+
+    Args:
+        clips: Records of the clips.
+        videos: Videos of them, in their order.
+        suffix: Of the figures' names.
+
+    Returns:
+        The mean opening in pauses, that in the other frames, and the ratio of the two means.
+    """
+    found = []
+    for clip, video in zip(clips, videos, strict=True):
+        paused = _pauses(clip["opening"])[1:]
+        if paused.any() and not paused.all():
+            opening = _absolute_opening(video, clip)[1:]
+            found.append((opening[paused].mean(), opening[~paused].mean()))
+    quiet, speaking = np.array(found).reshape(-1, 2).T
+    return {
+        f"opening_in_pauses{suffix}": figure(quiet),
+        f"opening_in_speech{suffix}": figure(speaking),
+        f"opening_in_pauses_over_speech{suffix}": figure(quiet / speaking.mean()),
+    }
+
+
+def _pauses(opening: Float[np.ndarray, " T"]) -> Bool[np.ndarray, " T"]:
+    paused = np.zeros(len(opening), bool)
+    for below, frames in itertools.groupby(range(len(opening)), lambda i: opening[i] < 0.05):
+        if below and len(run := list(frames)) >= 4:
+            paused[run] = True
+    return paused
+
+
+def _absolute_opening(video: UInt8[np.ndarray, "T H W 3"], clip: Record) -> Float[np.ndarray, " T"]:
+    """The opening of the mouth in every frame, in units of the clip's true opening."""
+    box = clip["face_box"][0]
+    slope, offset = np.polyfit(clip["opening"], mouth_opening(clip["video"], box), 1)
+    return (mouth_opening(video, box, clip["video"]) - offset) / slope
 
 
 def lip_sync_with_speech(

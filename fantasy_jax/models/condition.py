@@ -40,6 +40,11 @@ class Condition:
     scale: Leaf = 1.0
     mask: Leaf = None
 
+    @property
+    def per_person(self) -> bool:
+        """Whether each person has tokens of their own."""
+        return self.tokens.ndim == 5
+
     def at_frames(self, frames: Int[Array, " W"], row: Int[Array, ""]) -> "Condition":
         """The condition of some latent frames of one sample, without the axis of samples.
 

@@ -76,8 +76,9 @@ class VideoOutput:
         latents: Final latents, float32, `[1, F, h, w, C]`.
         num_frames: Frames T of the video; the latents can hold a few more.
         fps: Frames per second.
-        audio: The audio file, or the waveform of 16 kHz, in [-1, 1]; None for a silent clip.
+        audio: The audio file, or the waveform in [-1, 1]; None for a silent clip.
         audio_seconds: Duration of the audio.
+        audio_rate: Sampling rate of the waveform, in Hz.
     """
 
     decode: Callable[[], Iterator[UInt8[np.ndarray, "H W 3"]]]
@@ -86,6 +87,7 @@ class VideoOutput:
     fps: int
     audio: str | Path | np.ndarray | None = None
     audio_seconds: float = 0.0
+    audio_rate: int = SAMPLE_RATE
 
     @property
     def height(self) -> int:
@@ -128,7 +130,7 @@ class VideoOutput:
         if isinstance(self.audio, np.ndarray):
             with tempfile.TemporaryDirectory() as folder:
                 waveform = np.round(np.clip(self.audio, -1, 1) * 32767).astype(np.int16)
-                media.write_audio(Path(folder) / "audio.wav", waveform, SAMPLE_RATE)
+                media.write_audio(Path(folder) / "audio.wav", waveform, self.audio_rate)
                 media.write_video(path, frames, self.fps, audio=Path(folder) / "audio.wav")
         else:
             media.write_video(path, frames, self.fps, audio=self.audio)
@@ -340,35 +342,25 @@ def as_image(image: ImageInput) -> Image.Image:
 
 
 def as_waveform(
-    audio: AudioInput, sampling_rate: int = SAMPLE_RATE, max_seconds: float | None = None
+    audio: AudioInput,
+    sampling_rate: int = SAMPLE_RATE,
+    rate: int = SAMPLE_RATE,
+    *,
+    seconds: float = math.inf,
 ) -> Float[np.ndarray, " samples"]:
-    """A mono waveform of 16 kHz from a path or an array.
+    """A mono waveform of `rate` Hz from a path, or from an array of `sampling_rate` Hz.
 
     Args:
         audio: A path, or floats in [-1, 1], `[samples]` or `[samples, channels]`.
         sampling_rate: Samples per second of an array.
-        max_seconds: Seconds to which it is cut; None: all of it.
+        rate: Samples per second of the result.
+        seconds: What is needed of it; little more than this is read of a file.
 
     Raises:
-        MediaError: It cannot be read, is no audio, is empty, or is shorter than `max_seconds`.
+        MediaError: It cannot be read, is no audio, or is empty.
     """
-    waveform = _read_waveform(audio, sampling_rate, math.inf if max_seconds is None else max_seconds)
-    if max_seconds is None:
-        return waveform
-    limit = round(max_seconds * SAMPLE_RATE)
-    if waveform.size < limit:
-        name = audio if isinstance(audio, str | Path) else "audio"
-        raise MediaError(
-            f"{name}: lasts {waveform.size / SAMPLE_RATE:.2f} s, less than max_seconds, {max_seconds:g}; ask "
-            "for less, or leave it out to use all"
-        )
-    return waveform[:limit]
-
-
-def _read_waveform(audio: AudioInput, sampling_rate: int, seconds: float) -> Float[np.ndarray, " samples"]:
-    """As `as_waveform`; of a file, little more than `seconds` are read."""
     if isinstance(audio, str | Path):
-        return media.read_audio(audio, seconds=seconds)
+        return media.read_audio(audio, rate, seconds=seconds)
     if not isinstance(audio, np.ndarray) or audio.ndim not in (1, 2) or audio.dtype.kind != "f":
         shape = f" of {audio.dtype} {list(audio.shape)}" if isinstance(audio, np.ndarray) else ""
         raise MediaError(
@@ -378,7 +370,7 @@ def _read_waveform(audio: AudioInput, sampling_rate: int, seconds: float) -> Flo
     if sampling_rate < 1 or not audio.size or not np.isfinite(audio).all():
         raise MediaError("audio: is empty, not finite, or its sampling_rate is not positive")
     mono = audio if audio.ndim == 1 else audio.mean(axis=1)
-    return media.resample(mono.astype(np.float32), sampling_rate, SAMPLE_RATE)
+    return media.resample(mono.astype(np.float32), sampling_rate, rate)
 
 
 def _progress(

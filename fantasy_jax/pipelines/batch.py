@@ -18,14 +18,14 @@ class ClipRequest:
 
     Attributes:
         image: Path of the portrait.
-        audio: Path of the speech.
+        audio: Paths of the sounds; a row of a batch file has one.
         prompt: What the video shows; empty: the default.
         output: The mp4 to write.
         row: Line of the batch file, for messages; 0 for a clip of the command line.
     """
 
     image: str
-    audio: str
+    audio: tuple[str, ...]
     prompt: str
     output: Path
     row: int = 0
@@ -70,7 +70,7 @@ def read_batch(path: str | Path) -> list[ClipRequest]:
             raise ConfigError(f"{path}, line {line}: {output} is written by line {outputs[key]}, too")
         outputs[key] = line
         image, audio, prompt = ((row.get(name) or "").strip() for name in ("image", "audio", "prompt"))
-        requests.append(ClipRequest(image, audio, prompt, output, line))
+        requests.append(ClipRequest(image, (audio,) if audio else (), prompt, output, line))
     return requests
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.preprocessing.boxes import place_boxes
+from fantasy_jax.pipelines.casting import Role, assign, people_of, without_effect
 from fantasy_jax.preprocessing.driving import (
     DrivingConfig,
     DrivingFace,
@@ -23,13 +23,13 @@ from fantasy_jax.preprocessing.driving import (
 from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.preprocessing.landmarks import FaceDetector
 from fantasy_jax.preprocessing.overlay import overlay_frames
-from fantasy_jax.preprocessing.people import box_growth, grow_box, paint_labels, token_labels
-from fantasy_jax.preprocessing.picture_faces import find_people
+from fantasy_jax.preprocessing.people import box_growth, people_labels
 from fantasy_jax.typing import Float, Int, UInt8
 from fantasy_jax.video import PIXELS_PER_TOKEN, TEMPORAL_FACTOR, VideoConfig, latent_frames
 
 DriverInput = str | Path | UInt8[np.ndarray, "_ _ _ 3"]
 """A driving video: a path of a video or a picture, or frames at the frame rate of the output."""
+DRIVER = Role("driver", "--driver")
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,10 @@ class Scene:
         if not len(self.boxes):
             return None
         width, height = self.picture.size
-        growth = {
-            target: box_growth(person.boxes) for target, person in zip(self.targets, self.people, strict=True)
-        }
-        still = np.zeros(4)
-        grown = [
-            grow_box(box, growth.get(number, still), height, width)
-            for number, box in enumerate(self.boxes, 1)
-        ]
-        return token_labels(paint_labels(np.stack(grown), height, width), latent_frames(self.num_frames))
+        growths = [np.zeros(4)] * len(self.boxes)
+        for target, person in zip(self.targets, self.people, strict=True):
+            growths[target - 1] = box_growth(person.boxes)
+        return people_labels(self.boxes, growths, (height, width), latent_frames(self.num_frames))
 
 
 def make_scene(
@@ -157,7 +152,7 @@ def make_scene(
     fitted = fit_image(image, video.longest_edge)
     with open_detector(config) as detector:
         tracked = [_track(driver, video, detector, config, progress=progress) for driver in drivers]
-        placed = _people_of(fitted, image, detector, boxes)
+        placed = people_of(fitted, image, detector, boxes)
     notes: list[str] = []
     wanted = len(targets) or max(len(placed), 1)
     chosen = [_choose(driver, wanted if len(drivers) == 1 else 1, notes) for driver in tracked]
@@ -165,10 +160,11 @@ def make_scene(
     chosen = [driver.cut(num_frames) for driver in chosen]
     notes += [note for driver in chosen for note in _lost(driver)]
     count = sum(len(driver.people) for driver in chosen)
-    assigned = _assign(count, len(placed), targets, notes)
+    assigned, more = assign(count, len(placed), targets, DRIVER)
+    notes += more
     several = placed if len(placed) > 1 else placed[:0]
     scene = Scene(fitted, several, chosen, assigned, num_frames, tuple(notes))
-    return replace(scene, notes=(*notes, *_hidden(scene)))
+    return replace(scene, notes=(*notes, *without_effect(scene.labels(), scene.targets, DRIVER)))
 
 
 def _track(
@@ -184,19 +180,6 @@ def _track(
     else:
         name, frames = str(driver), DrivingVideo(driver, video.fps, video.num_frames)
     return Driver(name, frames, track_people(frames, detector, config, name=name, progress=progress))
-
-
-def _people_of(
-    fitted: Image.Image,
-    image: Image.Image,
-    detector: FaceDetector,
-    boxes: Sequence[Float[np.ndarray, "4"]],
-) -> Float[np.ndarray, "N 4"]:
-    """Boxes of the people of the picture, in pixels of `fitted`: given ones, or those of detected faces."""
-    if len(boxes):
-        return place_boxes(boxes, fitted.height, fitted.width, option="--box")
-    found, _ = find_people(np.asarray(image), detector)
-    return found * np.tile(np.array(fitted.size) / image.size, 2)
 
 
 def _choose(driver: Driver, wanted: int, notes: list[str]) -> Driver:
@@ -247,37 +230,3 @@ def _lost(driver: Driver) -> list[str]:
         for number, person in people
         if person.lost
     ]
-
-
-def _hidden(scene: Scene) -> list[str]:
-    """Drivers without effect: every token of their person shows a later person, too, or there is none."""
-    labels = scene.labels()
-    hidden = [] if labels is None else sorted(set(scene.targets) - set(labels[0].tolist()))
-    return [
-        f"person {number} of the picture is too small or too close to another; their driver has no effect"
-        for number in hidden
-    ]
-
-
-def _assign(count: int, people: int, targets: Sequence[int], notes: list[str]) -> tuple[int, ...]:
-    """The person of the picture, from 1, that each driving person drives."""
-    shown = max(people, 1)
-    if count > shown:
-        found = f"{people} people" if people > 1 else "one person" if people else "no face"
-        raise MediaError(
-            f"{count} people drive, but the picture shows {found}; give fewer drivers, or a --box for each "
-            "person"
-        )
-    if targets and len(targets) != count:
-        raise ConfigError(
-            f"--person is given {len(targets)} times; give it {count}, once for each person who drives"
-        )
-    if len(set(targets)) != len(targets):
-        raise ConfigError("--person names the same person twice; give every driver its own")
-    if wrong := [target for target in targets if not 1 <= target <= shown]:
-        raise ConfigError(f"--person={wrong[0]}: the picture shows {shown}; people are counted from 1")
-    assigned = tuple(targets) or tuple(range(1, count + 1))
-    for number in range(1, shown + 1):
-        if number not in assigned:
-            notes.append(f"person {number} of the picture has no driver")
-    return assigned

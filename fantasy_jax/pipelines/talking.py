@@ -3,8 +3,10 @@
 Source of the steps: fantasy-talking, `infer.py` and `diffsynth/pipelines/wan_video.py`.
 """
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,10 +22,11 @@ from fantasy_jax.pipelines.base import (
     Timed,
     VideoOutput,
     as_image,
-    as_waveform,
     untimed,
 )
 from fantasy_jax.pipelines.config import SampleConfig, check_motion
+from fantasy_jax.pipelines.sounds import read_sounds
+from fantasy_jax.pipelines.speakers import Speakers, find_speakers
 from fantasy_jax.preprocessing.face_crop import find_face, points_in_box
 from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.system import encoders
@@ -52,9 +55,12 @@ class FantasyTalkingPipeline(Pipeline):
     def __call__(
         self,
         image: ImageInput,
-        audio: AudioInput,
+        audio: AudioInput | Sequence[AudioInput],
         prompt: str = "A person is talking.",
         *,
+        people: Sequence[int] = (),
+        boxes: Sequence[Float[np.ndarray, "4"] | Sequence[float]] = (),
+        voice: AudioInput | Sequence[AudioInput] | None = None,
         sampling_rate: int = SAMPLE_RATE,
         negative_prompt: str | None = None,
         num_inference_steps: int | None = None,
@@ -70,9 +76,16 @@ class FantasyTalkingPipeline(Pipeline):
 
         Args:
             image: The portrait: a path, a PIL image, or uint8 RGB `[H, W, 3]`.
-            audio: The speech: a path, or a waveform in [-1, 1], `[samples]` or `[samples, channels]`.
+            audio: The speech: a path, or a waveform in [-1, 1], `[samples]` or `[samples, channels]`. A list:
+                that of several people, from left to right; the video plays all of it together.
             prompt: What the video shows.
-            sampling_rate: Samples per second of a waveform.
+            people: The number of the person, from 1, that each sound belongs to; those without a sound keep
+                still. Without boxes people are counted from the left. Neither people nor boxes, and one
+                sound: it belongs to the whole picture.
+            boxes: Left, top, right and bottom of each person's face as fractions of the picture, for pictures
+                in which no detector finds the right faces; person n is the n-th box.
+            voice: The separated voice of each sound. It conditions the model, and `audio` is played.
+            sampling_rate: Samples per second of waveforms.
             negative_prompt: What it should not show; None, here and below: as in the pipeline's config.
             num_inference_steps: Sampling steps.
             guidance_scale: Guidance scale of the prompt.
@@ -84,9 +97,10 @@ class FantasyTalkingPipeline(Pipeline):
             progress: Whether to show progress bars.
 
         Raises:
-            ConfigError: A setting is out of range, or the face detector is missing.
-            MediaError: The image or audio cannot be read, or the image shows no whole face to a model that
-                needs one.
+            ConfigError: A setting is out of range, the face detector is missing, boxes overlap, a person does
+                not exist or is named twice, or the numbers of sounds, voices and people differ.
+            MediaError: The image or audio cannot be read, there are more sounds than people in the image, or
+                it shows no whole face to a model that needs one.
         """
         config = self._changed(
             negative_prompt=negative_prompt,
@@ -95,23 +109,27 @@ class FantasyTalkingPipeline(Pipeline):
             audio_guidance_scale=audio_guidance_scale,
         )
         with timed("Image and audio"):
-            portrait, waveform = as_image(image), as_waveform(audio, sampling_rate, config.max_seconds)
+            portrait, sounds = as_image(image), read_sounds(audio, voice, sampling_rate, config.max_seconds)
             fitted = fit_image(portrait, self.video.longest_edge)
             window = self.video.for_size(fitted.height, fitted.width)
-            video = window.for_seconds(waveform.size / SAMPLE_RATE)
+            video = window.for_seconds(sounds.seconds)
             windows = config.windows(video, window)
+            speakers = self._speakers(portrait, fitted, len(sounds.waveforms), boxes, people)
+            labels = speakers.labels(video.latent_frames)
             noise = self._noise(noise, seed, video)
         with self._on_mesh() as networks:
             face = self._encode_face(networks, config, portrait, timed)
 
             def adapters() -> Mapping[str, Array]:
-                samples = waveform[: video.num_samples]
-                if windows is not None:  # silence, so that the features span the whole clip
-                    samples = np.pad(samples, (0, video.num_samples - samples.size))
                 with timed("Speech encoder"):
-                    return face | {"audio": encoders.encode_audio(networks["speech_encoder"], samples)}
+                    length = video.num_samples if windows else min(video.num_samples, sounds.num_samples)
+                    features = sounds.encode(networks["speech_encoder"], length)
+                return face | {"audio": features[:, 0] if labels is None else features}
 
             inputs = self._encode(networks, config, fitted, prompt, video, adapters, timed)
+            if labels is not None:
+                owners = {"audio": jnp.asarray([speakers.targets], jnp.int32)}
+                inputs = replace(inputs, labels=jnp.asarray(labels[None]), owners=owners)
             decode, latents = self._generate(
                 networks,
                 config,
@@ -122,11 +140,24 @@ class FantasyTalkingPipeline(Pipeline):
                 timed=timed,
                 progress=progress,
             )
-        seconds = waveform.size / SAMPLE_RATE
         # A clip of several windows ends with the sound.
-        num_frames = video.num_frames if windows is None else math.ceil(seconds * video.fps - 1e-6)
-        source = waveform if isinstance(audio, np.ndarray) else audio
-        return VideoOutput(decode, latents, num_frames, video.fps, source, seconds)
+        num_frames = video.num_frames if windows is None else math.ceil(sounds.seconds * video.fps - 1e-6)
+        return VideoOutput(decode, latents, num_frames, video.fps, sounds.played, sounds.seconds, sounds.rate)
+
+    def _speakers(
+        self,
+        portrait: Image.Image,
+        fitted: Image.Image,
+        count: int,
+        boxes: Sequence[Float[np.ndarray, "4"] | Sequence[float]],
+        people: Sequence[int],
+    ) -> Speakers:
+        placed = [np.asarray(box, np.float64) for box in boxes]
+        landmarks = self.config.landmarks
+        speakers = find_speakers(portrait, fitted, count, boxes=placed, people=people, landmarks=landmarks)
+        for note in speakers.notes:
+            logging.getLogger(__name__).warning(note)
+        return speakers
 
     def _encode_face(
         self, networks: Networks, config: SampleConfig, portrait: Image.Image, timed: Timed

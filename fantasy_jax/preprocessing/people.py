@@ -3,13 +3,15 @@
 Source: fantasy-portrait, `utils.py` and `infer_multi.py`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fantasy_jax.preprocessing.boxes import box_center
 from fantasy_jax.typing import Float, Int, UInt8
 from fantasy_jax.video import PIXELS_PER_TOKEN
 
-_MAX_GROWTH = 0.25
+MAX_GROWTH = 0.25
 """Largest growth of a box on each side, in widths or heights of the face."""
 
 
@@ -29,7 +31,7 @@ def box_growth(boxes: Float[np.ndarray, "T 4"]) -> Float[np.ndarray, "4"]:
     first = boxes[0]
     width, height = first[2] - first[0], first[3] - first[1]
     outwards = np.array([first[:2] - boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0) - first[2:]])
-    return np.clip((outwards / [width, height]).reshape(-1), 0, _MAX_GROWTH)
+    return np.clip((outwards / [width, height]).reshape(-1), 0, MAX_GROWTH)
 
 
 def grow_box(
@@ -54,6 +56,24 @@ def paint_labels(boxes: Int[np.ndarray, "N 4"], height: int, width: int) -> UInt
     for number, (left, top, right, bottom) in enumerate(boxes, 1):
         labels[top:bottom, left:right] = number
     return labels
+
+
+def people_labels(
+    boxes: Float[np.ndarray, "N 4"],
+    growths: Sequence[Float[np.ndarray, "4"]],
+    size: tuple[int, int],
+    num_latent_frames: int,
+) -> Int[np.ndarray, "F S"]:
+    """The person of each video token, from the faces' boxes.
+
+    Args:
+        boxes: Left, top, right, bottom in pixels of the picture.
+        growths: Of each box, as of `box_growth`.
+        size: Height and width of the picture, multiples of 16.
+        num_latent_frames: Latent frames F.
+    """
+    grown = [grow_box(box, growth, *size) for box, growth in zip(boxes, growths, strict=True)]
+    return token_labels(paint_labels(np.stack(grown), *size), num_latent_frames)
 
 
 def token_labels(labels: UInt8[np.ndarray, "H W"], num_latent_frames: int) -> Int[np.ndarray, "F S"]:

@@ -97,7 +97,7 @@ def condition(
             keep.get(adapter.dropout_group, True), len(features)
         )
         attended[name] = adapter.condition(features, num_frames, scale=scale, **settings)
-        if adapter.per_person:
+        if attended[name].per_person:
             attended[name] = replace(attended[name], mask=inputs.attended_people(adapter.input))
     return Conditions(first_frame, attended, offset)
 

@@ -40,21 +40,31 @@ def encode_image(networks: Networks, pixels: Float[Array, "H W 3"]) -> Float[Arr
     return run(encoder, small).astype(jnp.float32)
 
 
-def encode_audio(encoder: Wav2Vec2Model, waveform: Float[np.ndarray, " samples"]) -> Float[Array, "1 A C"]:
+def encode_audio(
+    encoder: Wav2Vec2Model, waveform: Float[np.ndarray, " samples"], *, num_samples: int = 0
+) -> Float[Array, "1 A C"]:
     """wav2vec2's last hidden state of a waveform of 16 kHz (fantasy-talking, `utils.py`).
 
-    The waveform is normalised to zero mean and unit variance, as by transformers' processor. A long one is
-    encoded in pieces, so that memory is bounded; two seconds on both sides of a piece are its context.
+    The waveform is normalised to zero mean and unit variance, as by transformers' processor. Silence is added
+    after that, as zeros: it would otherwise lower the variance, and so raise the level of the speech before
+    it. transformers pads the inputs of wav2vec2-base likewise, without a mask. A long waveform is encoded in
+    pieces, so that memory is bounded; two seconds on both sides of a piece are its context.
+
+    Args:
+        encoder: The speech encoder.
+        waveform: In [-1, 1].
+        num_samples: Length to which a shorter waveform is padded with silence.
     """
-    waveform = normalise_waveform(waveform)
-    total, longest = wav2vec2_length(waveform.size), AUDIO_PIECE + 2 * AUDIO_CONTEXT
+    normalised = normalise_waveform(waveform)
+    normalised = np.pad(normalised, (0, max(num_samples - normalised.size, 0)))
+    total, longest = wav2vec2_length(normalised.size), AUDIO_PIECE + 2 * AUDIO_CONTEXT
     if total <= longest:
-        return run(encoder, jnp.asarray(waveform)[None])
+        return run(encoder, jnp.asarray(normalised)[None])
     encoded = []
     for first in range(0, total, AUDIO_PIECE):
         last = min(first + AUDIO_PIECE, total)
         start = min(max(first - AUDIO_CONTEXT, 0), total - longest)  # all pieces have one length
-        samples = waveform[start * FEATURE_HOP :][: (longest - 1) * FEATURE_HOP + FEATURE_WINDOW]
+        samples = normalised[start * FEATURE_HOP :][: (longest - 1) * FEATURE_HOP + FEATURE_WINDOW]
         piece = run(encoder, jnp.asarray(samples)[None])
         encoded.append(np.asarray(piece[:, first - start : last - start]))
     return jnp.asarray(np.concatenate(encoded, axis=1))

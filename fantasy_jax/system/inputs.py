@@ -35,7 +35,8 @@ class ClipInputs:
             In sampling the negative prompt, in training the empty one.
         image: The image encoder's tokens, `[B, I, E]`.
         adapters: Inputs of adapters by name, such as `audio` `[B, A, C]`, `motion` `[B, 2]`, `face` `[B, P,
-            C]`, `expression` `[B, N, T, M]` of N people. An adapter whose input is missing is not used.
+            C]`, `expression` `[B, N, T, M]` of N people, or `audio` `[B, N, A, C]` of N sounds, one for each
+            person who speaks. An adapter whose input is missing is not used.
         labels: Whom each video token shows, `[B, F, S]`: person 1, 2, ..., or 0 for the background. None: all
             tokens attend to everybody's input.
         owners: For inputs per person, by name, the label of the person that each belongs to, `[B, N]`; -1 for
@@ -120,7 +121,7 @@ class ClipInputs:
             model: Sizes of the networks.
             video: Size and length of the clips.
             batch_size: Clips.
-            people: People in each clip, for inputs per person.
+            people: People in each clip, for inputs per person; of several, each has a sound.
             dtype: Type of the arrays.
             sharding: Sharding of every array.
         """
@@ -130,7 +131,8 @@ class ClipInputs:
 
         def adapter_input(row: Component) -> jax.ShapeDtypeStruct:
             shape = row.network.input_shape(model.networks[row.slot], video)
-            return array(*((people,) if row.network.per_person else ()), *shape)
+            each = row.network.per_person == "always" or (row.network.per_person == "several" and people > 1)
+            return array(*((people,) if each else ()), *shape)
 
         text = array(model.transformer.text_length, model.text_encoder.dim)
         latents = video.latent_shape(batch_size, model.transformer.condition_channels)

@@ -16,7 +16,7 @@ from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_l
 from fantasy_jax.models.layers import LayerNorm
 from fantasy_jax.models.windows import split_windows, window_ranges
 from fantasy_jax.typing import Array, DType, Float
-from fantasy_jax.video import VideoConfig
+from fantasy_jax.video import VideoConfig, latent_frames
 
 AudioAttention = Literal["clip", "frame"]
 """`clip`: every video token attends to the audio of the whole clip (the paper's first training stage);
@@ -47,6 +47,7 @@ class AudioAdapter(Adapter):
 
     input = "audio"
     dropout_group = "audio"
+    per_person = "several"
     kv_projection: ClassVar[type[KVProjection]] = KVProjection
     least_half: ClassVar[int] = 4
     """Tokens that a window has at least on each side of its middle. The official rule gives 4 up to 24 frames
@@ -54,7 +55,7 @@ class AudioAdapter(Adapter):
 
     @classmethod
     def input_shape(cls, config: AudioAdapterConfig, video: VideoConfig) -> tuple[int, ...]:
-        """Shape `[A, C]` of the speech features."""
+        """Shape `[A, C]` of the speech features of one sound."""
         return video.audio_tokens, config.feature_width
 
     def __init__(
@@ -73,13 +74,13 @@ class AudioAdapter(Adapter):
         sizes = (config.token_width, config.width, config.num_heads, config.num_layers)
         self.layers = zero_init_kv_layers(*sizes, projection=self.kv_projection, **types)
 
-    def tokens(self, features: Float[Array, "B A C"]) -> Float[Array, "B A D"]:
+    def tokens(self, features: Float[Array, "*n A C"]) -> Float[Array, "*n A D"]:
         """Projects speech features to audio tokens, float32."""
         return self.norm(self.projection(features))
 
     def condition(
         self,
-        features: Float[Array, "B A C"],
+        features: Float[Array, "B *P A C"],
         num_frames: int,
         *,
         scale: float | Float[Array, " B"] = 1.0,
@@ -88,8 +89,12 @@ class AudioAdapter(Adapter):
     ) -> Condition:
         """Audio tokens for all video tokens, or a window of them for each latent frame.
 
+        With several sounds, the tokens of the whole clip are repeated for each latent frame, because whose
+        sound a video token attends to can differ between frames.
+
         Args:
-            features: Speech features that span exactly `num_frames` video frames.
+            features: Speech features that span exactly `num_frames` video frames, `[B, A, C]`; or those of P
+                sounds, one for each person, `[B, P, A, C]`.
             num_frames: Video frames T = 4k + 1.
             scale: Multiplier of the attended audio.
             attention: At clip level or at frame level.
@@ -97,8 +102,11 @@ class AudioAdapter(Adapter):
         """
         tokens = self.tokens(features)
         if attention == "clip":
+            if tokens.ndim == 4:
+                tokens = jnp.repeat(tokens[:, :, None], latent_frames(num_frames), axis=2)
             return Condition(tokens, scale=scale)
-        ranges = window_ranges(tokens.shape[1], num_frames, expand=expand, least_half=self.least_half)
-        windows, lengths = split_windows(tokens, ranges)
+        ranges = window_ranges(tokens.shape[-2], num_frames, expand=expand, least_half=self.least_half)
+        windows, lengths = split_windows(tokens.reshape(-1, *tokens.shape[-2:]), ranges)
+        windows = windows.reshape(*tokens.shape[:-2], *windows.shape[1:])
         lengths = jnp.broadcast_to(lengths, (tokens.shape[0], *lengths.shape))
         return Condition(windows, lengths, scale)

@@ -19,7 +19,8 @@ class Adapter(nnx.Module):
         dropout_group: The group with which it is dropped in training and left out in guidance; None: it never
             is.
         gives: `tokens` that cross-attention attends to, or a `time_offset`, added to the timestep embedding.
-        per_person: Whether the input has a leading axis of people, `[P, ...]`.
+        per_person: Whether the input has a leading axis of people, `[P, ...]`: `never`, `always`, or only in
+            clips of `several` people, each with an input of their own.
         default_scale: Multiplier of the attended values.
         layers: Stacked key and value projections of all blocks, of an adapter that gives tokens.
     """
@@ -27,7 +28,7 @@ class Adapter(nnx.Module):
     input: ClassVar[str]
     dropout_group: ClassVar[str | None] = None
     gives: ClassVar[Literal["tokens", "time_offset"]] = "tokens"
-    per_person: ClassVar[bool] = False
+    per_person: ClassVar[Literal["never", "always", "several"]] = "never"
     default_scale: ClassVar[float] = 1.0
     layers: KVProjection
 

@@ -78,7 +78,7 @@ class ExpressionAdapter(Adapter):
 
     input = "expression"
     dropout_group = "expression"
-    per_person = True
+    per_person = "always"
 
     @classmethod
     def input_shape(cls, config: ExpressionAdapterConfig, video: VideoConfig) -> tuple[int, ...]:

@@ -1,0 +1,96 @@
+"""Several people who speak, as users start it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_faces import clip, open_squares
+from PIL import Image
+from test_sample import DEBUG
+
+from fantasy_jax import cli, media
+from fantasy_jax.pipelines import speakers
+from sample import main
+
+COMMON = [f"--config={DEBUG}", "--image=two.png", "--audio=a.wav", "--audio=b.wav", "--output=out/talk.mp4"]
+BOXES = ["--box=0.1,0.2,0.3,0.7", "--box=0.6,0.2,0.9,0.7"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder with a picture of two people, one of nobody, and two sounds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speakers, "MediaPipeFaces", open_squares)
+    Image.fromarray(clip((20, 40), (40, 220), frames=1)[0]).save("two.png")
+    Image.fromarray(clip(frames=1)[0]).save("nobody.png")
+    for name, seconds in {"a": 0.3, "b": 0.5}.items():
+        wave = np.sin(np.arange(int(16_000 * seconds)) / 10)
+        media.write_audio(f"{name}.wav", np.round(8000 * wave).astype(np.int16), 16_000)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--person=2", "--person=1"], ["--image=nobody.png", *BOXES]],
+    ids=["left", "person", "box"],
+)
+def test_two_sounds_on_a_picture_of_two_people(options):
+    assert not main([*COMMON, *options])
+    assert media.read_video("out/talk.mp4")[0].shape == (9, 32, 64, 3)
+    assert media.probe_video("out/talk.mp4").has_audio
+    assert np.abs(media.read_audio("out/talk.mp4")).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_voice_moves_the_mouth_of_a_song(capsys):
+    single = [argument for argument in COMMON if argument != "--audio=b.wav"]
+    latents = []
+    for voice in ([], ["--voice=a.wav"], ["--voice=b.wav"]):
+        assert not main([*single, *voice, "--save_latents=out/latents.safetensors"])
+        latents.append(Path("out/latents.safetensors").read_bytes())
+    assert latents[0] == latents[1] != latents[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--audio=a.wav", "--audio"),
+        ("--audio=none.wav", "none.wav"),
+        ("--image=nobody.png", "--box"),
+        ("--person=1", "--person"),
+        ("--person=1 --person=1", "--person"),
+        ("--person=1 --person=3", "--person=3"),
+        ("--person=x", "--person"),
+        ("--box=0,0,1,1", "--box"),
+        ("--box=0,0,0.4,1 --box=0.3,0,1,1", "overlap"),
+        ("--box=0.1,0.1,0.5", "--box"),
+        ("--voice=a.wav", "--voice"),
+        ("--voice=a.wav --voice=none.wav", "none.wav"),
+        ("--driver=a.mp4", "--driver"),
+        ("--people=2", "--people"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, change, named):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main([*COMMON, *change.split()]), "sample.py")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert error.startswith("sample.py: error: ")
+    assert named in error
+    assert not list(folder.rglob("*.mp4"))
+
+
+@pytest.mark.parametrize("option", ["--voice=a.wav", "--person=1", BOXES[0]])
+def test_options_of_one_clip_do_not_go_with_a_batch(folder, capsys, option):
+    (folder / "pairs.csv").write_text("image,audio,output\ntwo.png,a.wav,out/a.mp4")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: main([f"--config={DEBUG}", "--batch=pairs.csv", option]), "sample.py")
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
+def test_an_output_does_not_overwrite_a_voice(capsys):
+    options = ["--voice=a.wav", "--voice=two.png", "--output=out/../two.mp4"]
+    with pytest.raises(SystemExit):
+        cli.run(lambda: main([*COMMON, *options]), "sample.py")
+    assert "overwrite" in capsys.readouterr().err
