@@ -9,8 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-# The devices start collectives that do not depend on each other in any order, and block a thread for each: with
-# a thread per device, which is XLA's default, they can wait for each other forever.
+# The devices start collectives that do not depend on each other in any order, and block a thread for each:
+# with a thread per device, which is XLA's default, they can wait for each other forever.
 os.environ.setdefault("NPROC", "32")
 
 import jax
