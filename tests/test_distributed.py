@@ -18,6 +18,7 @@ NUM_STEPS = 120
 
 PROGRAM = """
 import os, sys
+sys.modules["torch"] = None  # not needed, and tensorboardX would import it, half of the start of a process
 from functools import partial
 from pathlib import Path
 
@@ -70,13 +71,18 @@ if jax.process_index() == 0:
 """
 
 
-def start(workdir, *, num_steps=NUM_STEPS, save_every=2, mesh="{}", processes=1, devices=8):
-    """Starts the program as several processes, each with a number of virtual devices."""
+def start(workdir, *, num_steps=NUM_STEPS, save_every=2, mesh="{}", processes=1, devices=8, cache=None):
+    """Starts the program as several processes, each with a number of virtual devices.
+
+    With a folder as `cache` it finds there the programs that earlier starts have compiled.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    if cache is not None:
+        base |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     command = [sys.executable, "-c", PROGRAM, str(workdir), str(num_steps), str(save_every), mesh]
     return [
@@ -129,18 +135,23 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(workdir, mesh="{'fsdp': 4, 'tensor': 2}"))
+    finish(start(workdir, mesh="{'fsdp': 4, 'tensor': 2}", cache=cache))
     return workdir
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_with_the_same_weights(uninterrupted, tmp_path):
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(uninterrupted, tmp_path, cache):
     rng = np.random.default_rng(0)
     kills = 0
     while kills < 20:
-        (process,) = start(tmp_path, mesh="{'fsdp': 4, 'tensor': 2}")
+        (process,) = start(tmp_path, mesh="{'fsdp': 4, 'tensor': 2}", cache=cache)
         checkpoints, begun = tmp_path / "checkpoints", time.monotonic()
         before = set(checkpoints.glob("*")) if checkpoints.exists() else set()
         # After it has saved a new checkpoint, at any moment, during a save too.
@@ -154,7 +165,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(uninterrupted, tmp
         process.kill()
         process.communicate()
         kills += 1
-    finish(start(tmp_path, mesh="{'fsdp': 4, 'tensor': 2}"))
+    finish(start(tmp_path, mesh="{'fsdp': 4, 'tensor': 2}", cache=cache))
     assert kills == 20
     assert all(np.array_equal(a, b) for a, b in zip(weights(tmp_path), weights(uninterrupted), strict=True))
     expected, found = losses(uninterrupted), losses(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ftfy
 import numpy as np
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.typing import Int
@@ -54,6 +54,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     if not Path(folder).is_dir():
         raise WeightsError(f"{folder}: no such folder; use one that contains a tokenizer")
+    # Imports PyTorch where it is installed, which would take a third of the start of every command.
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers do
