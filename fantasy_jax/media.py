@@ -24,6 +24,7 @@ from fantasy_jax.video import SAMPLE_RATE
 
 _VIDEO_AUDIO_RATE = 44_100
 """Sampling rate of the audio stream in a written video, in Hz."""
+_DEFAULT_FPS = Fraction(25)
 _EPSILON = 1e-6
 """Tolerance for rounding when frame times are compared, in seconds."""
 
@@ -189,11 +190,13 @@ class VideoInfo:
         height: Displayed height in pixels, after rotation and with square pixels.
         width: Displayed width, likewise.
         has_audio: Whether the file has an audio stream.
+        fps: Average frames per second; 25 where the file does not say.
     """
 
     height: int
     width: int
     has_audio: bool
+    fps: Fraction = _DEFAULT_FPS
 
 
 def probe_video(path: str | Path) -> VideoInfo:
@@ -206,7 +209,9 @@ def probe_video(path: str | Path) -> VideoInfo:
     with _open_video(path) as container:
         for frame in container.decode(video=0):
             height, width = _displayed_size(frame, container.streams.video[0])
-            return VideoInfo(height, width, bool(container.streams.audio))
+            stream = container.streams.video[0]
+            fps = Fraction(stream.average_rate or _DEFAULT_FPS)
+            return VideoInfo(height, width, bool(container.streams.audio), fps)
     raise MediaError(f"{path}: the video has no frames")
 
 
@@ -279,7 +284,7 @@ def _is_still_image(path: str | Path) -> bool:
 def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
     """Yields intact frames with strictly increasing times, in seconds since the first."""
     start, previous = None, -math.inf
-    step = 1 / float(stream.average_rate or 25)
+    step = 1 / float(stream.average_rate or _DEFAULT_FPS)
     for frame in container.decode(stream):
         time = previous + step if frame.time is None else frame.time
         if not math.isfinite(time):
@@ -326,9 +331,10 @@ def encode_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:
 def write_video(
     path: str | Path,
     frames: Iterable[UInt8[np.ndarray, "H W 3"]],
-    fps: int,
+    fps: int | Fraction,
     *,
     audio: str | Path | None = None,
+    background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
     """Writes an mp4 (H.264, AAC), atomically.
@@ -339,6 +345,8 @@ def write_video(
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
         audio: File whose audio is added, cut to the length of the video or padded with silence.
+        background: File whose audio is mixed with that, likewise; where the sum is louder than a file can
+            hold, all of it is made quieter.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
@@ -370,7 +378,11 @@ def write_video(
                 container.mux(video_stream.encode(shown))
             container.mux(video_stream.encode(None))
             if audio_stream is not None:
-                _encode_audio(container, audio_stream, _audio_of_length(audio, count / fps))
+                waveform = _audio_of_length(audio, float(count / fps))
+                if background is not None:
+                    waveform = waveform + _audio_of_length(background, float(count / fps))
+                    waveform = waveform / max(float(np.abs(waveform).max(initial=0)), 1.0)
+                _encode_audio(container, audio_stream, waveform.astype(np.float32))
 
 
 @contextmanager

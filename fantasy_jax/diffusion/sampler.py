@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
+from fantasy_jax.diffusion.held import HeldLatents, first_step, hold, noised
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.system.conditioning import AdapterOptions, Conditions, condition, velocity
@@ -104,6 +105,8 @@ def sample(
     options: AdapterOptions | None = None,
     solver: Solver = euler,
     wrappers: Sequence[Wrapper] = (),
+    held: HeldLatents | None = None,
+    strength: float = 1.0,
     progress: bool = False,
     callback: Callable[[int, Array], None] | None = None,
 ) -> Float[Array, "B F h w C"]:
@@ -118,6 +121,9 @@ def sample(
         options: Keyword arguments of adapters (`system.conditioning.condition`).
         solver: Takes latents from one noise level to the next.
         wrappers: Change the velocity function, the first one innermost.
+        held: Latents of a source that are kept outside a mask.
+        strength: Noise level at which sampling starts from the held latents, in [0, 1]; 1 starts from noise,
+            and 0 returns the held latents. Needs `held` unless it is 1.
         progress: Whether to show a progress bar.
         callback: Called with the step's number, from 0, and the latents after it.
 
@@ -130,10 +136,14 @@ def sample(
     dropped = tuple(branch.dropped for branch in guidance)
     conditions = branch_conditions(graphdef, dropped, hashable(options), state, inputs)
     program = StepProgram(config.batch_branches, solver, tuple(wrappers))
-    latents = jnp.array(noise, jnp.float32)  # a copy: the step donates its argument
-    steps = range(config.num_inference_steps)
+    begin = 0 if held is None else first_step(sigmas, strength)
+    # A copy: the step donates its argument.
+    latents = jnp.array(noise if begin == 0 else noised(held.latents, noise, sigmas[begin]), jnp.float32)
+    steps = range(begin, config.num_inference_steps)
     for i in tqdm(steps, desc="Sampling", unit="step", disable=not progress):
         latents = guided_step(graphdef, program, state, latents, conditions, sigmas[i : i + 2], scales[i])
+        if held is not None:
+            latents = hold(latents, held, noise, sigmas[i + 1])
         if progress:
             latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
         if callback is not None:
