@@ -138,7 +138,9 @@ def sample(
     program = StepProgram(config.batch_branches, solver, tuple(wrappers))
     begin = 0 if held is None else first_step(sigmas, strength)
     # A copy: the step donates its argument.
-    latents = jnp.array(noise if begin == 0 else noised(held.latents, noise, sigmas[begin]), jnp.float32)
+    latents = jnp.array(
+        noise if begin == 0 else noised(held.latents, noise, float(sigmas[begin])), jnp.float32
+    )
     steps = range(begin, config.num_inference_steps)
     for i in tqdm(steps, desc="Sampling", unit="step", disable=not progress):
         latents = guided_step(graphdef, program, state, latents, conditions, sigmas[i : i + 2], scales[i])

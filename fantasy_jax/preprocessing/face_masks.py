@@ -196,7 +196,7 @@ def _resized_mask(mask: Bool[np.ndarray, "side side"], size: int) -> Bool[np.nda
     return cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) > 0
 
 
-def _circle() -> Float[np.ndarray, "{_CORNERS} 2"]:
+def _circle() -> Float[np.ndarray, "corners 2"]:
     angles = np.arange(_CORNERS) * 2 * np.pi / _CORNERS
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
