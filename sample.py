@@ -1,4 +1,4 @@
-"""Makes portraits talk or act: a picture, with speech or with driving videos, becomes an mp4."""
+"""Makes portraits talk or act, from a picture with speech or driving videos, and dubs existing videos."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -16,10 +16,12 @@ from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.base import Pipeline, VideoOutput
 from fantasy_jax.pipelines.batch import ClipRequest, read_batch, run_batch
 from fantasy_jax.pipelines.config import PipelineConfig
+from fantasy_jax.pipelines.dubbing import FantasyDubbingPipeline
 from fantasy_jax.pipelines.latents import read_noise, save_latents
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.preprocessing.boxes import parse_box
+from fantasy_jax.preprocessing.face_masks import MASK_MODES
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
@@ -57,6 +59,12 @@ examples:
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
 
+  the speaker of a video says something else; beside the mp4 a sheet shows source and result:
+  python sample.py --config=configs/tiny.py --video=talking.mp4 --audio=speech.wav --output=out/dubbed.mp4
+  the second of two people; music and noises of the video, separated from its speech, under the new one:
+  python sample.py --config=configs/tiny.py --video=interview.mp4 --audio=speech.wav --person=2 \\
+      --background=music.wav --output=out/dubbed.mp4
+
   FantasyPortrait: two people of a picture, from left to right, each with a driving video:
   python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=a.mp4 --driver=b.mp4 \\
       --output=out/act.mp4
@@ -84,10 +92,11 @@ PIPELINES: dict[str, type[Pipeline]] = {
 """Pipelines by the task of the config."""
 
 OPTIONS = {
-    FantasyTalkingPipeline: ("audio", "voice", "batch"),
-    FantasyPortraitPipeline: ("driver", "sound", "overlay"),
+    FantasyTalkingPipeline: ("audio", "voice", "batch", "person", "box", "people"),
+    FantasyDubbingPipeline: ("audio", "video", "mask", "background", "person", "box"),
+    FantasyPortraitPipeline: ("driver", "sound", "overlay", "person", "box", "people"),
 }
-"""Options that only one pipeline has."""
+"""Options that not every pipeline has."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,10 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, config = cli.parse(_parser(), argv)
     if config.get("task") not in PIPELINES:
         raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(PIPELINES)}")
-    pipeline_type = PIPELINES[config.task]
-    for other, names in OPTIONS.items():
-        if other is not pipeline_type and (given := [name for name in names if getattr(arguments, name)]):
-            raise ConfigError(f"--{given[0]} does not go with the task {config.task} of {arguments.config}")
+    pipeline_type = _pipeline_type(config, arguments)
     model = build(ModelConfig, config.model, "model")
     video = build(VideoConfig, config.video, "video")
     settings = build(pipeline_type.config_type, config.sample, "sample")
@@ -108,11 +114,12 @@ def main(argv: list[str] | None = None) -> int:
     requests = _requests(arguments, pipeline_type)
     outputs = _given(arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs))
     read = [*arguments.driver, *arguments.voice, *(x for r in requests for x in (r.image, *r.audio))]
-    check_separate(_given(arguments.batch, arguments.noise, arguments.sound, *read), outputs)
+    given = (arguments.batch, arguments.noise, arguments.sound, arguments.background)
+    check_separate(_given(*given, *read), outputs)
     for path in outputs:
         check_writable(path)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
-    sample = _act if isinstance(pipeline, FantasyPortraitPipeline) else _talk
+    sample = SAMPLERS[pipeline_type]
     return run_batch(requests, partial(sample, pipeline, arguments))
 
 
@@ -153,6 +160,54 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
         print("No driver has sound that can be read, and the video has none.")
 
 
+def _dub(pipeline: FantasyDubbingPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
+    """Dubs a video and writes it."""
+    if len(request.audio) > 1:
+        raise ConfigError("--audio is given several times; --video takes one, the new speech")
+    given = {} if arguments.prompt is None else {"prompt": arguments.prompt}
+    output = pipeline(
+        request.image,
+        request.audio[0],
+        mask=arguments.mask or "mouth",
+        people=arguments.person,
+        boxes=[parse_box(text, option="--box") for text in arguments.box],
+        background=arguments.background,
+        report=print,
+        **given,
+        **_sampling(arguments),
+    )
+    video, sheet = request.outputs
+    with cli.timed("Video and audio to mp4"):
+        output.save(video)
+        output.save_sheet(sheet)
+    source = output.plan.source
+    print(
+        f"Wrote {video}: {output.plan.num_frames} frames of {source.width} x {source.height} at "
+        f"{float(output.fps):g} frames per second"
+    )
+    print(f"Wrote {sheet}: frames of the source, and below each the dubbed one")
+
+
+SAMPLERS = {FantasyTalkingPipeline: _talk, FantasyDubbingPipeline: _dub, FantasyPortraitPipeline: _act}
+
+
+def _pipeline_type(config: ConfigDict, arguments: argparse.Namespace) -> type[Pipeline]:
+    """The pipeline of the config's task, or the one that dubs a video.
+
+    Raises:
+        ConfigError: An option is given that it does not have.
+    """
+    pipeline_type, task = PIPELINES[config.task], f"the task {config.task} of {arguments.config}"
+    refused: list[str] = []
+    if pipeline_type is FantasyTalkingPipeline and arguments.video:
+        pipeline_type, task = FantasyDubbingPipeline, "--video"
+        refused = ["image", "noise", "save_latents"]
+    refused += [name for names in OPTIONS.values() for name in names if name not in OPTIONS[pipeline_type]]
+    if given := [name for name in refused if getattr(arguments, name)]:
+        raise ConfigError(f"--{given[0]} does not go with {task}")
+    return pipeline_type
+
+
 def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
     """The arguments that every pipeline takes."""
     noise: Callable | None = partial(read_noise, arguments.noise) if arguments.noise else None
@@ -174,7 +229,8 @@ def _write(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequ
 
 def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> Sequence[ClipRequest]:
     """The clips of the command line: one, or those of a batch file."""
-    needed = ("image", "audio" if pipeline_type is FantasyTalkingPipeline else "driver", "output")
+    shown = "video" if pipeline_type is FantasyDubbingPipeline else "image"
+    needed = (shown, "driver" if pipeline_type is FantasyPortraitPipeline else "audio", "output")
     if arguments.batch:
         single = (*needed, "voice", "person", "box", "noise", "save_latents")
         if given := [name for name in single if getattr(arguments, name)]:
@@ -185,7 +241,7 @@ def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> S
             raise ConfigError(f"--{name} is needed; sample.py --help shows examples")
     if not Path(arguments.output).name:
         raise ConfigError(f"--output={arguments.output}: is a folder; give the name of a file")
-    return [ClipRequest(arguments.image, tuple(arguments.audio), "", Path(arguments.output))]
+    return [ClipRequest(getattr(arguments, shown), tuple(arguments.audio), "", Path(arguments.output))]
 
 
 def _given(*paths: str | Path | None) -> list[str | Path]:
@@ -237,6 +293,7 @@ def _parser() -> cli.ArgumentParser:
     )
     _add_people(parser.add_argument_group("several people in the picture"))
     _add_talking(parser.add_argument_group("FantasyTalking"))
+    _add_dubbing(parser.add_argument_group("Dubbing, with FantasyTalking"))
     _add_portrait(parser.add_argument_group("FantasyPortrait"))
     ahead.add_arguments(parser)
     return parser
@@ -284,6 +341,24 @@ def _add_talking(group: argparse._ArgumentGroup) -> None:
         "--batch",
         metavar="FILE",
         help="a CSV file with the columns image, audio, prompt and output, a clip in each row",
+    )
+
+
+def _add_dubbing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--video",
+        metavar="FILE",
+        help="a video whose speaker says --audio instead; where a scene shows several people, --person or "
+        "--box says who, once for all scenes or once for each, and --person=0 leaves a scene as it is",
+    )
+    group.add_argument(
+        "--mask",
+        choices=MASK_MODES,
+        help="what is generated: the lower face, the whole face, or with none everything around the face "
+        "(default: mouth)",
+    )
+    group.add_argument(
+        "--background", metavar="FILE", help="sound that is mixed with --audio, such as the video's music"
     )
 
 

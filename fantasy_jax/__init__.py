@@ -4,13 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fantasy_jax.pipelines.dubbing import FantasyDubbingPipeline
     from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
     from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 
 __version__ = "0.1.0"
-__all__ = ["FantasyPortraitPipeline", "FantasyTalkingPipeline", "__version__"]
+__all__ = ["FantasyDubbingPipeline", "FantasyPortraitPipeline", "FantasyTalkingPipeline", "__version__"]
 
-_MODULES = {"FantasyPortraitPipeline": "portrait", "FantasyTalkingPipeline": "talking"}
+_MODULES = {
+    "FantasyDubbingPipeline": "dubbing",
+    "FantasyPortraitPipeline": "portrait",
+    "FantasyTalkingPipeline": "talking",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,20 +13,19 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
-from fantasy_jax.diffusion.held import HeldLatents, hold
+from fantasy_jax.diffusion.held import HeldLatents, first_step, hold, noised
 from fantasy_jax.diffusion.windows import Windows, WindowSchedule, windowed
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.sharding import axis_size
 from fantasy_jax.system.conditioning import AdapterOptions, Conditions, condition, velocity
 from fantasy_jax.system.inputs import ClipInputs
-from fantasy_jax.typing import Array, Float, Float32, Leaf
+from fantasy_jax.typing import Array, Float, Leaf
 from fantasy_jax.video import video_frames
 
 Velocity = Callable[[Array, Array, Conditions], Array]
@@ -160,8 +159,9 @@ def sample(
         wrappers: Change the velocity function, the first one innermost.
         windows: Windows of one clip that is longer than the model's; the first-frame condition of `inputs` is
             that of a window, all else spans the whole clip.
-        held: Latents of one clip that are known, wholly or outside a mask.
-        strength: Noise level from which held latents are sampled; steps above it are left out.
+        held: Latents that are held outside a mask.
+        strength: Noise level at which sampling starts from the held latents, in [0, 1]; 1 starts from noise,
+            and 0 returns the held latents. Needs `held` unless it is 1.
         progress: Whether to show a progress bar.
         callback: Called with the step's number, from 0, and the latents after it.
 
@@ -177,9 +177,8 @@ def sample(
     group = config.window_group
     program = StepProgram(config.batch_branches, solver, tuple(wrappers), group)
     first = 0 if held is None else first_step(sigmas, strength)
-    latents = jnp.array(noise, jnp.float32)  # a copy: the step donates its argument
-    if first:
-        latents = (1 - sigmas[first]) * held.latents + sigmas[first] * latents
+    latents = noised(held.latents, noise, sigmas[first]) if first else noise
+    latents = jnp.array(latents, jnp.float32)  # a copy: the step donates its argument
     steps = range(first, config.num_inference_steps)
     for i in tqdm(steps, desc="Sampling", unit="step", disable=not progress):
         data = StepData(sigmas[i : i + 2], scales[i], None, held, None if held is None else noise)
@@ -191,11 +190,6 @@ def sample(
         if callback is not None:
             callback(i - first, latents)
     return latents
-
-
-def first_step(sigmas: Float32[np.ndarray, " n"], strength: float) -> int:
-    """The first step whose noise level is at most `strength`; all steps are left out at 0."""
-    return int(np.argmax(sigmas <= strength + 1e-6))
 
 
 HashableOptions = tuple[tuple[str, tuple[tuple[str, object], ...]], ...]

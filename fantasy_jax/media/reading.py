@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from fantasy_jax.media.images import read_image
 from fantasy_jax.media.paths import check_exists
 from fantasy_jax.typing import UInt8
 
+_DEFAULT_FPS = Fraction(25)
 _EPSILON = 1e-6
 """Tolerance for rounding when frame times are compared, in seconds."""
 
@@ -42,11 +44,13 @@ class VideoInfo:
         height: Displayed height in pixels, after rotation and with square pixels.
         width: Displayed width, likewise.
         has_audio: Whether the file has an audio stream.
+        fps: Average frames per second; 25 where the file does not say.
     """
 
     height: int
     width: int
     has_audio: bool
+    fps: Fraction = _DEFAULT_FPS
 
 
 def probe_video(path: str | Path) -> VideoInfo:
@@ -58,8 +62,10 @@ def probe_video(path: str | Path) -> VideoInfo:
     check_exists(path, "video")
     with _open_video(path) as container:
         for frame in container.decode(video=0):
-            height, width = _displayed_size(frame, container.streams.video[0])
-            return VideoInfo(height, width, bool(container.streams.audio))
+            stream = container.streams.video[0]
+            height, width = _displayed_size(frame, stream)
+            fps = Fraction(stream.average_rate or _DEFAULT_FPS)
+            return VideoInfo(height, width, bool(container.streams.audio), fps)
     raise MediaError(f"{path}: the video has no frames")
 
 
@@ -132,7 +138,7 @@ def _is_still_image(path: str | Path) -> bool:
 def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
     """Yields intact frames with strictly increasing times, in seconds since the first."""
     start, previous = None, -math.inf
-    step = 1 / float(stream.average_rate or 25)
+    step = 1 / float(stream.average_rate or _DEFAULT_FPS)
     for frame in container.decode(stream):
         time = previous + step if frame.time is None else frame.time
         if not math.isfinite(time):

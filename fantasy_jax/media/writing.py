@@ -1,7 +1,7 @@
 """Writing of videos with audio."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
-from fantasy_jax.media.audio import stream_audio
+from fantasy_jax.media.audio import audio_seconds, stream_audio
 from fantasy_jax.typing import Float32, UInt8
 
 _AUDIO_RATE = 44_100
@@ -23,9 +23,10 @@ _AUDIO_BLOCK = 1024
 def write_video(
     path: str | Path,
     frames: Iterable[UInt8[np.ndarray, "H W 3"]],
-    fps: int,
+    fps: int | Fraction,
     *,
     audio: str | Path | None = None,
+    background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
     """Writes an mp4 (H.264, AAC), atomically.
@@ -38,6 +39,8 @@ def write_video(
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
         audio: File whose audio is added, cut to the length of the video or padded with silence.
+        background: File whose audio is mixed with that, likewise; where the sum is louder than a file can
+            hold, all of it is made quieter.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
@@ -59,15 +62,16 @@ def write_video(
             stream = container.add_stream(codec, rate=fps, options=quality)
             stream.height, stream.width = _even_sides(first).shape[:2]
             stream.pix_fmt = pixels
-            track = None if audio is None else _AudioTrack(container, audio)
+            sources = [x for x in (audio, background) if x is not None]
+            track = _AudioTrack(container, sources) if sources else None
             for count, frame in enumerate(itertools.chain([first], remaining), 1):
                 shown = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
                 container.mux(stream.encode(shown))
                 if track is not None:
-                    track.write_until(count / fps)
+                    track.write_until(float(count / fps))
             container.mux(stream.encode(None))
             if track is not None:
-                track.finish(count / fps)
+                track.finish(float(count / fps))
 
 
 @contextmanager
@@ -84,12 +88,12 @@ def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]
 
 
 class _AudioTrack:
-    """Audio of a file, written to a video's container while its frames are written."""
+    """Audio of files, mixed and written to a video's container while its frames are written."""
 
-    def __init__(self, container: av.container.OutputContainer, path: str | Path):
-        """Adds the stream, and reads the beginning of the file: MediaError if that is not possible."""
-        self._pieces = stream_audio(path, rate=_AUDIO_RATE, layout="stereo")
-        self._read = next(self._pieces)
+    def __init__(self, container: av.container.OutputContainer, paths: Sequence[str | Path]):
+        """Adds the stream, and reads the beginning of the files: MediaError if that is not possible."""
+        self._sources = [_Samples(path) for path in paths]
+        self._gain = 1 / max(_peak(paths), 1.0) if len(paths) > 1 else 1.0
         self._container, self._written = container, 0
         self._stream = container.add_stream("aac", rate=_AUDIO_RATE)
         self._stream.layout, self._stream.bit_rate = "stereo", 192_000
@@ -107,18 +111,37 @@ class _AudioTrack:
         self._container.mux(self._stream.encode(None))
 
     def _write(self, samples: int) -> None:
-        frame = av.AudioFrame.from_ndarray(self._take(samples), format="fltp", layout="stereo")
+        mixed = sum(source.take(samples) for source in self._sources) * np.float32(self._gain)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(mixed), format="fltp", layout="stereo")
         frame.sample_rate, frame.pts = _AUDIO_RATE, self._written
         frame.time_base = Fraction(1, _AUDIO_RATE)
         self._container.mux(self._stream.encode(frame))
         self._written += samples
 
-    def _take(self, samples: int) -> Float32[np.ndarray, "2 {samples}"]:
-        """The next samples of the file, and silence after its end."""
+
+class _Samples:
+    """The samples of a file, in any portions."""
+
+    def __init__(self, path: str | Path):
+        self._pieces = stream_audio(path, rate=_AUDIO_RATE, layout="stereo")
+        self._read = next(self._pieces)
+
+    def take(self, samples: int) -> Float32[np.ndarray, "2 {samples}"]:
+        """The next samples, and silence after the end."""
         while self._read.shape[1] < samples:
             piece = next(self._pieces, None)
             if piece is None:
                 piece = np.zeros((2, samples - self._read.shape[1]), np.float32)
             self._read = np.concatenate([self._read, piece], axis=1)
         taken, self._read = np.split(self._read, [samples], axis=1)
-        return np.ascontiguousarray(taken)
+        return taken
+
+
+def _peak(paths: Sequence[str | Path]) -> float:
+    """Largest absolute value of the sum of files; they are decoded, but not kept."""
+    shortest, *others = sorted(paths, key=audio_seconds)
+    sources, peak = [_Samples(path) for path in others], 0.0
+    for piece in stream_audio(shortest, rate=_AUDIO_RATE, layout="stereo"):
+        mixed = sum((source.take(piece.shape[1]) for source in sources), piece)
+        peak = max(peak, float(np.abs(mixed).max(initial=0)))
+    return peak

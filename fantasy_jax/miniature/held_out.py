@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +21,7 @@ from fantasy_jax import cli
 from fantasy_jax.config import as_json, build
 from fantasy_jax.data.encoded import encode_records
 from fantasy_jax.data.records import Record
+from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.evaluation.metrics import correlation
 from fantasy_jax.evaluation.mouth import mouth_opening
@@ -96,18 +98,25 @@ class HeldOutClips:
         self.empty_text = encode_text(self.networks, [""])[0]
 
     def generate(
-        self, examples: Sequence[Record], description: str, **settings: Any
+        self,
+        examples: Sequence[Record],
+        description: str,
+        *,
+        held: HeldLatents | None = None,
+        **settings: Any,
     ) -> UInt8[np.ndarray, "N T H W 3"]:
         """Generates the videos of encoded clips.
 
         Args:
             examples: Encoded clips.
             description: Label of the progress bar.
+            held: Latents of all clips that are kept, as arrays of numpy.
             settings: Changes of the sampling settings.
         """
         config = replace(self.config, **settings)
         videos = []
         for i, batch in enumerate(tqdm(batched(examples), desc=description, unit="batch")):
+            kept = jax.tree.map(lambda x, first=i * _BATCH_SIZE: jnp.asarray(x[first:][:_BATCH_SIZE]), held)
             inputs = ClipInputs.from_records(batch, self.empty_text)
             if "motion" in inputs.adapters:  # the configured intensities instead of the clip's
                 motion = jnp.array([[config.face_motion, config.body_motion]] * len(batch), jnp.float32)
@@ -120,6 +129,8 @@ class HeldOutClips:
                 config,
                 guidance=config.guidance,
                 options=config.adapter_options,
+                held=kept,
+                strength=config.strength,
             )
             videos.append(self.decode(latents))
         return np.concatenate(videos)
@@ -132,13 +143,19 @@ class HeldOutClips:
         self, videos: UInt8[np.ndarray, "N T H W 3"], curves: Sequence[Float[np.ndarray, " T"]]
     ) -> Figure:
         """Correlation of the mouth openings measured in videos with one curve per clip."""
+        return figure(self.correlations(videos, curves))
+
+    def correlations(
+        self,
+        videos: Sequence[UInt8[np.ndarray, "T H W 3"]] | UInt8[np.ndarray, "N T H W 3"],
+        curves: Sequence[Float[np.ndarray, " T"]],
+    ) -> list[float]:
+        """The same, clip by clip."""
         boxes = [clip["face_box"][0] for clip in self.clips]
-        return figure(
-            [
-                correlation(mouth_opening(video, box), curve)
-                for video, box, curve in zip(videos, boxes, curves, strict=True)
-            ]
-        )
+        return [
+            correlation(mouth_opening(video, box), curve)
+            for video, box, curve in zip(videos, boxes, curves, strict=True)
+        ]
 
 
 def batched(examples: Sequence[Record]) -> list[list[Record]]:

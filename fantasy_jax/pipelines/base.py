@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fantasy_jax import media
+from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
@@ -148,6 +149,7 @@ class Pipeline:
         required: Slots of the networks that the pipeline needs.
         config_type: Class of its settings.
         bundled: Folder of the weights that come with the package; None if there are none.
+        stored_as: Name of the pipeline in stores of weights; None: the class's.
         networks: The networks, by slot.
         video: Size and length of clips.
         config: Settings of sampling, which a call can override.
@@ -157,6 +159,7 @@ class Pipeline:
     required: ClassVar[Sequence[str]] = ("transformer", "vae", "text_encoder", "image_encoder")
     config_type: ClassVar[type[PipelineConfig]] = PipelineConfig
     bundled: ClassVar[Path | None] = None
+    stored_as: ClassVar[str | None] = None
 
     def __init__(
         self, networks: Networks, video: VideoConfig, config: PipelineConfig, *, keep: Keep | None = None
@@ -209,7 +212,7 @@ class Pipeline:
             raise ConfigError(f"{cls.__name__}: has no bundled weights; name the folder of a store")
         dtype = dtype or ("float32" if directory is None else "bfloat16")
         directory = cls.bundled if directory is None else Path(directory)
-        defaults = read_pipeline(directory, cls.__name__, cls.config_type)
+        defaults = read_pipeline(directory, cls.stored_as or cls.__name__, cls.config_type)
         video, config = video or defaults[0], config or defaults[1]
         networks = stored_networks(directory, model, dtype=dtype, merge_lora=config.merge_lora)
         return cls(networks, video, config, keep=keep)
@@ -277,6 +280,8 @@ class Pipeline:
         noise: Float[Array, "1 F h w C"],
         windows: WindowSchedule | None,
         *,
+        held: HeldLatents | None = None,
+        strength: float = 1.0,
         callback: Callable[[StepProgress], None] | None,
         timed: Timed,
         progress: bool,
@@ -293,6 +298,8 @@ class Pipeline:
                 guidance=config.guidance,
                 options=config.adapter_options,
                 windows=windows,
+                held=None if held is None else replicate(held),
+                strength=strength,
                 progress=progress,
                 callback=_progress(callback, config.num_inference_steps),
             )

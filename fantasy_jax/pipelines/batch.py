@@ -17,7 +17,7 @@ class ClipRequest:
     """A clip to generate.
 
     Attributes:
-        image: Path of the portrait.
+        image: Path of the portrait, or of the video that is dubbed.
         audio: Paths of the sounds; a row of a batch file has one.
         prompt: What the video shows; empty: the default.
         output: The mp4 to write.

@@ -124,6 +124,8 @@ class SampleConfig(PipelineConfig):
         face_box: The head's left, top, right and bottom as fractions of the image, for drawings in which no
             detector finds a face. None: the face is detected.
         face: Number of the face where there are several, from 1, counted from the left; None: the largest.
+        strength: Noise level at which the dubbing of a video starts from the source, in [0, 1]; 1 starts from
+            noise. Below 0.8 the old mouth shows through.
     """
 
     audio_guidance_scale: Scale = 5.0
@@ -136,9 +138,12 @@ class SampleConfig(PipelineConfig):
     landmarks: LandmarkConfig = LandmarkConfig()
     face_box: tuple[float, float, float, float] | None = None
     face: int | None = None
+    strength: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"strength is {self.strength}; it must be between 0 and 1")
         if self.face is not None and self.face < 1:
             raise ConfigError(f"face is {self.face}; faces are counted from 1")
         for name in ("face_motion", "body_motion"):

@@ -160,13 +160,27 @@ class FantasyTalkingPipeline(Pipeline):
         return speakers
 
     def _encode_face(
-        self, networks: Networks, config: SampleConfig, portrait: Image.Image, timed: Timed
+        self,
+        networks: Networks,
+        config: SampleConfig,
+        portrait: Image.Image,
+        timed: Timed,
+        points: Float[np.ndarray, "5 2"] | None = None,
     ) -> dict[str, Array]:
-        """Inputs of the identity and motion adapters, if the model has them."""
+        """Inputs of the identity and motion adapters, if the model has them.
+
+        Args:
+            networks: On the mesh.
+            config: Settings of this call.
+            portrait: RGB.
+            timed: Wraps each stage.
+            points: Five points of the face, where they are known (`landmarks.five_points`).
+        """
         adapters: dict[str, Array] = {}
         if networks.config.identity_adapter is not None:
             with timed("Face encoder"):  # first, because it soon finds out that there is no face
-                adapters["face"] = encoders.encode_face(networks, portrait, _face_points(portrait, config))
+                points = _face_points(portrait, config) if points is None else points
+                adapters["face"] = encoders.encode_face(networks, portrait, points)
         if networks.config.motion_adapter is not None:
             adapters["motion"] = jnp.array([[config.face_motion, config.body_motion]], jnp.float32)
         return adapters

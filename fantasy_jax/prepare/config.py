@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
+from fantasy_jax.preprocessing.scenes import CUT_THRESHOLD
 
 _FRACTIONS = (
     *("min_speech", "min_face_confidence", "min_face_frames", "min_face_side", "min_face_inside"),
@@ -45,7 +46,7 @@ class PrepareConfig:
     """
 
     max_enlargement: float = 1.25
-    cut_threshold: float = 27.0
+    cut_threshold: float = CUT_THRESHOLD
     max_gap: float = 0.1
     max_missing_sound: float = 0.2
     min_speech: float = 0.4

@@ -2,17 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import cv2
 import numpy as np
 
-from fantasy_jax.errors import ConfigError
 from fantasy_jax.media import stream_video
+from fantasy_jax.preprocessing.scenes import cut_detector
 from fantasy_jax.typing import UInt8
-
-_WIDTH = 256
-"""Width of the frames in which cuts are detected, as in PySceneDetect itself."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ def cut(
     Raises:
         MediaError: The file is unreadable from here on; intact segments before that are yielded.
     """
-    is_cut = _cut_detector(fps, threshold)
+    is_cut = cut_detector(fps, threshold)
     frames: list[np.ndarray] = []
     gap, found = 0.0, 0
 
@@ -75,20 +70,3 @@ def cut(
             yield Segment(index + 1 - num_frames, np.stack(frames), num_frames, gap)
             frames, gap, found = [], 0.0, found + 1
     yield from short_scene(index + 1)
-
-
-def _cut_detector(fps: int, threshold: float) -> Any:
-    try:
-        from scenedetect import ContentDetector, FrameTimecode
-    except ImportError as error:
-        raise ConfigError(f"scenedetect is missing ({error}); pip install 'fantasy_jax[prepare]'") from error
-    # Every cut counts: with a minimum scene length a segment could contain one.
-    detector = ContentDetector(threshold=threshold, min_scene_len=0)
-
-    def is_cut(index: int, frame: UInt8[np.ndarray, "H W 3"]) -> bool:
-        size = (_WIDTH, _WIDTH * len(frame) // frame.shape[1])
-        small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-        bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
-        return bool(detector.process_frame(FrameTimecode(index, fps=float(fps)), bgr))
-
-    return is_cut

@@ -30,7 +30,7 @@ _MEMORY = 25
 
 def track_faces(
     detector: FaceDetector,
-    video: UInt8[np.ndarray, "T H W 3"],
+    video: Iterable[UInt8[np.ndarray, "H W 3"]],
     config: LandmarkConfig,
     *,
     progress: bool = False,
@@ -42,7 +42,7 @@ def track_faces(
 
     Args:
         detector: Detects faces in one frame.
-        video: RGB.
+        video: RGB frames; one is held at a time.
         config: Settings of gaps and of false detections.
         progress: Whether to show a progress bar.
 
