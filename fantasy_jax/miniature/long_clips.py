@@ -7,6 +7,7 @@ The way that pipelines use (`diffusion/windows.py`) is compared with others, eac
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from fantasy_jax import cli
 from fantasy_jax.config import build
+from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import Windows, WindowSchedule
 from fantasy_jax.evaluation.metrics import correlation
@@ -30,10 +32,11 @@ from fantasy_jax.miniature.held_out import (
     write_figures,
 )
 from fantasy_jax.pipelines.latents import initial_noise
+from fantasy_jax.pipelines.stream import Blocks, VideoStream
 from fantasy_jax.preprocessing.images import from_uint8
 from fantasy_jax.system.encoders import encode_first_frame, encode_image
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
-from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.typing import Array, Float, Int, UInt8
 from fantasy_jax.video import TEMPORAL_FACTOR, VideoConfig, latent_frames, video_frames
 
 EXAMPLES = """\
@@ -48,8 +51,31 @@ _SHOWN = 8
 """Frames at the beginning, in the middle and at the end in which identity and colour are measured."""
 
 Video = UInt8[np.ndarray, "T H W 3"]
-Way = Callable[[HeldOutClips, ClipInputs, Array, WindowSchedule], Video]
-"""Makes the frames of a clip from inputs of the whole clip, its initial noise, and where windows lie."""
+Make = Callable[["LongClip", WindowSchedule], Video]
+"""Makes the frames of a clip, given where windows lie."""
+
+
+@dataclass(frozen=True)
+class LongClip:
+    """A clip to generate.
+
+    Attributes:
+        held_out: Networks, settings, and all clips.
+        record: The clip.
+        inputs: Of the whole clip.
+        seed: Seed of the initial noise.
+    """
+
+    held_out: HeldOutClips
+    record: Record
+    inputs: ClipInputs
+    seed: int
+
+    @property
+    def noise(self) -> Array:
+        """The initial noise of the whole clip."""
+        channels = self.held_out.networks.config.vae.latent_channels
+        return initial_noise(self.seed, self.held_out.video.latent_shape(1, channels))
 
 
 @dataclass(frozen=True)
@@ -66,33 +92,31 @@ class FlatSchedule(WindowSchedule):
         return replace(windows, weights=(weights / total[windows.frames]).astype(np.float32))
 
 
-def jointly(held_out: HeldOutClips, inputs: ClipInputs, noise: Array, schedule: WindowSchedule) -> Video:
+def jointly(clip: LongClip, schedule: WindowSchedule) -> Video:
     """All windows in each step, as the pipelines do."""
-    inputs = replace(inputs, first_frame=inputs.first_frame[:, : schedule.window])
-    return held_out.decode(_sample(held_out, inputs, noise, schedule))[0]
+    inputs = replace(clip.inputs, first_frame=clip.inputs.first_frame[:, : schedule.window])
+    return clip.held_out.decode(_sample(clip, inputs, clip.noise, schedule))[0]
 
 
-def at_once(held_out: HeldOutClips, inputs: ClipInputs, noise: Array, schedule: WindowSchedule) -> Video:
+def at_once(clip: LongClip, schedule: WindowSchedule) -> Video:
     """The whole clip as one window, longer than those of training."""
     del schedule
-    return held_out.decode(_sample(held_out, inputs, noise))[0]
+    return clip.held_out.decode(_sample(clip, clip.inputs, clip.noise))[0]
 
 
-def from_last_frames(
-    held_out: HeldOutClips, inputs: ClipInputs, noise: Array, schedule: WindowSchedule
-) -> Video:
+def from_last_frames(clip: LongClip, schedule: WindowSchedule) -> Video:
     """Window after window, the last frame of each being the picture of the next.
 
     Source: Wan2GP, `models/wan/fantasytalking/infer.py`.
     """
-    networks, window, videos = held_out.networks, schedule.window, []
-    audio, total = inputs.adapters["audio"], noise.shape[1]
-    per_frame = audio.shape[1] / video_frames(total)
-    for start in range(0, total - 1, window - 1):
+    networks, window, videos = clip.held_out.networks, schedule.window, []
+    audio, noise = clip.inputs.adapters["audio"], clip.noise
+    per_frame = audio.shape[1] / video_frames(noise.shape[1])
+    for start in range(0, noise.shape[1] - 1, window - 1):
         part = noise[:, start : start + window]
         first, count = TEMPORAL_FACTOR * start * per_frame, video_frames(part.shape[1]) * per_frame
         heard = audio[:, round(first) : round(first) + round(count)]
-        given = replace(inputs, adapters=inputs.adapters | {"audio": heard})
+        given = replace(clip.inputs, adapters=clip.inputs.adapters | {"audio": heard})
         if videos:
             picture = from_uint8(videos[-1][-1])
             encoded = encode_first_frame(networks["vae"], picture[None], video_frames(window))
@@ -100,19 +124,38 @@ def from_last_frames(
                 given, first_frame=first_frame_condition(encoded), image=encode_image(networks, picture)
             )
         given = replace(given, first_frame=given.first_frame[:, : part.shape[1]])
-        videos.append(at_once(held_out, given, part, schedule)[1 if videos else 0 :])
+        decoded = clip.held_out.decode(_sample(clip, given, part))[0]
+        videos.append(decoded[1 if videos else 0 :])
     return np.concatenate(videos)
 
 
-def _sample(
-    held_out: HeldOutClips, inputs: ClipInputs, noise: Array, windows: WindowSchedule | None = None
-) -> Array:
-    config = held_out.config
+def streamed(clip: LongClip, schedule: WindowSchedule) -> Video:
+    """Block after block of one window, as a pipeline's `stream` does."""
+    inputs = replace(clip.inputs, first_frame=clip.inputs.first_frame[:, : schedule.window])
+    inputs = replace(inputs, adapters=_with_motion(clip))
+    networks, config = clip.held_out.networks, clip.held_out.config
+    blocks = Blocks(_window(clip.held_out, schedule), config)
+    stream = VideoStream(networks, inputs, blocks, [clip.record["waveform"]], clip.seed)
+    return np.concatenate(list(stream))
+
+
+def _with_motion(clip: LongClip) -> dict[str, Array]:
+    config = clip.held_out.config
     motion = jnp.array([[config.face_motion, config.body_motion]], jnp.float32)
+    return clip.inputs.adapters | {"motion": motion}
+
+
+def _window(held_out: HeldOutClips, schedule: WindowSchedule) -> VideoConfig:
+    return replace(held_out.video, num_frames=video_frames(schedule.window))
+
+
+def _sample(clip: LongClip, inputs: ClipInputs, noise: Array, windows: WindowSchedule | None = None) -> Array:
+    config = clip.held_out.config
+    adapters = _with_motion(clip) | {"audio": inputs.adapters["audio"]}
     return sample(
-        held_out.networks["transformer"],
+        clip.held_out.networks["transformer"],
         noise,
-        replace(inputs, adapters=inputs.adapters | {"motion": motion}),
+        replace(inputs, adapters=adapters),
         config,
         guidance=config.guidance,
         options=config.adapter_options,
@@ -120,17 +163,55 @@ def _sample(
     )
 
 
-WAYS: dict[str, tuple[Way, Callable[[int, int, int], WindowSchedule]]] = {
-    "picture": (jointly, lambda *sizes: WindowSchedule(*sizes)),
-    "picture, moving": (jointly, lambda *sizes: WindowSchedule(*sizes, moving=True)),
-    "picture, overlap + 1": (jointly, lambda f, w, o: WindowSchedule(f, w, o + 1)),
-    "preceding": (jointly, lambda *sizes: WindowSchedule(*sizes, anchor="preceding")),
-    "track": (jointly, lambda *sizes: WindowSchedule(*sizes, anchor="track")),
-    "flat mean": (jointly, lambda f, w, o: FlatSchedule(f, w, 1, anchor="track")),
-    "at once": (at_once, lambda *sizes: WindowSchedule(*sizes)),
-    "last frame as picture": (from_last_frames, lambda *sizes: WindowSchedule(*sizes)),
+def hand_overs(held_out: HeldOutClips, schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
+    """Latent frames at which another window has the largest weight than at the one before."""
+    del held_out
+    windows = schedule.at()
+    weights = np.zeros((len(windows.frames), schedule.num_frames))
+    np.maximum.at(weights, (np.arange(len(weights))[:, None], windows.frames), windows.weights)
+    return np.flatnonzero(np.diff(weights.argmax(axis=0))) + 1
+
+
+def ends_of_windows(held_out: HeldOutClips, schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
+    """Latent frames that follow the end of a window, where each begins with the last frame of another."""
+    del held_out
+    return np.arange(schedule.window, schedule.num_frames, schedule.window - 1)
+
+
+def ends_of_blocks(held_out: HeldOutClips, schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
+    """First new latent frames of the blocks of a stream."""
+    blocks = Blocks(_window(held_out, schedule), held_out.config)
+    starts = np.array([blocks.start(i) for i in range(1, schedule.num_frames)]) + held_out.config.overlap
+    return starts[starts < schedule.num_frames]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to make a long clip.
+
+    Attributes:
+        make: Makes its frames.
+        schedule: Where windows lie, for frames, window and overlap.
+        borders: Latent frames at which windows meet.
+    """
+
+    make: Make
+    schedule: Callable[[int, int, int], WindowSchedule] = WindowSchedule
+    borders: Callable[[HeldOutClips, WindowSchedule], Int[np.ndarray, " n"]] = hand_overs
+
+
+WAYS: dict[str, Way] = {
+    "picture": Way(jointly),
+    "picture, moving": Way(jointly, partial(WindowSchedule, moving=True)),
+    "picture, overlap + 1": Way(jointly, lambda f, w, o: WindowSchedule(f, w, o + 1)),
+    "preceding": Way(jointly, partial(WindowSchedule, anchor="preceding")),
+    "track": Way(jointly, partial(WindowSchedule, anchor="track")),
+    "flat mean": Way(jointly, lambda f, w, o: FlatSchedule(f, w, 1, anchor="track")),
+    "at once": Way(at_once),
+    "last frame as picture": Way(from_last_frames, borders=ends_of_windows),
+    "stream": Way(streamed, borders=ends_of_blocks),
 }
-"""Ways to make a long clip: how latents are made, and the windows for frames, window and overlap."""
+"""Ways to make a long clip by name, as the command line has them."""
 
 
 def measure(
@@ -149,30 +230,21 @@ def measure(
         np.stack([clip["video"][:1] for clip in held_out.clips]),
         held_out.clips,
     )[:, 0]
-    schedules = {name: WAYS[name][1](*_sizes(held_out, window)) for name in names}
-    plain = WindowSchedule(*_sizes(held_out, window))
-    found = {
-        "truth": [
-            _measured(held_out, i, c["video"], pictures[i], plain) for i, c in enumerate(held_out.clips)
-        ]
-    }
-    for name, schedule in schedules.items():
+    sizes = held_out.video.latent_frames, window.latent_frames, held_out.config.overlap
+    plain = hand_overs(held_out, WindowSchedule(*sizes))
+    truths = [clip["video"] for clip in held_out.clips]
+    found = {"truth": [_measured(held_out, i, x, pictures[i], plain) for i, x in enumerate(truths)]}
+    for name in names:
+        way, schedule = WAYS[name], WAYS[name].schedule(*sizes)
+        borders = way.borders(held_out, schedule)
         found[name] = []
         for i in tqdm(range(len(held_out.clips)), desc=name, unit="clip"):
-            videos = [_generate(held_out, i, WAYS[name][0], schedule, seed) for seed in range(noises)]
-            each = [_measured(held_out, i, video, pictures[i], schedule) for video in videos]
+            inputs = ClipInputs.from_records([held_out.encoded[i]], held_out.empty_text)
+            clips = [LongClip(held_out, held_out.clips[i], inputs, 1000 * n + i) for n in range(noises)]
+            videos = [way.make(clip, schedule) for clip in clips]
+            each = [_measured(held_out, i, video, pictures[i], borders) for video in videos]
             found[name].append({key: np.mean([x[key] for x in each]) for key in each[0]})
     return {name: {key: figure([x[key] for x in rows]) for key in rows[0]} for name, rows in found.items()}
-
-
-def _sizes(held_out: HeldOutClips, window: VideoConfig) -> tuple[int, int, int]:
-    return held_out.video.latent_frames, window.latent_frames, held_out.config.overlap
-
-
-def _generate(held_out: HeldOutClips, index: int, way: Way, schedule: WindowSchedule, seed: int) -> Video:
-    inputs = ClipInputs.from_records([held_out.encoded[index]], held_out.empty_text)
-    shape = held_out.video.latent_shape(1, held_out.networks.config.vae.latent_channels)
-    return way(held_out, inputs, initial_noise(1000 * seed + index, shape), schedule)
 
 
 def _measured(
@@ -180,7 +252,7 @@ def _measured(
     index: int,
     video: Video,
     picture: Float[np.ndarray, " E"],
-    schedule: WindowSchedule,
+    borders: Int[np.ndarray, " n"],
 ) -> dict[str, float]:
     """What a video is measured by; identities are cosines with the picture, colour is of 255."""
     clip = held_out.clips[index]
@@ -195,27 +267,23 @@ def _measured(
     colours = parts["end"].mean(axis=(0, 1, 2)) - clip["video"][0].mean(axis=(0, 1))
     return {
         "sync": correlation(mouth_opening(video, clip["face_box"][0]), clip["opening"]),
-        "seam": seam(video, schedule),
+        "seam": seam(video, borders),
         "change": float(np.abs(np.diff(video.astype(np.float32), axis=0)).mean()),
         **{f"identity_{name}": float((face @ picture).mean()) for name, face in faces.items()},
         "colour_shift": float(np.abs(colours).mean()),
     }
 
 
-def seam(video: Video, schedule: WindowSchedule) -> float:
-    """Mean change of pixels where one window takes over from another, over that between other latents.
+def seam(video: Video, borders: Int[np.ndarray, " n"]) -> float:
+    """Mean change of pixels where windows meet, over that at other latent frames; 1 is invisible.
 
-    The first two latents are left out, where the picture's own frame ends. 1 is invisible.
+    The first two latent frames are left out, where the picture's own frame ends.
     """
-    windows = schedule.at()
-    leading = np.zeros((len(windows.frames), latent_frames(len(video))))
-    np.maximum.at(leading, (np.arange(len(leading))[:, None], windows.frames), windows.weights)
-    borders = np.flatnonzero(np.diff(leading.argmax(axis=0))) + 1
-    others = np.setdiff1d(np.arange(2, leading.shape[1]), borders)
-    last = TEMPORAL_FACTOR * (np.arange(1, leading.shape[1]) - 1)  # the last frame before each latent
+    later = np.arange(2, latent_frames(len(video)))
+    last = TEMPORAL_FACTOR * (later - 1)  # the last frame before each latent frame
     changes = np.abs(video[last + 1].astype(np.float32) - video[last]).mean(axis=(1, 2, 3))
-    changes = np.concatenate([[0], changes])
-    return float(changes[borders[borders > 1]].mean() / changes[others].mean())
+    meets = np.isin(later, borders)
+    return float(changes[meets].mean() / changes[~meets].mean())
 
 
 def report(frames: int, figures: Mapping[str, Mapping[str, Figure]]) -> str:

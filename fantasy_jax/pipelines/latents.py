@@ -13,8 +13,15 @@ from fantasy_jax.files import atomic_write
 from fantasy_jax.typing import Array, Float
 
 
-def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:
+def initial_noise(seed: int, shape: tuple[int, ...], *, block: int = 0) -> Float[Array, "B F h w C"]:
     """Normal noise, float32. The same seed gives PyTorch other numbers; `read_noise` takes PyTorch's.
+
+    The noise of one clip is the beginning of that of a longer one.
+
+    Args:
+        seed: The seed.
+        shape: Shape of the latents, `[B, F, h, w, C]`.
+        block: Number of the block in a stream, each of which has noise of its own.
 
     Raises:
         ConfigError: The seed is no 64-bit integer.
@@ -23,7 +30,7 @@ def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Array, "B F h w C"
         key = jax.random.key(seed)
     except OverflowError as error:
         raise ConfigError(f"seed is {seed}; it must be an integer of at most 64 bits, signed") from error
-    return jax.random.normal(key, shape, jnp.float32)
+    return jax.random.normal(jax.random.fold_in(key, block) if block else key, shape, jnp.float32)
 
 
 def read_noise(path: str | Path, shape: tuple[int, ...]) -> Float[Array, "B F h w C"]:

@@ -3,6 +3,8 @@
 Source of the steps: fantasy-portrait, `infer.py`, `infer_multi.py` and `diffsynth/pipelines/wan_video.py`.
 """
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from fantasy_jax.pipelines.scene import DriverInput, Scene, make_scene
 from fantasy_jax.preprocessing.driving import DrivingVideo
 from fantasy_jax.system import encoders
 from fantasy_jax.typing import Array, Float
+from fantasy_jax.video import TEMPORAL_FACTOR
 
 
 class FantasyPortraitPipeline(Pipeline):
@@ -63,15 +66,23 @@ class FantasyPortraitPipeline(Pipeline):
                 drivers than people in the picture.
         """
         several = [drivers] if isinstance(drivers, str | Path | np.ndarray) else list(drivers)
-        return make_scene(
+        seconds, fps = self.config.max_seconds, self.video.fps
+        scene = make_scene(
             as_image(image),
             several,
             video=self.video,
             config=self.config.driving,
+            max_frames=sys.maxsize if seconds is None else math.ceil(seconds * fps - 1e-6),
             boxes=[np.asarray(box, np.float64) for box in boxes],
             targets=people,
             progress=progress,
         )
+        if seconds is not None and scene.num_frames + TEMPORAL_FACTOR <= seconds * fps:
+            raise MediaError(
+                f"the drivers last {scene.num_frames / fps:.2f} s, less than sample.max_seconds, "
+                f"{seconds:g}; ask for less, or leave it out to use all"
+            )
+        return scene
 
     def __call__(
         self,

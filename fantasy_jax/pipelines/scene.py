@@ -122,6 +122,7 @@ def make_scene(
     *,
     video: VideoConfig,
     config: DrivingConfig,
+    max_frames: int | None = None,
     boxes: Sequence[Float[np.ndarray, "4"]] = (),
     targets: Sequence[int] = (),
     progress: bool = False,
@@ -135,8 +136,9 @@ def make_scene(
     Args:
         image: RGB.
         drivers: Videos or pictures; a picture's expression is held.
-        video: Longest edge, frame rate and largest number of frames of the clip.
+        video: Longest edge and frame rate of the clip, and its number of frames if all drivers are pictures.
         config: Settings of detection and tracking.
+        max_frames: Frames that are used of videos; None: as many as `video` has.
         boxes: The people of the picture, as fractions of its sides (`boxes.parse_box`), in the order of their
             drivers; no face is detected in the picture then.
         targets: The person, from 1 in the order of the boxes or from the left, that each driver drives.
@@ -150,8 +152,11 @@ def make_scene(
     if not drivers:
         raise ConfigError("there is no driver; name at least one video")
     fitted = fit_image(image, video.longest_edge)
+    max_frames = video.num_frames if max_frames is None else max_frames
     with open_detector(config) as detector:
-        tracked = [_track(driver, video, detector, config, progress=progress) for driver in drivers]
+        tracked = [
+            _track(driver, video.fps, max_frames, detector, config, progress=progress) for driver in drivers
+        ]
         placed = people_of(fitted, image, detector, boxes)
     notes: list[str] = []
     wanted = len(targets) or max(len(placed), 1)
@@ -169,16 +174,17 @@ def make_scene(
 
 def _track(
     driver: DriverInput,
-    video: VideoConfig,
+    fps: int,
+    max_frames: int,
     detector: FaceDetector,
     config: DrivingConfig,
     *,
     progress: bool,
 ) -> Driver:
     if isinstance(driver, np.ndarray):
-        name, frames = "driver", driver[: video.num_frames]
+        name, frames = "driver", driver[:max_frames]
     else:
-        name, frames = str(driver), DrivingVideo(driver, video.fps, video.num_frames)
+        name, frames = str(driver), DrivingVideo(driver, fps, max_frames)
     return Driver(name, frames, track_people(frames, detector, config, name=name, progress=progress))
 
 
@@ -219,6 +225,8 @@ def _common_length(drivers: Sequence[Driver], video: VideoConfig, notes: list[st
         notes.append(
             f"{shortest.name}: lasts {shortest.length} frames; the clip has {count}, not {video.num_frames}"
         )
+    elif any(kept_frames(driver.length) > count for driver in moving):
+        notes.append(f"{shortest.name}: is the shortest driver; the clip has {count} frames")
     return count
 
 

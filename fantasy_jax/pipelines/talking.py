@@ -5,7 +5,7 @@ Source of the steps: fantasy-talking, `infer.py` and `diffsynth/pipelines/wan_vi
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.pipelines.base import (
     AudioInput,
     ImageInput,
@@ -27,6 +28,7 @@ from fantasy_jax.pipelines.base import (
 from fantasy_jax.pipelines.config import SampleConfig, check_motion
 from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.speakers import Speakers, find_speakers
+from fantasy_jax.pipelines.stream import Blocks, VideoStream
 from fantasy_jax.preprocessing.face_crop import find_face, points_in_box
 from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.system import encoders
@@ -143,6 +145,45 @@ class FantasyTalkingPipeline(Pipeline):
         # A clip of several windows ends with the sound.
         num_frames = video.num_frames if windows is None else math.ceil(sounds.seconds * video.fps - 1e-6)
         return VideoOutput(decode, latents, num_frames, video.fps, sounds.played, sounds.seconds, sounds.rate)
+
+    def stream(
+        self,
+        image: ImageInput,
+        audio_chunks: Iterable[Float[np.ndarray, " samples"]],
+        prompt: str = "A person is talking.",
+        *,
+        windows_per_block: int = 1,
+        seed: int = 0,
+    ) -> VideoStream:
+        """Frames of speech while it is spoken, or of speech without end; the rest is as of a call.
+
+        Args:
+            image: The portrait.
+            audio_chunks: Speech at 16 kHz, in [-1, 1], in pieces of any length.
+            prompt: What the video shows.
+            windows_per_block: Windows of a block. More have fewer seams and a longer latency.
+            seed: Seed of the initial noise.
+
+        Returns:
+            An iterable of uint8 `[T, H, W, 3]`, with its latencies. Iterating samples block after block, and
+            raises a MediaError if there is no sound.
+
+        Raises:
+            ConfigError: A setting is out of range, or the mesh has several devices.
+            MediaError: The image cannot be read, or shows no whole face to a model that needs one.
+        """
+        if self.mesh.size > 1:
+            raise ConfigError("sample.mesh: a stream is sampled by one device; leave the mesh at 1")
+        if windows_per_block < 1:
+            raise ConfigError(f"windows_per_block is {windows_per_block}; it must be at least 1")
+        portrait = as_image(image)
+        fitted = fit_image(portrait, self.video.longest_edge)
+        window = self.video.for_size(fitted.height, fitted.width)
+        blocks = Blocks(window, self.config, windows_per_block)
+        with self._on_mesh() as networks:
+            face = self._encode_face(networks, self.config, portrait, untimed)
+            inputs = self._encode(networks, self.config, fitted, prompt, window, lambda: face, untimed)
+            return VideoStream(networks, inputs, blocks, audio_chunks, seed)
 
     def _speakers(
         self,

@@ -56,7 +56,13 @@ def encode_audio(
         num_samples: Length to which a shorter waveform is padded with silence.
     """
     normalised = normalise_waveform(waveform)
-    normalised = np.pad(normalised, (0, max(num_samples - normalised.size, 0)))
+    return encode_normalised(encoder, np.pad(normalised, (0, max(num_samples - normalised.size, 0))))
+
+
+def encode_normalised(
+    encoder: Wav2Vec2Model, normalised: Float[np.ndarray, " samples"]
+) -> Float[Array, "1 A C"]:
+    """As `encode_audio`, of a waveform that has zero mean and unit variance."""
     total, longest = wav2vec2_length(normalised.size), AUDIO_PIECE + 2 * AUDIO_CONTEXT
     if total <= longest:
         return run(encoder, jnp.asarray(normalised)[None])
