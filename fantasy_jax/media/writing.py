@@ -100,11 +100,12 @@ class _AudioTrack:
             self._write(_AUDIO_BLOCK)
 
     def finish(self, seconds: float) -> None:
-        """Writes what is left up to this time."""
+        """Writes what is left up to this time, and closes the file."""
         self.write_until(seconds)
         if left := round(seconds * _AUDIO_RATE) - self._written:
             self._write(left)
         self._container.mux(self._stream.encode(None))
+        self._pieces.close()
 
     def _write(self, samples: int) -> None:
         frame = av.AudioFrame.from_ndarray(self._take(samples), format="fltp", layout="stereo")
