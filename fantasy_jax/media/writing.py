@@ -104,11 +104,12 @@ class _AudioTrack:
             self._write(_AUDIO_BLOCK)
 
     def finish(self, seconds: float) -> None:
-        """Writes what is left up to this time."""
+        """Writes what is left up to this time, and closes the file."""
         self.write_until(seconds)
         if left := round(seconds * _AUDIO_RATE) - self._written:
             self._write(left)
         self._container.mux(self._stream.encode(None))
+        self._pieces.close()
 
     def _write(self, samples: int) -> None:
         mixed = sum(source.take(samples) for source in self._sources) * np.float32(self._gain)

@@ -227,8 +227,7 @@ class Pipeline:
         with self.networks.on_mesh(self.config.mesh, self.mesh) as networks:
             # The same sharded networks in every call, since they hold what is kept in memory.
             self._sharded = networks if self._sharded is None else self._sharded
-            # The VAE encodes the image, and decodes the video.
-            yield self._sharded.replace(vae=self._sharded["vae"])
+            yield self._sharded
 
     def _noise(self, noise: NoiseInput, seed: int, video: VideoConfig) -> Float[Array, "1 F h w C"]:
         shape = video.latent_shape(1, self.networks.config.vae.latent_channels)
