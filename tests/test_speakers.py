@@ -11,7 +11,10 @@ from drawn_faces import clip, open_squares
 from flax import nnx
 from helpers import TINY_AUDIO, TINY_WAN, abstract, layer, randomise, relative, tiny_inputs, tiny_transformer
 from PIL import Image
+from real_people import CONFIG as LANDMARKS
+from real_people import media_file, need_mediapipe
 
+from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.miniature.audio import RotaryAudioAdapter, RotaryAudioAdapterConfig
 from fantasy_jax.models.adapters.audio import AudioAdapter
@@ -194,6 +197,16 @@ def test_regions_of_people_do_not_meet():
     assert tokens(found) == [0] + [1] * 5 + [2] * 4 + [0] * 10
     below = find(picture(), 2, boxes=[LEFT * [1, 1, 1, 0.5], LEFT + np.array([0, 0.25, 0, 0.25])])
     assert set(np.unique(below.labels(1))) == {0, 1, 2}
+
+
+def test_a_real_picture_of_two_people():
+    need_mediapipe()
+    image = media.read_image(media_file("two_people.png"))
+    found = speakers.find_speakers(image, fit_image(image, 320), 2, landmarks=LANDMARKS)
+    assert (found.targets, found.notes) == ((1, 2), ())
+    labels = found.labels(1).reshape(found.size[0] // 16, -1)
+    columns = [np.nonzero((labels == number).any(axis=0))[0] for number in (1, 2)]
+    assert columns[0].max() < columns[1].min()
 
 
 def test_boxes_take_the_place_of_detection():

@@ -58,10 +58,10 @@ LABELS = {
     "opening_in_pauses_over_speech": "  in pauses over that in speech",
     "opening_in_pauses_without_audio": "  without audio, in pauses",
     "opening_in_speech_without_audio": "  without audio, in speech",
-    "opening_in_pauses_over_speech_without_audio": "  without audio, in pauses over speech",
+    "opening_in_pauses_over_speech_without_audio": "  without audio, pauses over speech",
     "opening_in_pauses_of_renders": "  rendered clips, in pauses",
     "opening_in_speech_of_renders": "  rendered clips, in speech",
-    "opening_in_pauses_over_speech_of_renders": "  rendered clips, in pauses over speech",
+    "opening_in_pauses_over_speech_of_renders": "  rendered clips, pauses over speech",
     "correlation_of_real_speech": "real speech, opening with energy",
     "correlation_of_real_speech_with_other_audio": "  with energy of other audio",
 }
