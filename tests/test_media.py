@@ -295,7 +295,8 @@ def test_a_video_is_resampled_to_another_rate_by_frame_times(tmp_path):
 
 def test_a_streamed_video_is_scaled(tmp_path):
     write_timed(tmp_path / "v.mkv", range(0, 20, 4))
-    assert media.probe_video(tmp_path / "v.mkv") == media.VideoInfo(32, 48, has_audio=False)
+    info = media.probe_video(tmp_path / "v.mkv")
+    assert (info.height, info.width, info.has_audio) == (32, 48, False)
     ((_, frame), *_) = media.stream_video(tmp_path / "v.mkv", 25, (16, 24))
     assert frame.shape == (16, 24, 3)
     ((_, frame), *_) = media.stream_video(tmp_path / "v.mkv", 25)
@@ -333,3 +334,9 @@ def test_a_lossless_video_keeps_every_pixel(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
     media.write_video(tmp_path / "v.mp4", frames, 25, lossless=True)
     assert np.array_equal(media.read_video(tmp_path / "v.mp4")[0], frames)
+
+
+@pytest.mark.parametrize("fps", [23, Fraction(24000, 1001), 50])
+def test_the_frame_rate_of_a_video_is_exact(tmp_path, fps):
+    media.write_video(tmp_path / "v.mp4", np.zeros((30, 32, 48, 3), np.uint8), fps)
+    assert media.probe_video(tmp_path / "v.mp4").fps == fps

@@ -119,16 +119,16 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(inputs, tmp_p
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"noise": np.zeros((1, 32, 5, 8, 9), np.float32)}, "1 x 32 x 5 x 8 x 9"),
-        ({"noise": np.zeros((1, 32, 5, 8, 8), np.int32)}, "int32"),
-        ({"noise": np.full((1, 32, 5, 8, 8), np.nan, np.float32)}, "finite"),
-        ({"latents": np.zeros((1, 32, 5, 8, 8), np.float32)}, "latents"),
+        ({"noise": np.zeros((1, 32, 14, 8, 9), np.float32)}, "1 x 32 x 14 x 8 x 9"),
+        ({"noise": np.zeros((1, 32, 14, 8, 8), np.int32)}, "int32"),
+        ({"noise": np.full((1, 32, 14, 8, 8), np.nan, np.float32)}, "finite"),
+        ({"latents": np.zeros((1, 32, 14, 8, 8), np.float32)}, "latents"),
         (None, "damaged"),
     ],
 )
 def test_noise_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, capsys, tensors, message):
     path = tmp_path / "noise.safetensors"
-    path.write_bytes(save(tensors or {"noise": np.zeros((1, 32, 5, 8, 8), np.float32)}))
+    path.write_bytes(save(tensors or {"noise": np.zeros((1, 32, 14, 8, 8), np.float32)}))
     if tensors is None:
         path.write_bytes(path.read_bytes()[:-100])
     error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--noise={path}"])

@@ -222,7 +222,7 @@ def test_strength_leaves_out_the_first_steps(transformer):
     np.testing.assert_array_equal(run(transformer, noise, inputs, held=held, strength=0.0), held.latents)
     seen = []
     run(transformer, noise, inputs, held=held, strength=0.9, callback=lambda i, x: seen.append(i))
-    assert seen == [0]  # levels are 1 and 0.83
+    assert seen == [1]  # levels are 1 and 0.83
 
 
 MESHES = [{"data": 4}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}]

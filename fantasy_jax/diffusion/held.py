@@ -31,7 +31,7 @@ def hold(
     latents: Float[Array, "B F h w C"],
     held: HeldLatents,
     noise: Float[Array, "B F h w C"],
-    sigma: Float[Array | np.ndarray, ""],
+    sigma: Float[Array | np.ndarray, ""] | float,
 ) -> Float[Array, "B F h w C"]:
     """Replaces latents outside the mask by the held ones at a noise level.
 
@@ -47,7 +47,7 @@ def hold(
 def noised(
     latents: Float[Array, "B F h w C"],
     noise: Float[Array, "B F h w C"],
-    sigma: Float[Array | np.ndarray, ""] | np.floating,
+    sigma: Float[Array | np.ndarray, ""] | float | np.floating,
 ) -> Float[Array, "B F h w C"]:
     """`(1 - sigma) * latents + sigma * noise`, with one noise level for all samples."""
     return add_noise(latents, noise, jnp.broadcast_to(sigma, latents.shape[:1]))

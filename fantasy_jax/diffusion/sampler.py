@@ -188,7 +188,7 @@ def sample(
         if progress:
             latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
         if callback is not None:
-            callback(i - first, latents)
+            callback(i, latents)
     return latents
 
 

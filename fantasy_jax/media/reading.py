@@ -50,7 +50,7 @@ class VideoInfo:
     height: int
     width: int
     has_audio: bool
-    fps: Fraction = _DEFAULT_FPS
+    fps: Fraction
 
 
 def probe_video(path: str | Path) -> VideoInfo:

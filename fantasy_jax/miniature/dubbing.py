@@ -63,8 +63,11 @@ class Dubbing:
         new: Correlation of the mouth's opening with that of the new audio, in the finished video.
         old: Correlation with the source's own.
         new_before_pasting: As `new`, in the generated crop.
-        held: PSNR of the generated crop to the VAE's reconstruction, where latents are held, in dB.
-        source: PSNR of the finished video to the source outside the mask, in dB; 100 if the bytes are equal.
+        vae: PSNR of the generated crop to the VAE's reconstruction outside the latents of the lower face,
+            in dB.
+        source: PSNR of the finished video to the source outside the lower face, in dB; 100 if the bytes are
+            equal.
+        changed: Pixels outside the mask that are not the source's, of all clips.
     """
 
     mask: str
@@ -72,8 +75,9 @@ class Dubbing:
     new: Figure
     old: Figure
     new_before_pasting: Figure
-    held: Figure
+    vae: Figure
     source: Figure
+    changed: int
 
 
 def clip_masks(clip: Record, mask: str) -> Bool[np.ndarray, "T H W"]:
@@ -100,14 +104,15 @@ def measure(held_out: HeldOutClips, mask: str, strength: float, seeds: Sequence[
     swapped = [clip | {"audio": encoded[other]["audio"]} for clip, other in zip(encoded, others, strict=True)]
     old = [clip["opening"] for clip in clips]
     new = [old[other] for other in others]
-    masks = [clip_masks(clip, mask) for clip in clips]
-    free = np.stack([latent_mask(x, x.shape[1]) for x in masks])
+    masks, lower = ([clip_masks(clip, name) for clip in clips] for name in (mask, "mouth"))
+    free, lower_latents = (np.stack([latent_mask(x, x.shape[1]) for x in each]) for each in (masks, lower))
     latents = np.stack([clip["latents"] for clip in encoded])
     held = HeldLatents(latents, free[..., None].astype(np.float32))
     decoded = np.concatenate(
         [held_out.decode(np.stack([x["latents"] for x in batch])) for batch in batched(encoded)]
     )
-    rows: dict[str, list[float]] = {name: [] for name in ("new", "old", "raw", "held", "source")}
+    rows: dict[str, list[float]] = {name: [] for name in ("new", "old", "raw", "vae", "source")}
+    changed = 0
     for seed in seeds:
         held_out.seed = seed
         crops = held_out.generate(swapped, f"{mask} {strength:.2f}", held=held, strength=strength)
@@ -115,9 +120,11 @@ def measure(held_out: HeldOutClips, mask: str, strength: float, seeds: Sequence[
         rows["new"] += held_out.correlations(videos, new)
         rows["old"] += held_out.correlations(videos, old)
         rows["raw"] += held_out.correlations(crops, new)
-        rows["held"] += _psnr_where(crops, decoded, [~_pixels(x) for x in free])
-        rows["source"] += _psnr_where(videos, [clip["video"] for clip in clips], [~x for x in masks])
-    return Dubbing(mask, strength, *(figure(values) for values in rows.values()))
+        rows["vae"] += _psnr_outside(crops, decoded, [_pixels(x) for x in lower_latents])
+        rows["source"] += _psnr_outside(videos, [clip["video"] for clip in clips], lower)
+        for clip, video, inside in zip(clips, videos, masks, strict=True):
+            changed += int(((clip["video"] != video).any(axis=-1) & ~inside).sum())
+    return Dubbing(mask, strength, *(figure(values) for values in rows.values()), changed)
 
 
 def _paste(
@@ -135,14 +142,14 @@ def _pixels(free: Bool[np.ndarray, "F h w"]) -> Bool[np.ndarray, "T H W"]:
     return frames.repeat(PIXELS_PER_LATENT, axis=1).repeat(PIXELS_PER_LATENT, axis=2)
 
 
-def _psnr_where(
+def _psnr_outside(
     videos: Sequence[np.ndarray] | UInt8[np.ndarray, "N T H W 3"],
     references: Sequence[np.ndarray] | UInt8[np.ndarray, "N T H W 3"],
-    places: Sequence[Bool[np.ndarray, "T H W"]],
+    masks: Sequence[Bool[np.ndarray, "T H W"]],
 ) -> list[float]:
-    """PSNR of each clip over some pixels; of none it counts as 100."""
-    triples = zip(videos, references, places, strict=True)
-    return [psnr(one[where], other[where]) if where.any() else 100.0 for one, other, where in triples]
+    """PSNR of each clip over the pixels outside of a mask."""
+    triples = zip(videos, references, masks, strict=True)
+    return [psnr(one[~inside], other[~inside]) for one, other, inside in triples]
 
 
 def report(results: Sequence[Dubbing]) -> str:
@@ -151,14 +158,14 @@ def report(results: Sequence[Dubbing]) -> str:
         "new": lambda x: x.new,
         "old": lambda x: x.old,
         "before pasting": lambda x: x.new_before_pasting,
-        "dB VAE, held": lambda x: x.held,
+        "dB VAE": lambda x: x.vae,
         "dB source": lambda x: x.source,
     }
-    lines = [f"{'mask':<8}{'strength':>8}" + "".join(f"{name:>20}" for name in columns)]
+    lines = [f"{'mask':<8}{'strength':>8}" + "".join(f"{name:>20}" for name in columns) + f"{'changed':>10}"]
     for result in results:
         cells = [get(result) for get in columns.values()]
         values = "".join(f"{f'{x.mean:.3f} +- {x.standard_error:.3f}':>20}" for x in cells)
-        lines.append(f"{result.mask:<8}{result.strength:>8.2f}{values}")
+        lines.append(f"{result.mask:<8}{result.strength:>8.2f}{values}{result.changed:>10}")
     return "\n".join(lines)
 
 

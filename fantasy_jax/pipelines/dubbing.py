@@ -18,6 +18,7 @@ from PIL import Image
 
 from fantasy_jax import media
 from fantasy_jax.diffusion.held import HeldLatents
+from fantasy_jax.errors import MediaError
 from fantasy_jax.pipelines.base import (
     AudioInput,
     NoiseInput,
@@ -254,8 +255,10 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
         for speaker in plan.speakers:
             end = speaker.first + speaker.num_frames
             scene = islice(frames, speaker.first - place, end - place)
-            crops = np.stack([resize_crop(speaker.square.cut(frame), side) for frame in scene])
-            place = end
+            crops = [resize_crop(speaker.square.cut(frame), side) for frame in scene]
+            if len(crops) < speaker.num_frames:
+                raise MediaError(f"{plan.source.path}: the file changed while it was read; try again")
+            crops, place = np.stack(crops), end
             rates = match_rates(len(crops), float(source_fps), fps)
             video = replace(self.video.for_size(side, side), num_frames=len(rates.taken))
             start = round(float(speaker.first / source_fps) * SAMPLE_RATE)
