@@ -42,7 +42,7 @@ class TimedCondition(Condition):
             jnp.take(times, row, axis=0, mode="clip") for times in (self.frame_times, self.token_times)
         )
         if self.tokens.ndim > 3:
-            token_times = token_times[frames]
+            token_times = jnp.take(token_times, frames, axis=-2)
         return replace(
             super().at_frames(frames, row), frame_times=frame_times[frames], token_times=token_times
         )
