@@ -207,11 +207,10 @@ def probe_video(path: str | Path) -> VideoInfo:
     """
     _check_exists(path, "video")
     with _open_video(path) as container:
-        for frame in container.decode(video=0):
-            height, width = _displayed_size(frame, container.streams.video[0])
-            stream = container.streams.video[0]
-            fps = Fraction(stream.average_rate or _DEFAULT_FPS)
-            return VideoInfo(height, width, bool(container.streams.audio), fps)
+        stream = container.streams.video[0]
+        fps = Fraction(stream.average_rate or _DEFAULT_FPS)
+        for frame in container.decode(stream):
+            return VideoInfo(*_displayed_size(frame, stream), bool(container.streams.audio), fps)
     raise MediaError(f"{path}: the video has no frames")
 
 
@@ -345,8 +344,7 @@ def write_video(
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
         audio: File whose audio is added, cut to the length of the video or padded with silence.
-        background: File whose audio is mixed with that, likewise; where the sum is louder than a file can
-            hold, all of it is made quieter.
+        background: File whose audio is mixed with it; where the sum would clip, all of it is made quieter.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
