@@ -223,13 +223,12 @@ def test_fast_videos_are_generated_at_the_models_rate(pipeline, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_window_has_the_sources_frame_at_its_start_as_reference(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(dubbing, "window_starts", lambda _: [0, 1])
+def test_each_window_has_the_sources_frame_at_its_start_as_reference(pipeline, tmp_path):
     path = write(tmp_path / "v.mp4", person(frames=9), fps=20)
     (scene,) = pipeline._clips(plan(path, 1.0), speech(1.0))
     with pipeline._on_mesh() as networks:
         inputs, held = pipeline._encode_clip(
-            networks, pipeline.config, "A person is talking.", scene, dubbing.untimed
+            networks, pipeline.config, "A person is talking.", scene, (0, 1), dubbing.untimed
         )
     assert inputs.first_frame.shape[:2] == (2, 3)
     assert inputs.image.shape[0] == 2
@@ -268,7 +267,7 @@ def test_a_background_is_mixed_with_the_audio(tmp_path):
         (["--batch=a.csv"], "--batch does not go with --video"),
         (["--driver=a.mp4"], "--driver does not go with --video"),
         (["--mask=lips"], "--mask"),
-        (["--audio=none.wav"], "none.wav: no such audio file"),
+        (["--audio=none.wav"], "--audio is given several times"),
         (["--video=none.mp4"], "none.mp4: no such video"),
         (["--background=none.wav"], "none.wav: no such audio file"),
         (["--box=1,2"], "--box"),

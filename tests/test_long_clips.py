@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_pipeline import portrait, randomise, small_model, speech
@@ -71,7 +72,7 @@ def test_long_audio_is_encoded_in_pieces(pipeline):
     longest = AUDIO_PIECE + 2 * AUDIO_CONTEXT
     normalised = (sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)
     piece = normalised[first * FEATURE_HOP :][: (longest - 1) * FEATURE_HOP + 400]
-    alone = np.asarray(encoder(piece[None]))[:, AUDIO_CONTEXT:-AUDIO_CONTEXT]
+    alone = np.asarray(encoder(jnp.asarray(piece)[None]))[:, AUDIO_CONTEXT:-AUDIO_CONTEXT]
     np.testing.assert_allclose(features[:, AUDIO_PIECE : 2 * AUDIO_PIECE], alone, atol=1e-4)
 
 
@@ -98,14 +99,13 @@ def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline):
     blocks = list(stream)
     assert [len(block) for block in blocks] == [17, 8, 8, 8, 5]
     assert stream.latency == pytest.approx(8 / 23)
-    # The same window; in a stream, the sound is normalised by what has been heard.
+    # Pieces of another size give as many frames.
     again = np.concatenate(list(pipeline.stream(portrait(), [sound], seed=3)))
     assert again.shape == (46, 32, 32, 3)
-    single = pipeline(portrait(), sound[: int(17 / 23 * 16_000)], seed=3)
-    np.testing.assert_array_equal(
-        np.concatenate(list(pipeline.stream(portrait(), [sound[: int(17 / 23 * 16_000)]], seed=3))),
-        single.frames,
-    )
+    first = sound[: int(17 / 23 * 16_000)]
+    single = pipeline(portrait(), first, seed=3).frames.astype(int)
+    streamed = np.concatenate(list(pipeline.stream(portrait(), [first], seed=3)))
+    assert np.abs(streamed - single).max() <= 1  # mean and variance are summed in another precision
 
 
 def test_a_stream_reads_no_further_than_it_must(pipeline):
@@ -139,7 +139,7 @@ def test_seams_are_the_changes_where_windows_meet():
 
 
 def test_windows_meet_where_weights_cross():
-    assert long_clips.hand_overs(None, WindowSchedule(17, 5, 2)).tolist() == [4, 6, 8, 10, 12, 14]
+    assert long_clips.hand_overs(WindowSchedule(17, 5, 2)).tolist() == [4, 6, 8, 10, 12, 14]
     flat = long_clips.FlatSchedule(9, 5, 1, anchor="track").at()
     assert flat.weights[0].tolist() == [1, 1, 1, 1, 0.5]
 

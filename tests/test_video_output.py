@@ -38,16 +38,24 @@ class Counter:
 
 def test_size_and_length_are_known_before_frames_are_decoded():
     decode = Counter()
-    output = VideoOutput(decode, LATENTS, 25)
+    output = VideoOutput(decode, LATENTS, 21, 25)
     assert (output.num_frames, output.height, output.width, output.seconds) == (21, 32, 64, 0.84)
     stream = output.stream_frames()
     assert np.array_equal(next(stream), FRAMES[0])
     assert (decode.begun, decode.decoded) == (1, 1)
 
 
+def test_frames_after_the_end_are_left_out(tmp_path):
+    output = VideoOutput(Counter(), LATENTS, 19, 25)
+    assert np.array_equal(list(output.stream_frames()), FRAMES[:19])
+    assert np.array_equal(output.frames, FRAMES[:19])
+    output.save(tmp_path / "v.mp4")
+    assert len(media.read_video(tmp_path / "v.mp4")[0]) == 19
+
+
 def test_a_clip_and_its_sheet_are_written_while_it_is_decoded_once(tmp_path):
     decode = Counter()
-    output = VideoOutput(decode, LATENTS, 25, np.zeros(16_000, np.float32))
+    output = VideoOutput(decode, LATENTS, 21, 25, np.zeros(16_000, np.float32))
     output.save(tmp_path / "v.mp4", sheet=tmp_path / "v.png")
     assert decode.begun == 1
     assert media.read_video(tmp_path / "v.mp4")[0].shape == FRAMES.shape
@@ -78,7 +86,7 @@ def test_a_mesh_decodes_and_is_not_set_for_the_caller(monkeypatch, capsys):
     config = PipelineConfig(mesh=MeshConfig(fsdp=1, context=2))
     pipeline = Pipeline(networks, VideoConfig(height=32, width=64), config)
     latents = LATENTS + jnp.arange(6.0).reshape(6, 1, 1, 1)
-    output = VideoOutput(partial(pipeline._decode, latents, config, progress=True), latents, 25)
+    output = VideoOutput(partial(pipeline._decode, latents, config, progress=True), latents, 21, 25)
     shades = []
     for frame in output.stream_frames():
         assert jax.sharding.get_abstract_mesh().empty
@@ -90,6 +98,6 @@ def test_a_mesh_decodes_and_is_not_set_for_the_caller(monkeypatch, capsys):
 def test_a_clip_whose_sound_cannot_be_read_is_not_decoded(tmp_path):
     decode = Counter()
     with pytest.raises(MediaError, match=r"none\.wav"):
-        VideoOutput(decode, LATENTS, 25, "none.wav").save(tmp_path / "v.mp4", sheet=tmp_path / "v.png")
+        VideoOutput(decode, LATENTS, 21, 25, "none.wav").save(tmp_path / "v.mp4", sheet=tmp_path / "v.png")
     assert decode.decoded <= 1
     assert not list(tmp_path.iterdir())

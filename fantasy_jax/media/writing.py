@@ -104,12 +104,13 @@ class _AudioTrack:
             self._write(_AUDIO_BLOCK)
 
     def finish(self, seconds: float) -> None:
-        """Writes what is left up to this time, and closes the file."""
+        """Writes what is left up to this time, and closes the files."""
         self.write_until(seconds)
         if left := round(seconds * _AUDIO_RATE) - self._written:
             self._write(left)
         self._container.mux(self._stream.encode(None))
-        self._pieces.close()
+        for source in self._sources:
+            source.close()
 
     def _write(self, samples: int) -> None:
         mixed = sum(source.take(samples) for source in self._sources) * np.float32(self._gain)
@@ -126,6 +127,10 @@ class _Samples:
     def __init__(self, path: str | Path):
         self._pieces = stream_audio(path, rate=_AUDIO_RATE, layout="stereo")
         self._read = next(self._pieces)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._pieces.close()
 
     def take(self, samples: int) -> Float32[np.ndarray, "2 {samples}"]:
         """The next samples, and silence after the end."""

@@ -163,26 +163,23 @@ def _sample(clip: LongClip, inputs: ClipInputs, noise: Array, windows: WindowSch
     )
 
 
-def hand_overs(held_out: HeldOutClips, schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
+def hand_overs(schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
     """Latent frames at which another window has the largest weight than at the one before."""
-    del held_out
     windows = schedule.at()
     weights = np.zeros((len(windows.frames), schedule.num_frames))
     np.maximum.at(weights, (np.arange(len(weights))[:, None], windows.frames), windows.weights)
     return np.flatnonzero(np.diff(weights.argmax(axis=0))) + 1
 
 
-def ends_of_windows(held_out: HeldOutClips, schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
+def ends_of_windows(schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
     """Latent frames that follow the end of a window, where each begins with the last frame of another."""
-    del held_out
     return np.arange(schedule.window, schedule.num_frames, schedule.window - 1)
 
 
-def ends_of_blocks(held_out: HeldOutClips, schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
-    """First new latent frames of the blocks of a stream."""
-    blocks = Blocks(_window(held_out, schedule), held_out.config)
-    starts = np.array([blocks.start(i) for i in range(1, schedule.num_frames)]) + held_out.config.overlap
-    return starts[starts < schedule.num_frames]
+def ends_of_blocks(schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
+    """First new latent frames of the blocks of a stream, which hold the last `overlap` of those before."""
+    new = schedule.useful - schedule.overlap
+    return np.arange(schedule.window, schedule.num_frames, new)
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class Way:
 
     make: Make
     schedule: Callable[[int, int, int], WindowSchedule] = WindowSchedule
-    borders: Callable[[HeldOutClips, WindowSchedule], Int[np.ndarray, " n"]] = hand_overs
+    borders: Callable[[WindowSchedule], Int[np.ndarray, " n"]] = hand_overs
 
 
 WAYS: dict[str, Way] = {
@@ -231,12 +228,12 @@ def measure(
         held_out.clips,
     )[:, 0]
     sizes = held_out.video.latent_frames, window.latent_frames, held_out.config.overlap
-    plain = hand_overs(held_out, WindowSchedule(*sizes))
+    plain = hand_overs(WindowSchedule(*sizes))
     truths = [clip["video"] for clip in held_out.clips]
     found = {"truth": [_measured(held_out, i, x, pictures[i], plain) for i, x in enumerate(truths)]}
     for name in names:
         way, schedule = WAYS[name], WAYS[name].schedule(*sizes)
-        borders = way.borders(held_out, schedule)
+        borders = way.borders(schedule)
         found[name] = []
         for i in tqdm(range(len(held_out.clips)), desc=name, unit="clip"):
             inputs = ClipInputs.from_records([held_out.encoded[i]], held_out.empty_text)

@@ -96,7 +96,7 @@ class VideoStream:
         networks: Networks,
         inputs: ClipInputs,
         blocks: Blocks,
-        chunks: Iterable[Float[np.ndarray, " samples"]],
+        chunks: Iterable[Float[np.ndarray, "_"]],
         seed: int,
     ):
         """Prepares a stream.

@@ -149,7 +149,7 @@ class FantasyTalkingPipeline(Pipeline):
     def stream(
         self,
         image: ImageInput,
-        audio_chunks: Iterable[Float[np.ndarray, " samples"]],
+        audio_chunks: Iterable[Float[np.ndarray, "_"]],
         prompt: str = "A person is talking.",
         *,
         windows_per_block: int = 1,
