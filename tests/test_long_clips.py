@@ -55,6 +55,13 @@ def test_an_overlap_that_does_not_fit_is_found_before_any_work(pipeline):
         wrong(portrait(), speech(1.5))
 
 
+def test_attention_to_the_whole_audio_is_for_single_windows():
+    config = SampleConfig(audio_attention="clip")
+    assert config.windows(WINDOW.for_seconds(0.5), WINDOW) is None
+    with pytest.raises(ConfigError, match=r"^audio_attention is 'clip', .* single window of 0\.74 s"):
+        config.windows(WINDOW.for_seconds(1.0), WINDOW)
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
 def test_config_error_for_max_seconds(seconds):
     with pytest.raises(ConfigError, match=r"^max_seconds is"):

@@ -86,7 +86,7 @@ def test_a_mesh_decodes_and_is_not_set_for_the_caller(monkeypatch, capsys):
     config = PipelineConfig(mesh=MeshConfig(fsdp=1, context=2))
     pipeline = Pipeline(networks, VideoConfig(height=32, width=64), config)
     latents = LATENTS + jnp.arange(6.0).reshape(6, 1, 1, 1)
-    output = VideoOutput(partial(pipeline._decode, latents, config, progress=True), latents, 21, 25)
+    output = VideoOutput(partial(pipeline._decode, latents, config, progress=True), latents, 24, 25)
     shades = []
     for frame in output.stream_frames():
         assert jax.sharding.get_abstract_mesh().empty

@@ -310,13 +310,14 @@ class Pipeline:
         """Yields the frames of latents, decoded by the mesh."""
         with self._on_mesh() as networks:
             decoder = StreamingDecoder(networks["vae"], tile=config.tile, stride=config.tile_stride)
-        indices = range(latents.shape[1])
-        for index in tqdm(indices, "Decoding", unit="latent frame", disable=not progress):
-            # The mesh is not set while the caller has a frame.
-            with self.networks.on_mesh(self.config.mesh, self.mesh):
-                chunks = list(decoder(replicate(latents[:, index : index + 1])))
-            for frames in chunks:
-                yield from frames
+        with tqdm(total=latents.shape[1], desc="Decoding", unit="latent frame", disable=not progress) as bar:
+            for index in range(latents.shape[1]):
+                # The mesh is not set while the caller has a frame.
+                with self.networks.on_mesh(self.config.mesh, self.mesh):
+                    chunks = list(decoder(replicate(latents[:, index : index + 1])))
+                bar.update()  # before the caller gets the last frame, after which it may stop
+                for frames in chunks:
+                    yield from frames
 
 
 def _plan(seconds: float, windows: int, config: PipelineConfig) -> str:

@@ -150,6 +150,16 @@ class SampleConfig(PipelineConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
+    def windows(self, clip: VideoConfig, window: VideoConfig) -> WindowSchedule | None:
+        """As of every pipeline; ConfigError, too, if a long clip would attend to all of its audio at once."""
+        windows = super().windows(clip, window)
+        if windows is not None and self.audio_attention == "clip":
+            raise ConfigError(
+                f"audio_attention is 'clip', which spans a single window of {window.seconds:.2f} s; use 'frame', "
+                "or set max_seconds"
+            )
+        return windows
+
     @property
     def guidance(self) -> tuple[GuidanceBranch, ...]:
         """The branches of guidance."""

@@ -41,8 +41,7 @@ from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, audio_samples, video_frames
 
 MAX_FPS = 24
-"""Largest frame rate of a source at which the model runs: from 25 frames per second on, FantasyTalking's rule
-gives each latent frame 15 audio tokens instead of the 17 of training."""
+"""Largest frame rate of a source at which the model runs; the released weights are trained at 23."""
 
 
 @dataclass(frozen=True)
