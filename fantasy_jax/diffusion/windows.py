@@ -10,7 +10,7 @@ single frame of the picture. Here it begins with the picture itself, at the step
 `picture`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,6 +21,7 @@ import numpy as np
 
 from fantasy_jax.diffusion.flow import add_noise
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.sharding import axis_size, constrain
 from fantasy_jax.system.conditioning import Conditions
 from fantasy_jax.typing import Array, Float, Float32, Int, Leaf
 
@@ -38,14 +39,15 @@ class Windows:
     """Windows of a track in one step.
 
     Attributes:
-        frames: Latent frames of the track that each window holds, int32 `[N, W]`.
-        weights: Their weights, float32 `[N, W]`; over all windows, those of each latent frame sum to one.
+        start: First latent frame of the track that each window holds, int32 `[N]`.
+        weights: Weights of its latent frames, float32 `[N, W]`; those of each frame of the track sum to
+            one.
         anchored: Windows whose first position holds the picture's latent in place of the track's, bool `[N]`.
         reference: Row of the first-frame condition and of the image that each window has, int32 `[N]`.
         noise: Noise of the picture's latent, `[1, 1, h, w, C]`; set by the sampler.
     """
 
-    frames: Leaf
+    start: Leaf
     weights: Leaf
     anchored: Leaf
     reference: Leaf
@@ -62,7 +64,8 @@ class WindowSchedule:
         overlap: Latent frames that neighbouring windows share at least.
         anchor: What the first position of a later window holds.
         moving: Whether inner windows lie elsewhere in each step, which takes one more window.
-        continues: Whether the track goes on from another one, so that its first window is a later window.
+        continues: Whether the track goes on from another one, so that its first window is a later window, and
+            its first latent frame, which is held, only the one before the window.
         references: Latent frames at which the rows of the first-frame condition and of the image are taken; a
             window has the last one that is not after its start.
     """
@@ -76,6 +79,8 @@ class WindowSchedule:
     references: tuple[int, ...] = (0,)
 
     def __post_init__(self):
+        if self.num_frames < self.window:
+            raise ValueError(f"a track of {self.num_frames} latent frames is shorter than a window")
         if not 1 <= self.overlap < self.useful:
             raise ConfigError(
                 f"overlap is {self.overlap}; it must be at least 1 and less than the {self.useful} latent "
@@ -88,57 +93,58 @@ class WindowSchedule:
         return self.window if self.anchor == "track" else self.window - 1
 
     @property
-    def _first(self) -> int:
-        """Latent frames of the track in the first window."""
-        return self.useful if self.continues else self.window
-
-    @property
     def count(self) -> int:
         """Number of windows, without those that only fill a group of devices."""
-        rest = max(self.num_frames - self._first, 0)
-        count = 1 + -(-rest // (self.useful - self.overlap))
+        count = 1 + -(-(self.num_frames - self.window) // (self.useful - self.overlap))
         return count + 1 if self.moving and count > 1 else count
 
     def starts(self, step: int = 0) -> list[int]:
         """First latent frame of the track in each window, evenly spread."""
-        rest, offset = max(self.num_frames - self._first, 0), self._first - self.useful
+        rest = self.num_frames - self.window
         if not self.moving or self.count == 1:
             places = np.linspace(0, rest, self.count)
         else:
             spacing = rest / (self.count - 2)
             inner = (np.arange(self.count - 2) + bit_reversal(step)) * spacing
             places = np.array([0, *inner, rest])
-        later = [offset + round(place) for place in places[1:]]
-        return [0, *later]
+        return [round(place) for place in places]
 
     def at(self, step: int = 0, *, multiple: int = 1) -> Windows:
         """The windows of a step, filled up to a multiple with windows of weight zero."""
-        starts = self.starts(step)
-        ends = [min(self._first, self.num_frames), *(start + self.useful for start in starts[1:])]
-        frames, weights = [], []
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            # Frames before the first and after the last one are filled by these, with weight zero.
-            lead = self.window - (end - start) if self._is_later(i) else 0
-            held = np.arange(start - lead, start - lead + self.window)
-            before = ends[i - 1] if i else start
-            after = starts[i + 1] if i + 1 < len(starts) else end
-            # The first latent of a window of the anchor `track` stands where the picture's belongs.
-            rise = partial(_rise, from_zero=self.anchor == "track")
-            fade = rise(held - start, before - start) * (1 - rise(held - after, end - after))
-            frames.append(np.clip(held, 0, self.num_frames - 1))
-            weights.append(np.where((held >= start) & (held < end), fade, 0))
-        anchored = [self.anchor == "picture" and self._is_later(i) for i in range(len(starts))]
+        starts = np.array(self.starts(step))
+        later = np.arange(len(starts)) > (-1 if self.continues else 0)
+        # What a window adds to the track begins after the position that is thrown away.
+        begins = (starts + np.where(later, self.window - self.useful, 0)).tolist()
+        ends = (starts + self.window).tolist()
+        rise = partial(_rise, from_zero=self.anchor == "track")
+        weights = np.zeros((len(starts), self.window))
+        for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            held = starts[i] + np.arange(self.window)
+            before = ends[i - 1] if i else begin
+            after = begins[i + 1] if i + 1 < len(starts) else end
+            fade = rise(held - begin, before - begin) * (1 - rise(held - after, end - after))
+            weights[i] = np.where(held >= begin, fade, 0)
         rows = np.maximum(np.searchsorted(self.references, starts, side="right") - 1, 0)
-        missing = -len(frames) % multiple
+        missing = -len(starts) % multiple
         return Windows(
-            frames=np.pad(frames, ((0, missing), (0, 0)), "edge").astype(np.int32),
-            weights=np.pad(_normalised(frames, weights, self.num_frames), ((0, missing), (0, 0))),
-            anchored=np.pad(anchored, (0, missing)),
+            start=np.pad(starts, (0, missing), "edge").astype(np.int32),
+            weights=np.pad(self._normalised(starts, weights), ((0, missing), (0, 0))),
+            anchored=np.pad(later & (self.anchor == "picture"), (0, missing)),
             reference=np.pad(rows, (0, missing)).astype(np.int32),
         )
 
-    def _is_later(self, index: int) -> bool:
-        return (index > 0 or self.continues) and self.anchor != "track"
+    def _normalised(
+        self, starts: Int[np.ndarray, " N"], weights: Float[np.ndarray, "N W"]
+    ) -> Float32[np.ndarray, "N W"]:
+        """Weights whose sum over windows is one in each latent frame, except one that is only held."""
+        frames = starts[:, None] + np.arange(self.window)
+        total = np.zeros(self.num_frames)
+        np.add.at(total, frames, weights)
+        if self.continues:
+            total[0] = 1
+        if not (total > 0).all():
+            raise ValueError(f"no window has weight in latent frames {np.flatnonzero(total <= 0).tolist()}")
+        return (weights / total[frames]).astype(np.float32)
 
 
 def bit_reversal(step: int) -> float:
@@ -149,19 +155,9 @@ def bit_reversal(step: int) -> float:
 def _rise(position: Int[np.ndarray, " W"], length: int, *, from_zero: bool) -> Float[np.ndarray, " W"]:
     """A ramp over `length` positions, 0 before it and 1 after it; its own first value is 0 or above."""
     if from_zero:
+        # The first latent of a window of the anchor `track` stands where the picture's belongs.
         return np.clip(position / max(length - 1, 1), 0, 1) if length else (position >= 0).astype(float)
     return np.clip((position + 1) / (length + 1), 0, 1)
-
-
-def _normalised(
-    frames: Sequence[Int[np.ndarray, " W"]], weights: Sequence[Float[np.ndarray, " W"]], num_frames: int
-) -> Float32[np.ndarray, "N W"]:
-    """Weights whose sum over windows is one in each latent frame."""
-    total = np.zeros(num_frames)
-    np.add.at(total, np.array(frames), np.array(weights))
-    if not (total > 0).all():
-        raise ValueError(f"no window has weight in latent frames {np.flatnonzero(total <= 0).tolist()}")
-    return (np.array(weights) / total[np.array(frames)]).astype(np.float32)
 
 
 def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
@@ -182,20 +178,33 @@ def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
         track: Float[Array, "1 F h w C"], sigma: Float[Array, ""], conditions: Conditions
     ) -> Float[Array, "1 F h w C"]:
         def add(total: Array, some: Windows) -> tuple[Array, None]:
-            cut = jax.vmap(lambda x: x.at_frames(some.frames, some.reference))(conditions)
-            latents = track[0, some.frames]
+            length = some.weights.shape[1]
+            cut = jax.vmap(lambda x: x.at_frames(some.start, length, some.reference))(conditions)
+            window = partial(jax.lax.dynamic_slice_in_dim, track[0], slice_size=length)
+            latents = jax.vmap(window)(some.start)
             # The picture alone is encoded to one latent frame, the first of the first-frame condition.
             picture = cut.first_frame[-1, :, 0, ..., -track.shape[-1] :]
             level = jnp.broadcast_to(sigma, len(picture))
             noised = add_noise(picture, jnp.broadcast_to(windows.noise[:, 0], picture.shape), level)
             first = jnp.where(some.anchored[:, None, None, None], noised, latents[:, 0])
             velocity = guided(latents.at[:, 0].set(first), sigma, cut)
-            weighted = velocity * some.weights[..., None, None, None]
-            return total.at[some.frames].add(weighted), None
+            # Otherwise the compiler would shard the transformer's activations like the track.
+            velocity = constrain(velocity, "batch", None, None, None, None)
+            weighted = velocity.reshape(*some.weights.shape, -1) * some.weights[..., None]
+            frames = some.start[:, None] + jnp.arange(length)
+            return _spread(total.at[frames].add(weighted)), None
 
-        parts = (windows.frames, windows.weights, windows.anchored, windows.reference)
+        parts = (windows.start, windows.weights, windows.anchored, windows.reference)
         groups = Windows(*(x.reshape(-1, group, *x.shape[1:]) for x in map(jnp.asarray, parts)))
-        total, _ = jax.lax.scan(add, jnp.zeros(track.shape[1:], jnp.float32), groups)
-        return total[None]
+        frames = track.shape[1]
+        zeros = jnp.zeros((frames, track[0, 0].size), jnp.float32)
+        total, _ = jax.lax.scan(add, _spread(zeros), groups)
+        return total.reshape(track.shape)
 
     return run
+
+
+def _spread(track: Float[Array, "F n"]) -> Float[Array, "F n"]:
+    """Shards a track over the devices that share a clip, so that none has another whole one."""
+    devices = axis_size("context") * axis_size("tensor")
+    return constrain(track, None, "rows") if track.shape[1] % devices == 0 else track

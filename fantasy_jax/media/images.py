@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -61,7 +62,13 @@ class ContactSheet:
     """A picture of evenly spaced frames, collected while a video's frames pass by."""
 
     def __init__(
-        self, num_frames: int, fps: int | float, *, columns: int = 6, rows: int = 2, side: int = 192
+        self,
+        num_frames: int,
+        fps: int | float | Fraction,
+        *,
+        columns: int = 6,
+        rows: int = 2,
+        side: int = 192,
     ):
         """Chooses the frames.
 
@@ -80,7 +87,7 @@ class ContactSheet:
         """Passes a video's frames on, and keeps small copies of those that it shows."""
         for index, frame in enumerate(frames):
             if index in self._tiles:
-                self._tiles[index] = self._tile(frame, f"{index / self._fps:.2f} s")
+                self._tiles[index] = self._tile(frame, f"{float(index / self._fps):.2f} s")
             yield frame
 
     def _tile(self, frame: UInt8[np.ndarray, "H W 3"], label: str) -> UInt8[np.ndarray, "y x 3"]:

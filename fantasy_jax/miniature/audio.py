@@ -5,6 +5,7 @@ such rotation.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +37,16 @@ class TimedCondition(Condition):
     frame_times: Leaf = None
     token_times: Leaf = None
 
-    def at_frames(self, frames: Int[Array, " W"], row: Int[Array, ""]) -> "TimedCondition":
+    def at_frames(self, start: Int[Array, ""], count: int, row: Int[Array, ""]) -> "TimedCondition":
         """As of every condition, with the times of these latent frames."""
         frame_times, token_times = (
             jnp.take(times, row, axis=0, mode="clip") for times in (self.frame_times, self.token_times)
         )
-        if self.tokens.ndim > 3:
-            token_times = jnp.take(token_times, frames, axis=-2)
-        return replace(
-            super().at_frames(frames, row), frame_times=frame_times[frames], token_times=token_times
-        )
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
+        if token_times.ndim > 1:
+            token_times = cut(token_times, axis=token_times.ndim - 2)
+        plain = super().at_frames(start, count, row)
+        return replace(plain, frame_times=cut(frame_times), token_times=token_times)
 
 
 class RotaryKVProjection(KVProjection):

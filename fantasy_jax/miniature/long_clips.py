@@ -87,9 +87,7 @@ class FlatSchedule(WindowSchedule):
         windows = super().at(step, multiple=multiple)
         weights = np.zeros_like(windows.weights)
         weights[: self.count] = 1
-        total = np.zeros(self.num_frames)
-        np.add.at(total, windows.frames, weights)
-        return replace(windows, weights=(weights / total[windows.frames]).astype(np.float32))
+        return replace(windows, weights=self._normalised(windows.start, weights))
 
 
 def jointly(clip: LongClip, schedule: WindowSchedule) -> Video:
@@ -166,8 +164,9 @@ def _sample(clip: LongClip, inputs: ClipInputs, noise: Array, windows: WindowSch
 def hand_overs(schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
     """Latent frames at which another window has the largest weight than at the one before."""
     windows = schedule.at()
-    weights = np.zeros((len(windows.frames), schedule.num_frames))
-    np.maximum.at(weights, (np.arange(len(weights))[:, None], windows.frames), windows.weights)
+    weights = np.zeros((len(windows.start), schedule.num_frames))
+    for row, start, window in zip(weights, windows.start, windows.weights, strict=True):
+        row[start : start + len(window)] = window
     return np.flatnonzero(np.diff(weights.argmax(axis=0))) + 1
 
 

@@ -7,6 +7,7 @@ new condition is a new entry in a mapping, not a new block.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,24 +46,23 @@ class Condition:
         """Whether each person has tokens of their own."""
         return self.tokens.ndim == 5
 
-    def at_frames(self, frames: Int[Array, " W"], row: Int[Array, ""]) -> "Condition":
+    def at_frames(self, start: Int[Array, ""], count: int, row: Int[Array, ""]) -> "Condition":
         """The condition of some latent frames of one sample, without the axis of samples.
 
         Args:
-            frames: Latent frames. Tokens for every video token are the same in all of them.
+            start: The first latent frame. Tokens for every video token are the same in all of them.
+            count: Number of latent frames.
             row: The sample; where there are fewer, the last one.
         """
         tokens, lengths, scale, mask = (
             None if x is None else jnp.take(jnp.atleast_1d(x), row, axis=0, mode="clip")
             for x in (self.tokens, self.lengths, self.scale, self.mask)
         )
-        match self.tokens.ndim:
-            case 4:
-                tokens = tokens[frames]
-            case 5:
-                tokens = tokens[:, frames]
-        lengths = lengths[frames] if lengths is not None and lengths.ndim else lengths
-        mask = None if mask is None else mask[:, frames]
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
+        if tokens.ndim > 2:
+            tokens = cut(tokens, axis=tokens.ndim - 3)
+        lengths = cut(lengths, axis=0) if lengths is not None and lengths.ndim else lengths
+        mask = None if mask is None else cut(mask, axis=1)
         return replace(self, tokens=tokens, lengths=lengths, scale=scale, mask=mask)
 
 

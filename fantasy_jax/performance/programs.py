@@ -150,7 +150,7 @@ def guided_step_program(
     if windows is not None:
         noise = np.zeros((1, 1, *shape[2:]), np.float32)
         given = replace(windows.at(multiple=group), noise=noise)
-        name += f", {len(given.frames)} windows in groups of {group}"
+        name += f", {len(given.start)} windows in groups of {group}"
     data = StepData(np.zeros(2, np.float32), np.zeros(len(branches) - 1, np.float32), given)
     latents, conditions, data = jax.tree.map(
         lambda x: _replicated(x.shape, mesh, x.dtype),

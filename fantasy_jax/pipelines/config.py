@@ -155,8 +155,8 @@ class SampleConfig(PipelineConfig):
         windows = super().windows(clip, window)
         if windows is not None and self.audio_attention == "clip":
             raise ConfigError(
-                f"audio_attention is 'clip', which spans a single window of {window.seconds:.2f} s; use 'frame', "
-                "or set max_seconds"
+                f"audio_attention is 'clip', which spans a single window of {window.seconds:.2f} s; use "
+                "'frame', or set max_seconds"
             )
         return windows
 

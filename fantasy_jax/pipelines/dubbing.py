@@ -127,17 +127,17 @@ class DubbedVideo:
                 path, self.frames(), self.fps, audio=audio, background=self.background, lossless=lossless
             )
 
-    def save_sheet(self, path: str | Path, *, count: int = 12) -> None:
+    def save_sheet(self, path: str | Path) -> None:
         """Writes a PNG of evenly spaced frames: the source's, and below each the dubbed one.
 
         Raises:
             MediaError: The folder is not writable.
         """
-        last = self.plan.num_frames - 1
-        picked = set(np.linspace(0, last, count).round().astype(int).tolist())
-        pairs = enumerate(zip(self.plan.source, self.frames(), strict=True))
-        shown = np.stack([np.concatenate(pair) for index, pair in pairs if index in picked])
-        media.write_contact_sheet(path, shown, float((len(shown) - 1) * self.fps / last))
+        sheet = media.ContactSheet(self.plan.num_frames, self.fps)
+        pairs = zip(self.plan.source, self.frames(), strict=True)
+        for _ in sheet.collect(np.concatenate(pair) for pair in pairs):
+            pass
+        sheet.write(path)
 
 
 class FantasyDubbingPipeline(FantasyTalkingPipeline):

@@ -52,34 +52,35 @@ class Blocks:
     config: SampleConfig
     windows: int = 1
 
-    def schedule(self, index: int) -> WindowSchedule:
-        """The windows of a block, of which all but the first one go on from another."""
-        window, overlap, anchor = self.video.latent_frames, self.config.overlap, self.config.anchor
-        single = WindowSchedule(window, window, overlap, anchor, continues=index > 0)
-        first = single.useful if index else window
-        frames = first + (self.windows - 1) * (single.useful - overlap)
-        return replace(single, num_frames=frames, moving=self.config.moving)
+    @property
+    def schedule(self) -> WindowSchedule:
+        """The windows of the first block."""
+        window, config = self.video.latent_frames, self.config
+        single = WindowSchedule(window, window, config.overlap, config.anchor, config.moving)
+        more = (self.windows - 1) * (single.useful - single.overlap)
+        return replace(single, num_frames=window + more)
 
-    def start(self, index: int) -> int:
-        """Latent frame of the stream that a block begins with: those that it holds are counted."""
-        if not index:
-            return 0
-        later = self.schedule(1).num_frames - self.config.overlap
-        return self.schedule(0).num_frames - self.config.overlap + (index - 1) * later
+    @property
+    def held(self) -> int:
+        """Latent frames that a later block holds: one before its first window, and the overlap."""
+        return 1 + self.config.overlap
+
+    @property
+    def new(self) -> int:
+        """Latent frames that a later block adds."""
+        return self.schedule.num_frames - self.held
 
     def samples(self, index: int) -> tuple[int, int]:
         """The samples of the stream, of 16 kHz, that a block spans: first, and one after the last."""
-        # A later block begins with the last video frame of its first latent.
-        first = TEMPORAL_FACTOR * self.start(index)
-        last = first + video_frames(self.schedule(index).num_frames)
+        # The first latent frame of a later block is one that is held, of which the last video frame counts.
+        first = TEMPORAL_FACTOR * index * self.new
         start = round(first / self.video.fps * SAMPLE_RATE / FEATURE_HOP) * FEATURE_HOP
-        return start, start + audio_samples(last - first, self.video.fps)
+        return start, start + audio_samples(video_frames(self.schedule.num_frames), self.video.fps)
 
     @property
     def latency(self) -> float:
         """Seconds of sound that a block waits for after the first one."""
-        new = self.schedule(1).num_frames - self.config.overlap
-        return new * TEMPORAL_FACTOR / self.video.fps
+        return self.new * TEMPORAL_FACTOR / self.video.fps
 
 
 class VideoStream:
@@ -126,7 +127,7 @@ class VideoStream:
         shown = 0
         for index, heard in enumerate(self._heard()):
             latents = self._sample(index, heard, carried)
-            carried, new = latents[:, -config.overlap :], latents[:, config.overlap if index else 0 :]
+            carried, new = latents[:, -self._blocks.held :], latents[:, self._blocks.held if index else 0 :]
             frames = np.concatenate(list(decoder(new)))
             if heard.ends is not None:
                 frames = frames[: max(round(heard.ends / SAMPLE_RATE * self.fps) - shown, 0)]
@@ -138,17 +139,16 @@ class VideoStream:
 
     def _sample(self, index: int, heard: "_Heard", carried: Array | None) -> Float[Array, "1 F h w C"]:
         """The latents of a block, with those that it holds."""
-        networks, config, schedule = self._networks, self._blocks.config, self._blocks.schedule(index)
+        networks, config, held = self._networks, self._blocks.config, None
+        schedule = replace(self._blocks.schedule, continues=index > 0)
         channels = networks.config.vae.latent_channels
         video = replace(self._blocks.video, num_frames=video_frames(schedule.num_frames))
         noise = initial_noise(self._seed, video.latent_shape(1, channels), block=index)
         audio = heard.encode(networks["speech_encoder"])
         inputs = replace(self._inputs, adapters=self._inputs.adapters | {"audio": audio})
-        held = None
         if carried is not None:
-            new = schedule.num_frames - config.overlap
-            known = jnp.pad(carried, [(0, 0), (0, new), (0, 0), (0, 0), (0, 0)])
-            mask = (jnp.arange(schedule.num_frames) >= config.overlap).astype(jnp.float32)
+            known = jnp.pad(carried, [(0, 0), (0, self._blocks.new), (0, 0), (0, 0), (0, 0)])
+            mask = (jnp.arange(schedule.num_frames) >= self._blocks.held).astype(jnp.float32)
             held = HeldLatents(known, mask.reshape(1, -1, 1, 1, 1))
         return sample(
             networks["transformer"],
@@ -177,8 +177,9 @@ class VideoStream:
                         squares + np.square(chunk).sum(dtype=float),
                     )
                     count += chunk.size
-            held = self._blocks.config.overlap * TEMPORAL_FACTOR / self.fps * SAMPLE_RATE if index else 0
-            if offset + buffer.size <= start + held:
+            # The sound of what the block adds, after the frames that it holds.
+            known = (self._blocks.held - 1) * TEMPORAL_FACTOR + 1 if index else 0
+            if offset + buffer.size <= start + known / self.fps * SAMPLE_RATE:
                 return
             mean = total / count
             first = max(start - _CONTEXT, 0)

@@ -36,19 +36,20 @@ class Conditions:
     attended: dict[str, Condition]
     time_offset: Leaf = None
 
-    def at_frames(self, frames: Int[Array, "N W"], row: Int[Array, " N"]) -> "Conditions":
+    def at_frames(self, start: Int[Array, " N"], count: int, row: Int[Array, " N"]) -> "Conditions":
         """The conditions of N windows of one clip, as a batch.
 
         Args:
-            frames: Latent frames of the clip that each window holds.
+            start: First latent frame of each window.
+            count: Latent frames of a window.
             row: Row of the first-frame condition and of the image; conditions of one row are the same in all
                 windows.
         """
-        cut = jax.vmap(lambda condition, frames, row: condition.at_frames(frames, row), (None, 0, 0))
+        cut = jax.vmap(lambda condition, start, row: condition.at_frames(start, count, row), (None, 0, 0))
         pick = partial(jnp.take, indices=row, axis=0, mode="clip")
         return Conditions(
             pick(self.first_frame),
-            {name: cut(condition, frames, row) for name, condition in self.attended.items()},
+            {name: cut(condition, start, row) for name, condition in self.attended.items()},
             None if self.time_offset is None else pick(self.time_offset),
         )
 
