@@ -184,7 +184,7 @@ def test_only_the_mouth_of_the_speaker_changes(pipeline, tmp_path):
     heard = media.read_audio(tmp_path / "out.mp4")
     assert np.abs(heard[2000:14000]).max() > 0.05
     assert np.abs(heard[17500:]).max() < 0.01
-    out.save_sheet(tmp_path / "sheet.png", count=4)
+    out.save_sheet(tmp_path / "sheet.png")
     assert media.read_image(tmp_path / "sheet.png").height > 2 * 192 * 120 / 320
 
 
