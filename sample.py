@@ -32,6 +32,9 @@ examples:
   python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4
   python sample.py --config=configs/tiny.py --image=portrait.jpg --audio=song.mp3 --prompt="A man sings." \\
       --output=out/song.mp4 --seed=7 --config.sample.num_inference_steps=20
+  the first ten seconds of a recording, with windows that overlap more:
+  python sample.py --config=configs/fantasy_talking_14b.py --image=portrait.png --audio=speech.wav \\
+      --output=out/ten.mp4 --config.sample.max_seconds=10 --config.sample.overlap=7
   several clips with one start; pairs.csv has the columns image, audio, prompt and output:
   python sample.py --config=configs/tiny.py --batch=pairs.csv
   with a motion adapter, a face that hardly moves on a lively body (0.5 is usual):

@@ -103,7 +103,7 @@ def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline):
     chunks = np.split(sound, [100, 5000, 20_000])
     stream = pipeline.stream(portrait(), chunks, seed=3)
     blocks = list(stream)
-    assert [len(block) for block in blocks] == [17, 8, 8, 8, 5]
+    assert [len(block) for block in blocks] == [9, 8, 8, 8, 13]
     assert stream.latency == pytest.approx(8 / 23)
     # Pieces of another size give as many frames.
     again = np.concatenate(list(pipeline.stream(portrait(), [sound], seed=3)))
@@ -111,7 +111,9 @@ def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline):
     first = sound[: int(17 / 23 * 16_000)]
     single = pipeline(portrait(), first, seed=3).frames.astype(int)
     streamed = np.concatenate(list(pipeline.stream(portrait(), [first], seed=3)))
-    assert np.abs(streamed - single).max() <= 1  # mean and variance are summed in another precision
+    assert len(streamed) == 17
+    # The first block, up to what the next one cross-fades into; mean and variance are summed in float64.
+    assert np.abs(streamed - single)[:9].max() <= 1
 
 
 def test_a_stream_reads_no_further_than_it_must(pipeline):
@@ -123,7 +125,7 @@ def test_a_stream_reads_no_further_than_it_must(pipeline):
             yield speech(0.1)
 
     frames = iter(pipeline.stream(portrait(), microphone()))
-    assert len(next(frames)) == 17
+    assert len(next(frames)) == 9
     assert len(read) == 8  # 0.8 of 0.74 seconds
 
 

@@ -1,8 +1,9 @@
 """Speech to video while it is spoken: blocks of windows, each of which goes on from the one before.
 
-Memory does not grow with the length. A block holds the last latents of the block before at each step's noise
-level; latents are carried as they are, never decoded and encoded again, and the decoder's causal cache goes
-on, too. Every window is conditioned on the picture, as in `diffusion/windows.py`.
+Memory does not grow with the length. The last latents of a block are not shown before the next block has
+cross-faded into them: it holds them at each step's noise level, less and less from the first to the last.
+Latents are carried as they are, never decoded and encoded again, and the decoder's causal cache goes on, too.
+Every window is conditioned on the picture, as in `diffusion/windows.py`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -62,7 +63,7 @@ class Blocks:
 
     @property
     def held(self) -> int:
-        """Latent frames that a later block holds: one before its first window, and the overlap."""
+        """Latent frames that a later block takes over: one before its first window, and the overlap."""
         return 1 + self.config.overlap
 
     @property
@@ -127,8 +128,10 @@ class VideoStream:
         shown = 0
         for index, heard in enumerate(self._heard()):
             latents = self._sample(index, heard, carried)
-            carried, new = latents[:, -self._blocks.held :], latents[:, self._blocks.held if index else 0 :]
-            frames = np.concatenate(list(decoder(new)))
+            carried = latents[:, -self._blocks.held :]
+            unfinished = 0 if heard.ends is not None else config.overlap
+            final = latents[:, 1 if index else 0 : latents.shape[1] - unfinished]
+            frames = np.concatenate(list(decoder(final)))
             if heard.ends is not None:
                 frames = frames[: max(round(heard.ends / SAMPLE_RATE * self.fps) - shown, 0)]
             shown += len(frames)
@@ -148,7 +151,7 @@ class VideoStream:
         inputs = replace(self._inputs, adapters=self._inputs.adapters | {"audio": audio})
         if carried is not None:
             known = jnp.pad(carried, [(0, 0), (0, self._blocks.new), (0, 0), (0, 0), (0, 0)])
-            mask = (jnp.arange(schedule.num_frames) >= self._blocks.held).astype(jnp.float32)
+            mask = jnp.clip(jnp.arange(schedule.num_frames) / self._blocks.held, 0, 1)
             held = HeldLatents(known, mask.reshape(1, -1, 1, 1, 1))
         return sample(
             networks["transformer"],
@@ -177,9 +180,7 @@ class VideoStream:
                         squares + np.square(chunk).sum(dtype=float),
                     )
                     count += chunk.size
-            # The sound of what the block adds, after the frames that it holds.
-            known = (self._blocks.held - 1) * TEMPORAL_FACTOR + 1 if index else 0
-            if offset + buffer.size <= start + known / self.fps * SAMPLE_RATE:
+            if not count:
                 return
             mean = total / count
             first = max(start - _CONTEXT, 0)
