@@ -201,7 +201,8 @@ def sounding(path, seconds, frames=5):
     return path
 
 
-def test_the_sound_of_the_first_driver_that_has_any_goes_along(dry_pipeline, sampled, tmp_path):
+def test_the_sound_of_the_first_driver_that_has_any_goes_along(dry_pipeline, sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_pipeline, "config", replace(dry_pipeline.config, max_seconds=0.2))
     loud = sounding(tmp_path / "loud.mp4", 1.0, frames=25)
     media.write_video(tmp_path / "silent.mp4", driver(), 25, lossless=True)
     Image.fromarray(driver()[0]).save(tmp_path / "face.png")

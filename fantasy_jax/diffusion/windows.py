@@ -11,7 +11,7 @@ single frame of the picture. Here it begins with the picture itself, at the step
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -177,34 +177,46 @@ def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
     def run(
         track: Float[Array, "1 F h w C"], sigma: Float[Array, ""], conditions: Conditions
     ) -> Float[Array, "1 F h w C"]:
+        length, (_, num_frames, *size) = windows.weights.shape[1], track.shape
+        flat, conditions = _spread(track.reshape(num_frames, -1)), _spread_tokens(conditions)
+
+        def cut(some: Windows) -> tuple[Array, Conditions]:
+            latents = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, flat, slice_size=length))(some.start)
+            given = jax.vmap(lambda x: x.at_frames(some.start, length, some.reference))(conditions)
+            return latents.reshape(-1, length, *size), given
+
         def add(total: Array, some: Windows) -> tuple[Array, None]:
-            length = some.weights.shape[1]
-            cut = jax.vmap(lambda x: x.at_frames(some.start, length, some.reference))(conditions)
-            window = partial(jax.lax.dynamic_slice_in_dim, track[0], slice_size=length)
-            latents = jax.vmap(window)(some.start)
+            latents, given = cut(some)
             # The picture alone is encoded to one latent frame, the first of the first-frame condition.
-            picture = cut.first_frame[-1, :, 0, ..., -track.shape[-1] :]
+            picture = given.first_frame[-1, :, 0, ..., -size[-1] :]
             level = jnp.broadcast_to(sigma, len(picture))
             noised = add_noise(picture, jnp.broadcast_to(windows.noise[:, 0], picture.shape), level)
             first = jnp.where(some.anchored[:, None, None, None], noised, latents[:, 0])
-            velocity = guided(latents.at[:, 0].set(first), sigma, cut)
-            # Otherwise the compiler would shard the transformer's activations like the track.
-            velocity = constrain(velocity, "batch", None, None, None, None)
-            weighted = velocity.reshape(*some.weights.shape, -1) * some.weights[..., None]
+            # The transformer's activations are not sharded as the track is.
+            latents = constrain(latents.at[:, 0].set(first), "batch", None, None, None, None)
+            velocity = constrain(guided(latents, sigma, given), "batch", None, None, None, None)
+            weighted = velocity.reshape(-1, length, flat.shape[1]) * some.weights[..., None]
             frames = some.start[:, None] + jnp.arange(length)
             return _spread(total.at[frames].add(weighted)), None
 
         parts = (windows.start, windows.weights, windows.anchored, windows.reference)
         groups = Windows(*(x.reshape(-1, group, *x.shape[1:]) for x in map(jnp.asarray, parts)))
-        frames = track.shape[1]
-        zeros = jnp.zeros((frames, track[0, 0].size), jnp.float32)
-        total, _ = jax.lax.scan(add, _spread(zeros), groups)
+        total, _ = jax.lax.scan(add, _spread(jnp.zeros(flat.shape, jnp.float32)), groups)
         return total.reshape(track.shape)
 
     return run
 
 
-def _spread(track: Float[Array, "F n"]) -> Float[Array, "F n"]:
-    """Shards a track over the devices that share a clip, so that none has another whole one."""
+def _spread(x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+    """Shards what spans a track over the devices that share a clip, so that none has another whole one."""
     devices = axis_size("context") * axis_size("tensor")
-    return constrain(track, None, "rows") if track.shape[1] % devices == 0 else track
+    return constrain(x, *[None] * (x.ndim - 1), "rows") if x.shape[-1] % devices == 0 else x
+
+
+def _spread_tokens(conditions: Conditions) -> Conditions:
+    """Conditions whose tokens per latent frame are sharded likewise; they have an axis of branches first."""
+    attended = {
+        name: replace(x, tokens=_spread(x.tokens)) if x.tokens.ndim > 4 else x
+        for name, x in conditions.attended.items()
+    }
+    return replace(conditions, attended=attended)

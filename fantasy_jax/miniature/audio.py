@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig, AudioAttention
-from fantasy_jax.models.condition import Condition, KVProjection
+from fantasy_jax.models.condition import Condition, KVProjection, select_row
 from fantasy_jax.models.rope import rotate, time_table
 from fantasy_jax.models.windows import window_ranges
 from fantasy_jax.typing import Array, Float, Int, Leaf
@@ -39,9 +39,7 @@ class TimedCondition(Condition):
 
     def at_frames(self, start: Int[Array, ""], count: int, row: Int[Array, ""]) -> "TimedCondition":
         """As of every condition, with the times of these latent frames."""
-        frame_times, token_times = (
-            jnp.take(times, row, axis=0, mode="clip") for times in (self.frame_times, self.token_times)
-        )
+        frame_times, token_times = (select_row(times, row) for times in (self.frame_times, self.token_times))
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
         if token_times.ndim > 1:
             token_times = cut(token_times, axis=token_times.ndim - 2)

@@ -55,7 +55,7 @@ class Condition:
             row: The sample; where there are fewer, the last one.
         """
         tokens, lengths, scale, mask = (
-            None if x is None else jnp.take(jnp.atleast_1d(x), row, axis=0, mode="clip")
+            None if x is None else select_row(jnp.atleast_1d(x), row)
             for x in (self.tokens, self.lengths, self.scale, self.mask)
         )
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
@@ -64,6 +64,11 @@ class Condition:
         lengths = cut(lengths, axis=0) if lengths is not None and lengths.ndim else lengths
         mask = None if mask is None else cut(mask, axis=1)
         return replace(self, tokens=tokens, lengths=lengths, scale=scale, mask=mask)
+
+
+def select_row(x: Array, row: Int[Array, ""]) -> Array:
+    """A row of an array or, where it has a single one, that, which copies nothing."""
+    return x[0] if len(x) == 1 else jnp.take(x, row, axis=0, mode="clip")
 
 
 class KVProjection(nnx.Module):

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fantasy_jax.models.condition import Condition
+from fantasy_jax.models.condition import Condition, select_row
 from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.typing import Array, Float, Int, Leaf
@@ -45,13 +44,15 @@ class Conditions:
             row: Row of the first-frame condition and of the image; conditions of one row are the same in all
                 windows.
         """
-        cut = jax.vmap(lambda condition, start, row: condition.at_frames(start, count, row), (None, 0, 0))
-        pick = partial(jnp.take, indices=row, axis=0, mode="clip")
-        return Conditions(
-            pick(self.first_frame),
-            {name: cut(condition, start, row) for name, condition in self.attended.items()},
-            None if self.time_offset is None else pick(self.time_offset),
-        )
+
+        def cut(start: Int[Array, ""], row: Int[Array, ""]) -> Conditions:
+            return Conditions(
+                select_row(self.first_frame, row),
+                {name: x.at_frames(start, count, row) for name, x in self.attended.items()},
+                None if self.time_offset is None else select_row(self.time_offset, row),
+            )
+
+        return jax.vmap(cut)(start, row)
 
 
 def condition(
