@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     rows, columns = np.mgrid[0:61, 0:97]
     colours = np.stack([rows * 4, columns * 2, 128 + 90 * np.sin(rows / 7) * np.cos(columns / 9)], axis=-1)
     Image.fromarray(colours.astype(np.uint8)).save(folder / "face.png")
-    time = np.arange(8_000) / 16_000
+    time = np.arange(6_260) / 16_000  # nine frames
     tone = 9_000 * (np.sin(2 * np.pi * 3 * time) > 0) * np.sin(2 * np.pi * 220 * time)
     with wave.open(str(folder / "voice.wav"), "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))

@@ -321,8 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     window, results = build(VideoConfig, config.video, "video"), {}
     for frames in arguments.frames or (65, 257):
         held_out = load_long(config, arguments.weights, frames, arguments.clips)
-        results[frames] = measure(held_out, window, arguments.only or list(WAYS), arguments.noises)
-        print(report(frames, results[frames]), flush=True)
+        figures = measure(held_out, window, arguments.only or list(WAYS), arguments.noises)
+        results[str(frames)] = figures
+        print(report(frames, figures), flush=True)
     if arguments.json:
         write_figures(results, arguments.json)
 
