@@ -47,7 +47,7 @@ examples:
       --output=out/both.mp4
   python sample.py --config=configs/fantasy_talking_14b.py --image=cats.png --audio=a.wav --person=1 \\
       --box=0.1,0.2,0.4,0.6 --box=0.6,0.2,0.9,0.6 --output=out/left.mp4
-  a song: the separated voice moves the mouth, and the whole song is heard:
+  a song: the separated voice moves the mouth, and the video plays the whole song:
   python sample.py --config=configs/fantasy_talking_14b.py --image=woman.png --audio=song.mp3 \\
       --voice=vocals.wav --prompt="A woman sings." --output=out/song.mp4
 

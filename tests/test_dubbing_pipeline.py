@@ -181,9 +181,9 @@ def test_only_the_mouth_of_the_speaker_changes(pipeline, tmp_path):
     out.save(tmp_path / "out.mp4", lossless=True)
     assert np.array_equal(frames_of(tmp_path / "out.mp4"), dubbed)
     assert media.probe_video(tmp_path / "out.mp4").fps == 20
-    heard = media.read_audio(tmp_path / "out.mp4")
-    assert np.abs(heard[2000:14000]).max() > 0.05
-    assert np.abs(heard[17500:]).max() < 0.01
+    written = media.read_audio(tmp_path / "out.mp4")
+    assert np.abs(written[2000:14000]).max() > 0.05
+    assert np.abs(written[17500:]).max() < 0.01
     out.save_sheet(tmp_path / "sheet.png")
     assert media.read_image(tmp_path / "sheet.png").height > 2 * 192 * 120 / 320
 
@@ -253,8 +253,8 @@ def test_a_background_is_mixed_with_the_audio(tmp_path):
         audio=tmp_path / "low.wav",
         background=tmp_path / "high.wav",
     )
-    heard = media.read_audio(tmp_path / "v.mp4")[:RATE]
-    power = [abs(np.vdot(tone[: heard.size], heard)) / heard.size * 2 for tone in tones.values()]
+    written = media.read_audio(tmp_path / "v.mp4")[:RATE]
+    power = [abs(np.vdot(tone[: written.size], written)) / written.size * 2 for tone in tones.values()]
     assert power[0] == pytest.approx(power[1], rel=0.05)
     assert power[0] == pytest.approx(0.5, abs=0.1)  # 0.61 each would exceed 1 together
 

@@ -22,7 +22,6 @@ from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
-    batched,
     figure,
     load_held_out,
     write_figures,
@@ -108,9 +107,7 @@ def measure(held_out: HeldOutClips, mask: str, strength: float, seeds: Sequence[
     free, lower_latents = (np.stack([latent_mask(x, x.shape[1]) for x in each]) for each in (masks, lower))
     latents = np.stack([clip["latents"] for clip in encoded])
     held = HeldLatents(latents, free[..., None].astype(np.float32))
-    decoded = np.concatenate(
-        [held_out.decode(np.stack([x["latents"] for x in batch])) for batch in batched(encoded)]
-    )
+    decoded = held_out.reconstruct()
     rows: dict[str, list[float]] = {name: [] for name in ("new", "old", "raw", "vae", "source")}
     changed = 0
     for seed in seeds:

@@ -139,6 +139,11 @@ class HeldOutClips:
         """Decodes latents to frames."""
         return to_uint8(np.asarray(_decode(self.networks["vae"], jnp.asarray(latents))))
 
+    def reconstruct(self) -> UInt8[np.ndarray, "N T H W 3"]:
+        """The VAE's reconstruction of every clip."""
+        latents = (np.stack([clip["latents"] for clip in batch]) for batch in batched(self.encoded))
+        return np.concatenate([self.decode(batch) for batch in latents])
+
     def correlation_with(
         self, videos: UInt8[np.ndarray, "N T H W 3"], curves: Sequence[Float[np.ndarray, " T"]]
     ) -> Figure:

@@ -22,7 +22,6 @@ from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
-    batched,
     figure,
     load_held_out,
     write_figures,
@@ -85,9 +84,7 @@ def lip_sync(held_out: HeldOutClips) -> dict[str, Figure]:
     generated = held_out.generate(encoded, "Own audio")
     other_audio = held_out.generate(swapped, "Other audio")
     no_audio = held_out.generate(encoded, "No audio", audio_guidance_scale=1.0, audio_attention_scale=0.0)
-    decoded = np.concatenate(
-        [held_out.decode(np.stack([x["latents"] for x in batch])) for batch in batched(encoded)]
-    )
+    decoded = held_out.reconstruct()
     return {
         "correlation": held_out.correlation_with(generated, truths),
         "correlation_with_other_audio": held_out.correlation_with(other_audio, truths),

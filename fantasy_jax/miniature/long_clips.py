@@ -113,8 +113,8 @@ def from_last_frames(clip: LongClip, schedule: WindowSchedule) -> Video:
     for start in range(0, noise.shape[1] - 1, window - 1):
         part = noise[:, start : start + window]
         first, count = TEMPORAL_FACTOR * start * per_frame, video_frames(part.shape[1]) * per_frame
-        heard = audio[:, round(first) : round(first) + round(count)]
-        given = replace(clip.inputs, adapters=clip.inputs.adapters | {"audio": heard})
+        part_audio = audio[:, round(first) : round(first) + round(count)]
+        given = replace(clip.inputs, adapters=clip.inputs.adapters | {"audio": part_audio})
         if videos:
             picture = from_uint8(videos[-1][-1])
             encoded = encode_first_frame(networks["vae"], picture[None], video_frames(window))

@@ -128,15 +128,22 @@ class VideoOutput:
         """
         collected = media.ContactSheet(self.num_frames, self.fps)
         frames = collected.collect(self.stream_frames())
-        if isinstance(self.audio, np.ndarray):
-            with tempfile.TemporaryDirectory() as folder:
-                waveform = np.round(np.clip(self.audio, -1, 1) * 32767).astype(np.int16)
-                media.write_audio(Path(folder) / "audio.wav", waveform, self.audio_rate)
-                media.write_video(path, frames, self.fps, audio=Path(folder) / "audio.wav")
-        else:
-            media.write_video(path, frames, self.fps, audio=self.audio)
+        with audio_file(self.audio, self.audio_rate) as audio:
+            media.write_video(path, frames, self.fps, audio=audio)
         if sheet is not None:
             collected.write(sheet)
+
+
+@contextmanager
+def audio_file(audio: AudioInput | None, rate: int) -> Iterator[str | Path | None]:
+    """The file of a sound: its own or, for a waveform in [-1, 1] of `rate` Hz, a temporary WAV file."""
+    if not isinstance(audio, np.ndarray):
+        yield audio
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "audio.wav"
+        media.write_audio(path, np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16), rate)
+        yield path
 
 
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")

@@ -4,7 +4,6 @@ The latents of the source are kept outside a mask of the lower face, at each ste
 pasted into the source with a soft edge.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -25,6 +24,7 @@ from fantasy_jax.pipelines.base import (
     StepProgress,
     Timed,
     as_waveform,
+    audio_file,
     untimed,
 )
 from fantasy_jax.pipelines.config import SampleConfig
@@ -117,12 +117,7 @@ class DubbedVideo:
         Raises:
             MediaError: The file cannot be written, or a sound cannot be read.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            audio = self.audio
-            if isinstance(audio, np.ndarray):
-                waveform = np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
-                audio = Path(folder) / "audio.wav"
-                media.write_audio(audio, waveform, SAMPLE_RATE)
+        with audio_file(self.audio, SAMPLE_RATE) as audio:
             media.write_video(
                 path, self.frames(), self.fps, audio=audio, background=self.background, lossless=lossless
             )

@@ -36,7 +36,7 @@ from fantasy_jax.video import (
 )
 
 _CONTEXT = encoders.AUDIO_CONTEXT * FEATURE_HOP
-"""Samples before a block that the speech encoder hears."""
+"""Samples before a block that the speech encoder is given as context."""
 
 
 @dataclass(frozen=True)
@@ -126,29 +126,29 @@ class VideoStream:
         config, carried = self._blocks.config, None
         decoder = StreamingDecoder(self._networks["vae"], tile=config.tile, stride=config.tile_stride)
         shown = 0
-        for index, heard in enumerate(self._heard()):
-            latents = self._sample(index, heard, carried)
+        for index, audio in enumerate(self._block_audio()):
+            latents = self._sample(index, audio, carried)
             carried = latents[:, -self._blocks.held :]
-            unfinished = 0 if heard.ends is not None else config.overlap
+            unfinished = 0 if audio.ends is not None else config.overlap
             final = latents[:, 1 if index else 0 : latents.shape[1] - unfinished]
             frames = np.concatenate(list(decoder(final)))
-            if heard.ends is not None:
-                frames = frames[: max(round(heard.ends / SAMPLE_RATE * self.fps) - shown, 0)]
+            if audio.ends is not None:
+                frames = frames[: max(round(audio.ends / SAMPLE_RATE * self.fps) - shown, 0)]
             shown += len(frames)
             if len(frames):
                 yield frames
         if not shown:
             raise MediaError("audio: the stream ended without a sample")
 
-    def _sample(self, index: int, heard: "_Heard", carried: Array | None) -> Float[Array, "1 F h w C"]:
+    def _sample(self, index: int, audio: "_BlockAudio", carried: Array | None) -> Float[Array, "1 F h w C"]:
         """The latents of a block, with those that it holds."""
         networks, config, held = self._networks, self._blocks.config, None
         schedule = replace(self._blocks.schedule, continues=index > 0)
         channels = networks.config.vae.latent_channels
         video = replace(self._blocks.video, num_frames=video_frames(schedule.num_frames))
         noise = initial_noise(self._seed, video.latent_shape(1, channels), block=index)
-        audio = heard.encode(networks["speech_encoder"])
-        inputs = replace(self._inputs, adapters=self._inputs.adapters | {"audio": audio})
+        features = audio.encode(networks["speech_encoder"])
+        inputs = replace(self._inputs, adapters=self._inputs.adapters | {"audio": features})
         if carried is not None:
             known = jnp.pad(carried, [(0, 0), (0, self._blocks.new), (0, 0), (0, 0), (0, 0)])
             mask = jnp.clip(jnp.arange(schedule.num_frames) / self._blocks.held, 0, 1)
@@ -163,8 +163,8 @@ class VideoStream:
             held=replicate(held),
         )
 
-    def _heard(self) -> Iterator["_Heard"]:
-        """Yields what each block hears, as soon as there is enough; no more sound is kept than is needed."""
+    def _block_audio(self) -> Iterator["_BlockAudio"]:
+        """Yields the sound of each block, as soon as there is enough; no more is kept than is needed."""
         buffer, offset, index = np.zeros(0, np.float32), 0, 0
         total = squares = 0.0
         count, ended, chunks = 0, False, iter(self._chunks)
@@ -175,10 +175,8 @@ class VideoStream:
                 ended = chunk is None
                 if chunk is not None:
                     buffer = np.concatenate([buffer, chunk.astype(np.float32)])
-                    total, squares = (
-                        total + chunk.sum(dtype=float),
-                        squares + np.square(chunk).sum(dtype=float),
-                    )
+                    total += chunk.sum(dtype=float)
+                    squares += np.square(chunk).sum(dtype=float)
                     count += chunk.size
             if not count:
                 return
@@ -188,7 +186,7 @@ class VideoStream:
             waveform = (buffer[first - offset : end - offset] - mean) / scale
             waveform = np.pad(waveform, (0, end - first - waveform.size)).astype(np.float32)
             done = ended and offset + buffer.size <= end
-            yield _Heard(waveform, start - first, offset + buffer.size if done else None)
+            yield _BlockAudio(waveform, start - first, offset + buffer.size if done else None)
             if done:
                 return
             index += 1
@@ -197,11 +195,11 @@ class VideoStream:
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _BlockAudio:
     """The sound of a block.
 
     Attributes:
-        waveform: With the context before it, of zero mean and unit variance by all that was heard so far.
+        waveform: With the context before it, of zero mean and unit variance by all samples so far.
         context: Samples of the context.
         ends: Samples of the whole stream, if it ends in this block.
     """
