@@ -3,10 +3,8 @@
 import sys
 
 import numpy as np
-import onnx
 import pytest
 from helpers import DATA
-from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from fantasy_jax.errors import ConfigError
@@ -77,6 +75,9 @@ def test_the_input_is_bgr_and_black_beside_the_image():
 
 def save_constants(path, outputs):
     """Writes an ONNX file whose outputs do not depend on its input."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
     nodes = [
         helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value.astype(np.float32)))
         for name, value in outputs.items()
