@@ -181,8 +181,7 @@ def _dub(pipeline: FantasyDubbingPipeline, arguments: argparse.Namespace, reques
     )
     video, sheet = request.outputs
     with cli.timed("Video and audio to mp4"):
-        output.save(video)
-        output.save_sheet(sheet)
+        output.save(video, sheet=sheet)
     source = output.plan.source
     print(
         f"Wrote {video}: {output.plan.num_frames} frames of {source.width} x {source.height} at "

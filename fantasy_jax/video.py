@@ -6,9 +6,14 @@ for 2 x 2 latents.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
 
 from fantasy_jax.errors import ConfigError
+
+Frame = TypeVar("Frame")
 
 TEMPORAL_FACTOR = 4
 """Video frames of a latent frame, except the first, which is one video frame."""
@@ -25,6 +30,14 @@ FEATURE_WINDOW, FEATURE_HOP = 400, 320
 def latent_frames(num_frames: int) -> int:
     """Latent frames F of `num_frames` video frames."""
     return (num_frames - 1) // TEMPORAL_FACTOR + 1
+
+
+def by_latent_frame(frames: Iterable[Frame]) -> Iterator[list[Frame]]:
+    """Groups frames, or what there is of each, by latent frame: the first one alone, then four each."""
+    remaining, count = iter(frames), 1
+    while group := list(islice(remaining, count)):
+        yield group
+        count = TEMPORAL_FACTOR
 
 
 def video_frames(num_latent_frames: int) -> int:

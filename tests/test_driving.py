@@ -115,14 +115,14 @@ def test_a_video_without_a_face_is_an_error(frames):
 def test_alignment_takes_the_frames_that_were_tracked():
     video = clip((40, lambda i: 50 + 5 * i), (80, lambda i: 250))
     people = track(video)
-    aligned = align_people(iter(video), people)
+    aligned = np.stack(list(align_people(iter(video), people)), axis=1)
     assert aligned.shape == (2, 20, 224, 224, 3)
     # The corners of the mouth lie in the square, which has a level of its own.
     assert (aligned[0, :, 117, 91, 1] == 40).all()
     assert (aligned[1, :, 117, 91, 1] == 80).all()
     for changed in (video[:-1], np.concatenate([video, video[:1]]), []):
         with pytest.raises(MediaError, match="changed"):
-            align_people(iter(changed), people, name="v.mp4")
+            list(align_people(iter(changed), people, name="v.mp4"))
 
 
 def test_smoothing_removes_jitter_and_follows_motion():
@@ -185,7 +185,8 @@ def test_a_picture_is_a_driver_of_one_frame(tmp_path):
     frames = DrivingVideo(tmp_path / "p.png", 25, 81)
     people = track_people(frames, Squares(), DrivingConfig())
     assert people[0].points.shape == (1, 5, 2)
-    assert align_people(frames, people).shape == (1, 1, 224, 224, 3)
+    (aligned,) = align_people(frames, people)
+    assert aligned.shape == (1, 224, 224, 3)
     one = DrivingVideo(write(tmp_path / "v.mp4", video, 25), 25, 81)
     assert len(list(one)) == 1
 

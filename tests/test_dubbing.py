@@ -206,7 +206,7 @@ def test_a_generated_frame_is_free_wherever_it_is_pasted():
     (scene,) = scenes_of(video)
     speaker = dubbing.track_speaker(scene, scene.faces[0], video.shape[1:3], "mouth")
     rates = dubbing.match_rates(12, 60.0, 24.0)
-    masks = dubbing.generated_masks(speaker, rates)
+    masks = list(dubbing.generated_masks(speaker, rates))
     assert len(masks) == len(rates.taken)
     for index, shown in enumerate(rates.shown):
         assert masks[shown][speaker.mask(index)].all()

@@ -119,7 +119,8 @@ def attended(torch_parts, scene, order="official_attention"):
     import torch_portrait
 
     parts, _ = torch_parts
-    features = torch_portrait.encode_motion(parts["motion_encoder"], scene.faces())
+    faces = np.stack(list(scene.faces()), axis=1)
+    features = torch_portrait.encode_motion(parts["motion_encoder"], faces)
     windows = parts["transformer"].windows(features, FRAMES)
     if len(scene.boxes) == 0:
         return (windows[0], None), None

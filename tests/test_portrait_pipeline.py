@@ -97,12 +97,16 @@ def sampled(monkeypatch):
         size = pixels.shape[1:3]
         return jnp.zeros(replace(VIDEO, num_frames=num_frames).for_size(*size).latent_shape(1, 16))
 
+    def encode_motion(_, faces):
+        faces = list(faces)
+        return jnp.zeros((1, len(faces[0]), len(faces), 66))
+
     monkeypatch.setattr(base, "sample", sample)
     monkeypatch.setattr(base, "StreamingDecoder", lambda *_, **__: NoDecoder())
     monkeypatch.setattr(encoders, "encode_text", lambda _, prompts: [jnp.zeros((1, 3, 32))] * len(prompts))
     monkeypatch.setattr(encoders, "encode_image", lambda *_: jnp.zeros((1, 257, 32)))
     monkeypatch.setattr(encoders, "encode_first_frame", encode_first_frame)
-    monkeypatch.setattr(encoders, "encode_motion", lambda _, faces: jnp.zeros((1, *faces.shape[:2], 66)))
+    monkeypatch.setattr(encoders, "encode_motion", encode_motion)
     return calls
 
 

@@ -261,8 +261,10 @@ class WanTransformer(nnx.Module):
             **types,
         )
 
-    def conditions(self, text: Float[Array, "B L C"], image: Float[Array, "B I E"]) -> dict[str, Condition]:
+    def conditions(self, text: Float[Array, "_ L C"], image: Float[Array, "B I E"]) -> dict[str, Condition]:
         """The base model's two conditions; those of adapters are added to the result.
+
+        One text can go with several images, those of the windows of a clip.
 
         Args:
             text: The text encoder's output, padded with zeros or without padding, at most `text_length`

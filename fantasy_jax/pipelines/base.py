@@ -246,20 +246,20 @@ class Pipeline:
         self,
         networks: Networks,
         config: PipelineConfig,
-        image: Image.Image,
+        images: Sequence[Image.Image],
         prompt: str,
         video: VideoConfig,
         adapters: Callable[[], Mapping[str, Array]],
         timed: Timed,
     ) -> ClipInputs:
-        """Prompts, image and adapters' inputs through the encoders.
+        """Prompts, images and adapters' inputs through the encoders.
 
         Each encoder is released before the next is loaded.
 
         Args:
             networks: On the mesh.
             config: Settings of this call.
-            image: Of the size that is generated.
+            images: First frames, of the size that is generated: one, or one for each reference of windows.
             prompt: What the video shows.
             video: Size and length of the clip.
             adapters: Makes the inputs of adapters, after the text and the image are encoded.
@@ -269,13 +269,14 @@ class Pipeline:
             prompts = [prompt, config.negative_prompt] if config.needs_negative_prompt else [prompt]
             text, *negative = encoders.encode_text(networks, prompts)
         with timed("Image encoder"):
-            pixels = jnp.asarray(to_pixels(image))
-            encoded = encoders.encode_image(networks, pixels)
+            pixels = [jnp.asarray(to_pixels(image)) for image in images]
+            encoded = jnp.concatenate([encoders.encode_image(networks, x) for x in pixels])
         given = dict(adapters())
         with timed("First frame to latents"):
             num_frames = min(video.num_frames, self.video.num_frames)  # those of a window
-            latents = encoders.encode_first_frame(networks["vae"], pixels[None], num_frames)
-            first_frame = first_frame_condition(latents).block_until_ready()
+            vae = networks["vae"]
+            latents = [encoders.encode_first_frame(vae, x[None], num_frames) for x in pixels]
+            first_frame = first_frame_condition(jnp.concatenate(latents)).block_until_ready()
         return ClipInputs(first_frame, text, negative[0] if negative else text, encoded, given)
 
     def _generate(

@@ -22,7 +22,7 @@ from fantasy_jax.preprocessing.dubbing import (
     still_speaker,
     track_speaker,
 )
-from fantasy_jax.preprocessing.face_masks import MASK_MODES, MaskMode
+from fantasy_jax.preprocessing.face_masks import MASK_MODES, MaskMode, resize_crop
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
 from fantasy_jax.preprocessing.mediapipe_detectors import MediaPipeFaces
 from fantasy_jax.typing import Float, UInt8
@@ -60,6 +60,32 @@ class SourceVideo:
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         """Yields the frames, RGB, upright."""
         return (frame for _, frame in media.stream_video(self.path, float(self.fps)))
+
+
+class SceneReader:
+    """Reads the crops of one scene after another, in one pass over the source."""
+
+    def __init__(self, source: SourceVideo):
+        """Starts at the first frame of a source."""
+        self._source, self._frames, self._read = source, iter(source), 0
+
+    def crops(self, speaker: Speaker, side: int) -> Iterator[UInt8[np.ndarray, "{side} {side} 3"]]:
+        """Yields the crop in each frame of a scene, which lies behind what was read before.
+
+        Args:
+            speaker: Where the crop is.
+            side: Rows and columns to which it is resized.
+
+        Raises:
+            MediaError: The video ends before the scene does.
+        """
+        for index in range(self._read, speaker.first + speaker.num_frames):
+            frame = next(self._frames, None)
+            if frame is None:
+                raise MediaError(f"{self._source.path}: the file changed while it was read; try again")
+            self._read += 1
+            if index >= speaker.first:
+                yield resize_crop(speaker.square.cut(frame), side)
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ class FantasyPortraitPipeline(Pipeline):
                 with timed("Motion encoder"):
                     return {"expression": encoders.encode_motion(networks["motion_encoder"], scene.faces())}
 
-            inputs = self._encode(networks, config, scene.picture, prompt, video, adapters, timed)
+            inputs = self._encode(networks, config, [scene.picture], prompt, video, adapters, timed)
             if (labels := scene.labels()) is not None:
                 owners = {"expression": jnp.asarray([scene.targets], jnp.int32)}
                 inputs = replace(inputs, labels=jnp.asarray(labels[None]), owners=owners)

@@ -86,14 +86,14 @@ class Scene:
         """The people of all drivers."""
         return [person for driver in self.drivers for person in driver.people]
 
-    def faces(self) -> UInt8[np.ndarray, "P T 224 224 3"]:
-        """Aligned faces of the people who drive, in every frame of the clip."""
+    def faces(self) -> Iterator[UInt8[np.ndarray, "P 224 224 3"]]:
+        """Yields the aligned faces of the people who drive, frame by frame; the drivers are read again."""
         aligned = []
         for driver in self.drivers:
             frames = itertools.islice(driver.frames, driver.length)  # where the clip is shorter, they go on
             faces = align_people(frames, driver.people, name=driver.name)
-            aligned.append(np.repeat(faces, self.num_frames, axis=1) if driver.length == 1 else faces)
-        return np.concatenate(aligned)
+            aligned.append(itertools.repeat(*faces, self.num_frames) if driver.length == 1 else faces)
+        return map(np.concatenate, zip(*aligned, strict=True))
 
     def overlay(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         """Frames that show the drivers, the picture, and who drives whom (`preprocessing.overlay`)."""

@@ -128,7 +128,7 @@ class FantasyTalkingPipeline(Pipeline):
                     features = sounds.encode(networks["speech_encoder"], length)
                 return face | {"audio": features[:, 0] if labels is None else features}
 
-            inputs = self._encode(networks, config, fitted, prompt, video, adapters, timed)
+            inputs = self._encode(networks, config, [fitted], prompt, video, adapters, timed)
             if labels is not None:
                 owners = {"audio": jnp.asarray([speakers.targets], jnp.int32)}
                 inputs = replace(inputs, labels=jnp.asarray(labels[None]), owners=owners)
@@ -182,7 +182,7 @@ class FantasyTalkingPipeline(Pipeline):
         blocks = Blocks(window, self.config, windows_per_block)
         with self._on_mesh() as networks:
             face = self._encode_face(networks, self.config, portrait, untimed)
-            inputs = self._encode(networks, self.config, fitted, prompt, window, lambda: face, untimed)
+            inputs = self._encode(networks, self.config, [fitted], prompt, window, lambda: face, untimed)
             return VideoStream(networks, inputs, blocks, audio_chunks, seed)
 
     def _speakers(

@@ -243,28 +243,21 @@ def align_people(
     people: Sequence[DrivingFace],
     *,
     name: str | Path = "video",
-) -> UInt8[np.ndarray, "N T 224 224 3"]:
-    """Aligns the faces of all people, given the frames that `track_people` was given.
+) -> Iterator[UInt8[np.ndarray, "N 224 224 3"]]:
+    """Yields the aligned faces of all people, frame by frame, given the frames that `track_people` was given.
 
     Args:
         frames: RGB.
         people: The result of `track_people`, or some of the people of it.
         name: Name of the video in messages.
 
-    Returns:
-        RGB faces by person and frame.
-
     Raises:
         MediaError: There are fewer or more frames than were tracked.
     """
-    count = len(people[0].points)
-    aligned = np.zeros((len(people), count, ALIGNED_SIZE, ALIGNED_SIZE, 3), np.uint8)
-    index = -1
+    count, index = len(people[0].points), -1
     for index, frame in enumerate(frames):
         if index == count:
             break
-        for number, person in enumerate(people):
-            aligned[number, index] = align_face(frame, person.points[index])
+        yield np.stack([align_face(frame, person.points[index]) for person in people])
     if index != count - 1:
         raise MediaError(f"{name}: the file changed while it was read; try again")
-    return aligned

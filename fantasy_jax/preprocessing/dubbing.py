@@ -21,7 +21,7 @@ from fantasy_jax.preprocessing.landmarks import FaceDetector, FaceTrack, Landmar
 from fantasy_jax.preprocessing.scenes import cut_detector
 from fantasy_jax.preprocessing.tracking import track_faces
 from fantasy_jax.typing import Bool, Float, Int, UInt8
-from fantasy_jax.video import TEMPORAL_FACTOR, latent_frames, video_frames
+from fantasy_jax.video import TEMPORAL_FACTOR, Frame, latent_frames, video_frames
 
 MIN_FRAMES = TEMPORAL_FACTOR + 1
 """Frames of the shortest scene that is dubbed."""
@@ -232,12 +232,21 @@ def match_rates(num_frames: int, source_fps: float, model_fps: float) -> FrameRa
     return FrameRates(taken, shown)
 
 
-def generated_masks(speaker: Speaker, rates: FrameRates) -> list[Bool[np.ndarray, "side side"]]:
-    """The mask of each generated frame: all of the masks with which it is pasted into the source."""
-    masks = [speaker.mask(index) for index in rates.taken.tolist()]
-    for index, shown in enumerate(rates.shown.tolist()):
-        masks[shown] = masks[shown] | speaker.mask(index)
-    return masks
+def at_indices(frames: Iterable[Frame], indices: Int[np.ndarray, " n"]) -> Iterator[Frame]:
+    """Yields the frames at indices that never decrease; each frame is read once, none after the last one."""
+    numbered = enumerate(frames)
+    position, frame = next(numbered)
+    for index in indices.tolist():
+        while position < index:
+            position, frame = next(numbered)
+        yield frame
+
+
+def generated_masks(speaker: Speaker, rates: FrameRates) -> Iterator[Bool[np.ndarray, "side side"]]:
+    """Yields the mask of each generated frame: all of the masks with which it is pasted into the source."""
+    for generated, taken in enumerate(rates.taken.tolist()):
+        first, end = np.searchsorted(rates.shown, (generated, generated + 1)).tolist()
+        yield np.any([speaker.mask(index) for index in (taken, *range(first, end))], axis=0)
 
 
 class _Counted:

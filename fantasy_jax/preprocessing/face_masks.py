@@ -4,7 +4,7 @@ A mask of the lips alone is too small for latents of 8 x 8 pixels, which then ke
 the chin in place; `mouth` is therefore the lower face, from the bridge of the nose to below the chin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from fantasy_jax.preprocessing.landmarks import FaceLayout, five_points
 from fantasy_jax.typing import Bool, Float, UInt8
-from fantasy_jax.video import PIXELS_PER_LATENT, TEMPORAL_FACTOR, latent_frames
+from fantasy_jax.video import PIXELS_PER_LATENT, by_latent_frame
 
 MaskMode = Literal["mouth", "face", "none"]
 """What is generated: the lower face, the whole face, or the whole crop around it."""
@@ -126,23 +126,20 @@ def paint_mask(outline: Float[np.ndarray, "Q 2"] | None, side: int) -> Bool[np.n
     return mask > 0
 
 
-def latent_mask(
-    masks: Bool[np.ndarray, "T side side"] | Sequence[Bool[np.ndarray, "side side"]], size: int
-) -> Bool[np.ndarray, "F h w"]:
+def latent_mask(masks: Iterable[Bool[np.ndarray, "side side"]], size: int) -> Bool[np.ndarray, "F h w"]:
     """Projects masks onto the latent grid: a latent is free if the mask touches any of its pixels.
 
     The maximum is taken over the 8 x 8 pixels of a latent, and over its four frames; the first latent is one
     frame. An average instead would keep a part of the old mouth.
 
     Args:
-        masks: Masks of `4k + 1` frames, square.
+        masks: Masks of `4k + 1` frames, square; one is held at a time.
         size: Side of the frames that are generated, in pixels, to which masks are resized.
     """
     cells = size // PIXELS_PER_LATENT
-    grids = np.stack([_resized_mask(mask, size) for mask in masks])
-    grids = grids.reshape(len(grids), cells, PIXELS_PER_LATENT, cells, PIXELS_PER_LATENT).max(axis=(2, 4))
-    rest = grids[1:].reshape(latent_frames(len(grids)) - 1, TEMPORAL_FACTOR, cells, cells).max(axis=1)
-    return np.concatenate([grids[:1], rest])
+    blocks = (cells, PIXELS_PER_LATENT, cells, PIXELS_PER_LATENT)
+    grids = (_resized_mask(mask, size).reshape(blocks).max(axis=(1, 3)) for mask in masks)
+    return np.stack([np.any(group, axis=0) for group in by_latent_frame(grids)])
 
 
 def opacity(mask: Bool[np.ndarray, "side side"]) -> Float[np.ndarray, "side side"]:

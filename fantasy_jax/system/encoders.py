@@ -1,5 +1,8 @@
 """Text, image, audio, face, motion and first frame through the encoders."""
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,20 +109,31 @@ def encode_faces(
     return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True), features
 
 
-def encode_motion(encoder: MotionEncoder, faces: UInt8[np.ndarray, "P T H W 3"]) -> Float[Array, "1 P T M"]:
+def encode_motion(
+    encoder: MotionEncoder, faces: Iterable[UInt8[np.ndarray, "P H W 3"]]
+) -> Float[Array, "1 P T M"]:
     """Motion features of the aligned faces of P people (`preprocessing.driving`), as one clip.
 
     Products have full float32 precision, as in the official code: the last layers multiply rounding errors.
+
+    Args:
+        encoder: The motion encoder.
+        faces: RGB, frame by frame; a batch is held at a time.
     """
-    people, frames = faces.shape[:2]
-    flat = faces.reshape(-1, *faces.shape[2:])
-    encoded = []
+    count, encoded = 0, []
+
+    def each() -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        nonlocal count
+        for frame in faces:
+            count += 1
+            yield from frame
+
+    remaining = each()
     with jax.default_matmul_precision("highest"):
-        for start in range(0, len(flat), MOTION_BATCH):
-            batch = flat[start : start + MOTION_BATCH]
-            padded = np.pad(batch, [(0, MOTION_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+        while batch := list(islice(remaining, MOTION_BATCH)):
+            padded = np.stack(batch + batch[-1:] * (MOTION_BATCH - len(batch)))
             encoded.append(run(encoder, from_uint8(padded))[: len(batch)])
-    return jnp.concatenate(encoded).reshape(1, people, frames, -1)
+    return jnp.concatenate(encoded).reshape(1, count, -1, encoded[0].shape[-1]).swapaxes(1, 2)
 
 
 def first_frame_latents(

@@ -25,8 +25,8 @@ _BASE = ("first_frame", "text", "image")
 class ClipInputs:
     """The inputs that a batch of clips is conditioned on.
 
-    For one clip of several windows (`diffusion/windows.py`), the first-frame condition spans a window, and
-    text and image can have a row for each of several pictures; all else spans the clip.
+    For one clip of several windows (`diffusion/windows.py`), the first-frame condition spans a window; it and
+    the image can have a row for each of several pictures. All else spans the clip.
 
     Attributes:
         first_frame: The first-frame condition, `[B, F, h, w, 4 + C]` (`first_frame_condition`).

@@ -112,6 +112,10 @@ class Networks(Mapping):
         """A copy whose networks stay in memory once they are made: all, the transformer alone, or none."""
         return self._copy(keep=keep)
 
+    def for_stage(self) -> "Networks":
+        """A copy that keeps every network for as long as it lives itself, for a stage of several clips."""
+        return self._copy(keep="all", kept=dict(self._kept))
+
     @contextmanager
     def on_mesh(self, mesh_config: MeshConfig, mesh: Mesh | None = None) -> Iterator["Networks"]:
         """Sets the mesh, and yields the networks sharded over it; on one device, the networks as they are.

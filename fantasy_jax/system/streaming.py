@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from fantasy_jax.models.tiling import average_tiles, split_tiles, total_weights
 from fantasy_jax.models.vae import Carried, WanVAE
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.typing import Array, Float, UInt8
-from fantasy_jax.video import TEMPORAL_FACTOR
+from fantasy_jax.video import TEMPORAL_FACTOR, by_latent_frame
 
 
 @partial(jax.jit, donate_argnames="carried")
@@ -110,8 +109,8 @@ def encode_stream(
     Raises:
         ValueError: The number of frames or a side is another. The latents before are yielded first.
     """
-    remaining, carried, count = iter(frames), None, 0
-    while chunk := list(islice(remaining, TEMPORAL_FACTOR if count else 1)):
+    carried, count = None, 0
+    for chunk in by_latent_frame(frames):
         count += len(chunk)
         if count % TEMPORAL_FACTOR != 1:
             break
