@@ -3,15 +3,11 @@
 import os
 from pathlib import Path
 
+from xla_flags import quick_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests of sharding use eight virtual devices; all other tests run on the first of them. Compiling takes most
-# of the time: LLVM's optimizations would double it, fusions that are emitted through MLIR take half as long
-# again, and code that is split for several threads, too.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-)
+# Tests of sharding use eight virtual devices; all other tests run on the first of them.
+os.environ.setdefault("XLA_FLAGS", quick_flags(8))
 # The devices start collectives that do not depend on each other in any order, and block a thread for each:
 # with a thread per device, which is XLA's default, they can wait for each other forever.
 os.environ.setdefault("NPROC", "32")

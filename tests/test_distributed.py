@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xla_flags import quick_flags
 
 from fantasy_jax.files import lock_folder
 
@@ -79,8 +80,7 @@ def start(workdir, *, num_steps=NUM_STEPS, save_every=2, mesh="{}", processes=1,
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(devices)}
     if cache is not None:
         base |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}

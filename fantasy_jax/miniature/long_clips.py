@@ -175,12 +175,6 @@ def ends_of_windows(schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
     return np.arange(schedule.window, schedule.num_frames, schedule.window - 1)
 
 
-def ends_of_blocks(schedule: WindowSchedule) -> Int[np.ndarray, " n"]:
-    """First new latent frames of the blocks of a stream, which hold the last `overlap` of those before."""
-    new = schedule.useful - schedule.overlap
-    return np.arange(schedule.window, schedule.num_frames, new)
-
-
 @dataclass(frozen=True)
 class Way:
     """A way to make a long clip.
@@ -205,7 +199,7 @@ WAYS: dict[str, Way] = {
     "flat mean": Way(jointly, lambda f, w, o: FlatSchedule(f, w, 1, anchor="track")),
     "at once": Way(at_once),
     "last frame as picture": Way(from_last_frames, borders=ends_of_windows),
-    "stream": Way(streamed, borders=ends_of_blocks),
+    "stream": Way(streamed),
 }
 """Ways to make a long clip by name, as the command line has them."""
 
