@@ -201,6 +201,12 @@ def test_each_frame_shows_the_generated_frame_that_is_nearest_in_time(count, sou
         assert np.array_equal(rates.taken[:count], np.arange(count))
 
 
+def test_frames_at_indices_are_read_once_and_no_further():
+    frames = iter(range(10))
+    assert list(dubbing.at_indices(frames, np.array([1, 1, 2, 5]))) == [1, 1, 2, 5]
+    assert next(frames) == 6
+
+
 def test_a_generated_frame_is_free_wherever_it_is_pasted():
     video = clip((20, lambda index: 40 + 3 * index), frames=12)
     (scene,) = scenes_of(video)

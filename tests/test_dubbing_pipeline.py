@@ -16,7 +16,9 @@ from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines import dubbing, dubbing_plan
 from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.dubbed_video import DubbedScene, DubbedVideo
 from fantasy_jax.preprocessing import dubbing as preprocessing
+from fantasy_jax.preprocessing.dubbing import match_rates
 from fantasy_jax.preprocessing.face_masks import resize_crop
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
@@ -139,6 +141,40 @@ def test_a_mask_that_is_empty_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing, "landmark_outline", lambda *_: outside)
     with pytest.raises(MediaError, match="the mask is empty from frame 0 on"):
         plan(write(tmp_path / "v.mp4", person()), 1.0)
+
+
+def fake_dubbing(path):
+    """A dubbed video whose generated crops are grey, and the list of those that were decoded."""
+    found, decoded = plan(path, 1.0), []
+
+    def decode():
+        for index in range(9):
+            decoded.append(index)
+            yield np.full((32, 32, 3), 10 * index, np.uint8)
+
+    (speaker,) = found.speakers
+    scene = DubbedScene(speaker, match_rates(speaker.num_frames, 25.0, 25.0), decode, jnp.zeros((1, 3, 4, 4, 16)))
+    return DubbedVideo(found, [scene], speech(1.0), 1.0), decoded
+
+
+def test_crops_are_decoded_while_frames_are_iterated(tmp_path):
+    video, decoded = fake_dubbing(write(tmp_path / "v.mp4", person(), clip(frames=6)))
+    for index, frame in enumerate(video.frames()):
+        assert decoded == list(range(min(index + 1, 9)))
+        if index < 9:
+            inside = video.scenes[0].speaker.square.cut(frame)
+            assert (inside == 10 * index).all(axis=-1).sum() > 100
+    assert index == 14
+
+
+def test_a_source_that_has_changed_is_an_error(tmp_path):
+    video, _ = fake_dubbing(write(tmp_path / "v.mp4", person()))
+    write(tmp_path / "v.mp4", person(frames=6))
+    with pytest.raises(MediaError, match="the file changed while it was read"):
+        list(video.frames())
+    reader = dubbing_plan.SceneReader(video.plan.source)
+    with pytest.raises(MediaError, match="the file changed while it was read"):
+        list(reader.crops(video.plan.speakers[0], 32))
 
 
 @pytest.fixture(scope="module")
