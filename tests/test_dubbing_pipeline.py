@@ -153,7 +153,9 @@ def fake_dubbing(path):
             yield np.full((32, 32, 3), 10 * index, np.uint8)
 
     (speaker,) = found.speakers
-    scene = DubbedScene(speaker, match_rates(speaker.num_frames, 25.0, 25.0), decode, jnp.zeros((1, 3, 4, 4, 16)))
+    scene = DubbedScene(
+        speaker, match_rates(speaker.num_frames, 25.0, 25.0), decode, jnp.zeros((1, 3, 4, 4, 16))
+    )
     return DubbedVideo(found, [scene], speech(1.0), 1.0), decoded
 
 

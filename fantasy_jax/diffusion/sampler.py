@@ -87,10 +87,10 @@ class SamplerConfig:
         if self.windows_per_device < 1:
             raise ConfigError(f"windows_per_device is {self.windows_per_device}; it must be at least 1")
 
-    @property
-    def window_group(self) -> int:
-        """Windows that are evaluated as one batch on the current mesh."""
-        return self.windows_per_device * axis_size("data") * axis_size("fsdp")
+    def window_group(self, count: int) -> int:
+        """How many of `count` windows are evaluated as one batch on the current mesh."""
+        devices = axis_size("data") * axis_size("fsdp")
+        return devices * min(self.windows_per_device, -(-count // devices))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class StepData:
     Attributes:
         sigmas: Noise levels before and after, `[2]`.
         scales: From `difference_scales`, `[differences]`.
-        windows: Windows of a clip that is longer than one.
+        windows: Windows of a single clip; None for a batch of clips.
         held: Latents that are held; with it, `noise` is their noise `[1, F, h, w, C]`.
         noise: Initial noise.
     """
@@ -158,7 +158,7 @@ def sample(
         solver: Takes latents from one noise level to the next.
         wrappers: Change the velocity function, the first one innermost.
         windows: Windows of one clip that is longer than the model's; the first-frame condition of `inputs` is
-            that of a window, all else spans the whole clip.
+            that of a window, all else spans the whole clip. None: each clip is a single window.
         held: Latents that are held outside a mask.
         strength: Noise level at which sampling starts from the held latents, in [0, 1]; 1 starts from noise,
             and 0 returns the held latents. Needs `held` unless it is 1.
@@ -174,7 +174,9 @@ def sample(
     dropped = tuple(branch.dropped for branch in guidance)
     num_frames = video_frames(noise.shape[1])
     conditions = branch_conditions(graphdef, dropped, hashable(options), num_frames, state, inputs)
-    group = config.window_group
+    if windows is None and len(noise) == 1:  # the program of longer clips, which takes less memory
+        windows = WindowSchedule.single(noise.shape[1])
+    group = 1 if windows is None else config.window_group(windows.count)
     program = StepProgram(config.batch_branches, solver, tuple(wrappers), group)
     first = 0 if held is None else first_step(sigmas, strength)
     latents = noised(held.latents, noise, sigmas[first]) if first else noise

@@ -81,11 +81,16 @@ class WindowSchedule:
     def __post_init__(self):
         if self.num_frames < self.window:
             raise ValueError(f"a track of {self.num_frames} latent frames is shorter than a window")
-        if not 1 <= self.overlap < self.useful:
+        if self.num_frames > self.window and not 1 <= self.overlap < self.useful:
             raise ConfigError(
                 f"overlap is {self.overlap}; it must be at least 1 and less than the {self.useful} latent "
                 "frames that a window adds"
             )
+
+    @classmethod
+    def single(cls, num_frames: int) -> "WindowSchedule":
+        """The only window of a clip that is no longer than the model's."""
+        return cls(num_frames, num_frames)
 
     @property
     def useful(self) -> int:
@@ -95,8 +100,10 @@ class WindowSchedule:
     @property
     def count(self) -> int:
         """Number of windows, without those that only fill a group of devices."""
+        if self.num_frames == self.window:
+            return 1
         count = 1 + -(-(self.num_frames - self.window) // (self.useful - self.overlap))
-        return count + 1 if self.moving and count > 1 else count
+        return count + 1 if self.moving else count
 
     def starts(self, step: int = 0) -> list[int]:
         """First latent frame of the track in each window, evenly spread."""

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fantasy_jax.data.encoded import batch_spec
 from fantasy_jax.diffusion.sampler import StepData, StepProgram, branch_conditions, guided_step, hashable
+from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
 from fantasy_jax.performance.flops import count_flops
@@ -143,13 +144,12 @@ def guided_step_program(
     build = partial(branch_conditions, graphdef, dropped, options, clip.num_frames)
     conditions = jax.eval_shape(build, state, inputs)
     shape = clip.latent_shape(1, model.transformer.latent_channels)
-    group = config.window_group
-    windows = config.windows(clip, video)
+    windows = config.windows(clip, video) or WindowSchedule.single(shape[1])
+    group = config.window_group(windows.count)
+    noise = np.zeros((1, 1, *shape[2:]), np.float32)
+    given = replace(windows.at(multiple=group), noise=noise)
     name = f"guided step, {len(branches)} branches"
-    given = None
-    if windows is not None:
-        noise = np.zeros((1, 1, *shape[2:]), np.float32)
-        given = replace(windows.at(multiple=group), noise=noise)
+    if windows.count > 1:
         name += f", {len(given.start)} windows in groups of {group}"
     data = StepData(np.zeros(2, np.float32), np.zeros(len(branches) - 1, np.float32), given)
     latents, conditions, data = jax.tree.map(
