@@ -1,6 +1,6 @@
 """Datasets of records on disk: TFDS with array records, complete or absent. TensorFlow is not needed."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from fantasy_jax.config import as_json
+from fantasy_jax.config import as_json, differences
 from fantasy_jax.errors import ConfigError
 
 Record = dict[str, Any]
@@ -126,11 +126,12 @@ def check_metadata(folder: str | Path, wanted: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: The folder holds no dataset, or a value differs.
     """
-    for key, stored, value in _differences(read_metadata(folder), as_json(wanted), ""):
-        raise ConfigError(
-            f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
-            "config, or remake the records"
-        )
+    for key, stored, value in differences(read_metadata(folder), as_json(wanted)):
+        if stored is not None and value is not None:
+            raise ConfigError(
+                f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
+                "config, or remake the records"
+            )
 
 
 def _open(folder: str | Path) -> tfds.core.DatasetBuilder:
@@ -138,15 +139,3 @@ def _open(folder: str | Path) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(folder)
     except OSError as error:
         raise ConfigError(f"{folder}: holds no dataset ({error}); give a folder of records") from error
-
-
-def _differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], path: str
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yields path and both values of every key that both mappings have with different values."""
-    for key in (key for key in wanted if key in stored):
-        one, other = stored[key], wanted[key]
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, f"{path}{key}.")
-        elif one != other:
-            yield f"{path}{key}", one, other
