@@ -1,5 +1,6 @@
 """Datasets of records on disk: TFDS with array records, complete or absent. TensorFlow is not needed."""
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -83,18 +84,32 @@ def write_dataset(
     Raises:
         ConfigError: The dataset exists with other metadata.
     """
-    metadata = as_json(metadata)
     tfds.disable_progress_bar()  # it knows no total
-    folder = Path(directory) / name / str(RecordsBuilder.VERSION)
+    folder = dataset_folder(name, directory)
+    check_unchanged(folder, metadata)
     if not folder.exists():
-        RecordsBuilder(name, Path(directory), features(), splits, metadata).download_and_prepare()
-        return folder
-    written = read_metadata(folder)
-    if differing := [key for key, value in metadata.items() if written.get(key) != value]:
-        raise ConfigError(
-            f"{folder}: was made with other settings ({differing[0]}); remove it, or choose another folder"
-        )
+        for left_behind in folder.parent.glob("incomplete.*"):  # of a run that was killed
+            shutil.rmtree(left_behind)
+        RecordsBuilder(name, Path(directory), features(), splits, as_json(metadata)).download_and_prepare()
     return folder
+
+
+def dataset_folder(name: str, directory: str | Path) -> Path:
+    """The folder of the records of a dataset, complete or absent."""
+    return Path(directory) / name / str(RecordsBuilder.VERSION)
+
+
+def check_unchanged(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Checks that a dataset, if it exists, was made with exactly these settings.
+
+    Raises:
+        ConfigError: A setting differs.
+    """
+    if folder.exists():
+        for key, one, other in differences(read_metadata(folder), as_json(metadata)):
+            raise ConfigError(
+                f"{key} was {one!r} when {folder} was made, and is now {other!r}; keep it, or remove that"
+            )
 
 
 def open_split(folder: Path, split: str) -> Any:
