@@ -1,5 +1,10 @@
 """Trains the stages of a system on top of its converted weights, or the miniature from scratch."""
 
+if __name__ == "__main__":
+    from fantasy_jax.cli import exit_on_interrupt
+
+    exit_on_interrupt("train.py")
+
 from functools import partial
 from pathlib import Path
 
