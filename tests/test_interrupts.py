@@ -109,11 +109,7 @@ def wait_until(condition, seconds=60):
 
 def lines(errors):
     """What a program has told, without its progress bars."""
-    return [
-        line
-        for line in re.split("[\r\n]", errors)
-        if line.strip() and "it/s" not in line and "step/s" not in line
-    ]
+    return [line for line in re.split("[\r\n]", errors) if line.strip() and "%|" not in line]
 
 
 def interrupt(process, workdir):

@@ -61,8 +61,8 @@ def batches(
     iterator = iter(iterable)
     try:
         with signals_blocked():  # the first batch starts the workers
-            first = next(iterator)
-        yield first
+            first = [next(iterator)]
+        yield first.pop()  # no reference is left: the shared memory of a batch is freed with its arrays
         yield from iterator
     finally:
         iterator.close()

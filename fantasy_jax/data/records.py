@@ -13,6 +13,7 @@ from fantasy_jax.config import as_json, differences
 from fantasy_jax.errors import ConfigError
 
 Record = dict[str, Any]
+METADATA_FILE = "metadata.json"
 
 
 class _Uncompressed:
@@ -116,16 +117,22 @@ def open_split(folder: Path, split: str) -> Any:
     """Returns the records of a split as a sequence.
 
     Raises:
-        ConfigError: The folder holds no dataset.
+        ConfigError: The folder holds no dataset, a damaged one, or one without this split.
     """
-    return _open(folder).as_data_source(split)
+    builder = _open(folder)
+    if split not in builder.info.splits:
+        raise ConfigError(f"{folder}: has no split {split!r}, only {', '.join(builder.info.splits)}")
+    for path in map(Path, builder.info.splits[split].filepaths):
+        if not path.is_file() or not path.stat().st_size:
+            raise ConfigError(f"{path}: is missing or empty; copy the dataset again, or remake it")
+    return builder.as_data_source(split)
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
     """Returns the metadata that `write_dataset` stored with a dataset.
 
     Raises:
-        ConfigError: The folder holds no dataset.
+        ConfigError: The folder holds no dataset, or a damaged one.
     """
     return dict(_open(folder).info.metadata or {})
 
@@ -139,9 +146,12 @@ def check_metadata(folder: str | Path, wanted: Mapping[str, Any]) -> None:
             skipped.
 
     Raises:
-        ConfigError: The folder holds no dataset, or a value differs.
+        ConfigError: The folder holds no dataset, one without metadata, or a value differs.
     """
-    for key, stored, value in differences(read_metadata(folder), as_json(wanted)):
+    found = read_metadata(folder)
+    if not (Path(folder) / METADATA_FILE).is_file():
+        raise ConfigError(f"{folder}: has no {METADATA_FILE}; copy the records again, or remake them")
+    for key, stored, value in differences(found, as_json(wanted)):
         if stored is not None and value is not None:
             raise ConfigError(
                 f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
@@ -151,6 +161,11 @@ def check_metadata(folder: str | Path, wanted: Mapping[str, Any]) -> None:
 
 def _open(folder: str | Path) -> tfds.core.DatasetBuilder:
     try:
-        return tfds.builder_from_directory(folder)
-    except OSError as error:
-        raise ConfigError(f"{folder}: holds no dataset ({error}); give a folder of records") from error
+        builder = tfds.builder_from_directory(folder)
+        _ = builder.info.metadata  # is read when it is asked for
+    except Exception as error:  # damaged files make TFDS raise anything
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{folder}: holds no dataset, or a damaged one ({reason}); give a folder of records"
+        ) from error
+    return builder

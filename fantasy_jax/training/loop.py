@@ -199,8 +199,9 @@ class _Run:
         with _stop_signals() as signals, events, bar, closing(self._batches()) as batches:
             previous = None
             for local in batches:
-                records = local.pop("record", None)
+                records = np.array(local.pop("record", ()))
                 metrics = self._dispatch(local)
+                del local  # shared memory that workers have allocated
                 if previous is None:  # includes compilation: not timed
                     jax.block_until_ready(metrics)
                     bar.unpause()
@@ -246,13 +247,13 @@ class _Run:
         self.state, metrics = self.trainer.step(self.state, self.trainer.frozen_state, batch, step)
         return metrics
 
-    def _check(self, metrics: Metrics, records: np.ndarray | None) -> None:
+    def _check(self, metrics: Metrics, records: np.ndarray) -> None:
         """Ends the run if a step was not finite; that step and all after it have left the state unchanged."""
         if bool(metrics["finite"]):
             return
         self.step = int(self.state.step)
         self._save()
-        of_records = "" if records is None else f" (records {', '.join(map(str, records))})"
+        of_records = f" (records {', '.join(map(str, records))})" if len(records) else ""
         raise FloatingPointError(
             f"{self.task.name}: step {self.step + 1}{of_records} is not finite "
             f"(loss {float(metrics['loss'])}); step {self.step} is saved in {self.checkpoints.folder}; "
