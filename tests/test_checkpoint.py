@@ -12,13 +12,18 @@ import orbax.checkpoint as ocp
 import pytest
 from test_training import LOOP, MESH, line_task, saved_steps, weight
 
+from fantasy_jax.config import as_json, differences
 from fantasy_jax.disk import FullDiskError
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.models.lora import LoRAConfig
+from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.training import checkpoint
 from fantasy_jax.training.checkpoint import check_resumable
 from fantasy_jax.training.checksums import CHECKSUMS, find_damage
 from fantasy_jax.training.events import Events
-from fantasy_jax.training.loop import checkpoint_folder, train
+from fantasy_jax.training.loop import LoopConfig, checkpoint_folder, train
+from fantasy_jax.training.optim import OptimizerConfig
+from fantasy_jax.training.stages import StagesConfig, stage_settings
 
 EVERY_4 = replace(LOOP, save_every=4, keep_last=3)
 
@@ -175,6 +180,32 @@ def test_config_error_names_a_setting_and_both_values(tmp_path):
         with pytest.raises(ConfigError) as caught:
             check_resumable(checkpoint_folder(tmp_path), changed)
         assert all(part in str(caught.value) for part in (f"{name} ", *values, str(tmp_path)))
+
+
+STAGES = StagesConfig()
+FIRST, SECOND = STAGES.stages
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"stages": (FIRST, replace(SECOND, num_steps=7, remat_save_names=("ffn",)))}, []),
+        ({"loop": LoopConfig(log_every=7, save_every=7, keep_last=7, num_workers=7, validate_every=7)}, []),
+        ({"mesh": MeshConfig(fsdp=7)}, []),
+        ({"stages": (replace(FIRST, num_steps=7), SECOND)}, ["train.stages.0.num_steps"]),
+        ({"stages": (FIRST, replace(SECOND, batch_size=7))}, ["train.stages.1.batch_size"]),
+        ({"loop": LoopConfig(seed=7)}, ["train.loop.seed"]),
+        ({"lora": LoRAConfig(rank=7)}, ["train.lora.rank"]),
+        (
+            {"stages": (FIRST, replace(SECOND, optimizer=OptimizerConfig(learning_rate=0.7)))},
+            ["train.stages.1.optimizer.learning_rate"],
+        ),
+    ],
+)
+def test_what_may_change_in_the_second_stage(changed, named):
+    """A stage can be given more steps, but not one whose result the stage was begun with."""
+    before, now = (stage_settings(config, {})[1] for config in (STAGES, replace(STAGES, **changed)))
+    assert [name for name, _, _ in differences(as_json(before), as_json(now))] == named
 
 
 def fail_after(function, count, error):

@@ -94,19 +94,32 @@ class Checkpoints:
         """
         latest = self.manager.latest_step()
         for step in sorted(self.manager.all_steps(), reverse=True):
-            folder = self.folder / str(step)
-            damage = _of_any_process(find_damage(folder, jax.process_index(), jax.process_count()))
+            damage = self._damage(step)
             if damage is None:
                 if step != latest:
                     _log.warning("%s: goes on from step %d", self.folder, step)
                 return step
-            self._put_aside(folder, damage)
+            self._put_aside(self.folder / str(step), damage)
         if left := sorted(path.name for path in self.folder.glob(f"*{_DAMAGED}*")):
             raise ConfigError(
                 f"{self.folder}: no checkpoint is intact ({', '.join(left)}); restore one from a copy, or "
                 "remove the folder to start again"
             )
         return None
+
+    def verify(self) -> None:
+        """Verifies the newest checkpoint.
+
+        Raises:
+            OSError: It is damaged.
+        """
+        step = self.manager.latest_step()
+        if damage := self._damage(step):
+            raise OSError(f"{self.folder / str(step)}: {damage}, although just written; check the storage")
+
+    def _damage(self, step: int) -> str | None:
+        folder = self.folder / str(step)
+        return _of_any_process(find_damage(folder, jax.process_index(), jax.process_count()))
 
     def _put_aside(self, folder: Path, damage: str) -> None:
         """Renames a damaged checkpoint, so that it is not used, and not deleted either."""

@@ -15,6 +15,8 @@ from pathlib import Path
 CHECKSUMS = "checksums.json"
 _COMMIT_FILE = "commit_success.txt"
 """Written into each item when it is complete, and last into the checkpoint; its text names the folder."""
+_ITEM_SUFFIX = re.compile(r"\.orbax-checkpoint-tmp[^/]*")
+"""An item's folder has it until the item is complete, if several processes write."""
 _METADATA_FILE = "_CHECKPOINT_METADATA"
 _COMMIT_TIME = re.compile(rb'("commit_timestamp_nsecs": )(null|\d+)')
 """What Orbax changes in the metadata when it commits, after the checksums are written; nothing reads it."""
@@ -23,8 +25,9 @@ _CHUNK = 2**22
 
 def write_checksums_of_process(folder: Path, process: int) -> None:
     """Writes the checksums of the arrays that a process has written into a checkpoint."""
-    files = folder.glob(f"*/ocdbt.process_{process}/**/*")
-    _write(folder / f"{process}.{CHECKSUMS}", _checksums(folder, files))
+    found = _checksums(folder, folder.glob(f"*/ocdbt.process_{process}/**/*"))
+    checksums = {_ITEM_SUFFIX.sub("", name): value for name, value in found.items()}
+    _write(folder / f"{process}.{CHECKSUMS}", checksums)
 
 
 def write_checksums(folder: Path, final: Path) -> None:

@@ -288,7 +288,7 @@ class _Run:
         self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
 
     def _save_and_time(self, events: Events) -> None:
-        """Saves; times the run's first save, and warns if a stop would leave no time for another."""
+        """Saves; times and verifies the first save of a run, and warns if it takes too long."""
         step_seconds, start, grace = (
             self.clock.per_step(self.step),
             time.perf_counter(),
@@ -299,6 +299,7 @@ class _Run:
             return
         self.checkpoints.wait()
         self.save_seconds = time.perf_counter() - start
+        self.checkpoints.verify()  # once a run: storage that does not keep what is written
         self.clock.reset(self.step)
         events.scalars({f"{self.task.name}/save_seconds": self.save_seconds}, self.step)
         if 2 * (step_seconds + self.save_seconds) > grace:
