@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -71,18 +72,22 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
+        handler = signal.getsignal(signal.SIGINT)
+        if isinstance(handler, partial) and handler.func is _end:
+            sys.stdout.flush()
+            handler()  # JAX's threads, such as of a compilation, can crash a Python that exits the usual way
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def exit_on_interrupt(prog: str) -> None:
     """Makes Ctrl-C end a program at once, in one line: for its imports, which take seconds, before `run`."""
+    signal.signal(signal.SIGINT, partial(_end, prog))
 
-    def end(number: int, frame: FrameType | None) -> None:
-        print(f"{prog}: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
 
-    signal.signal(signal.SIGINT, end)
+def _end(prog: str, number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
+    os.write(2, f"{prog}: interrupted\n".encode())  # the streams may be in use where the signal arrives
+    os._exit(128 + number)
 
 
 @contextmanager
