@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fantasy_jax import cli
+
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
@@ -150,3 +152,33 @@ def test_workers_end_when_their_parent_is_killed(program, tmp_path):
     process.kill()
     process.communicate()
     wait_until(lambda: not group(process), seconds=10)
+
+
+class Dropped:
+    """Python drops what its destructor raises."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def drop():
+    Dropped()
+    time.sleep(30)
+
+
+def replace_error():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise RuntimeError("compilation failed\nin many lines") from error
+
+
+@pytest.mark.parametrize("main", [drop, replace_error])
+def test_an_interrupt_is_one_line_whatever_python_and_libraries_make_of_it(main, capsys):
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, "program")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "program: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert sys.unraisablehook is hook
