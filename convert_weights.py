@@ -1,5 +1,10 @@
 """Downloads, inspects, imports, exports and verifies the weights of PyTorch's networks."""
 
+if __name__ == "__main__":
+    from fantasy_jax.cli import exit_on_interrupt
+
+    exit_on_interrupt("convert_weights.py")
+
 import argparse
 from typing import Any
 

@@ -1,5 +1,10 @@
 """Makes portraits talk or act, from a picture with speech or driving videos, and dubs existing videos."""
 
+if __name__ == "__main__":
+    from fantasy_jax.cli import exit_on_interrupt
+
+    exit_on_interrupt("sample.py")
+
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial

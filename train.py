@@ -1,10 +1,16 @@
 """Trains the stages of a system on top of its converted weights, or the miniature from scratch."""
 
+if __name__ == "__main__":
+    from fantasy_jax.cli import exit_on_interrupt
+
+    exit_on_interrupt("train.py")
+
 from functools import partial
 from pathlib import Path
 
 from fantasy_jax import cli
 from fantasy_jax.config import build
+from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.synthetic import SyntheticConfig
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
@@ -70,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         store = Path(arguments.weights or config.weights)
         run = partial(finetune, store, Path(arguments.records), workdir, **settings)
-    with lock_workdir(workdir):
+    with full_disk_reported(workdir), lock_workdir(workdir):
         weights = run()
     print(f"Wrote {weights}; sample from it with sample.py --config={arguments.config} --weights={weights}")
     return 0

@@ -3,11 +3,15 @@
 import argparse
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -55,7 +59,9 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main() or 0)
+        with _interruptible():
+            status = main()
+        sys.exit(status or 0)
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -66,8 +72,53 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
+        handler = signal.getsignal(signal.SIGINT)
+        if isinstance(handler, partial) and handler.func is _end:
+            sys.stdout.flush()
+            handler()  # JAX's threads, such as of a compilation, can crash a Python that exits the usual way
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def exit_on_interrupt(prog: str) -> None:
+    """Makes Ctrl-C end a program at once, in one line: for its imports, which take seconds, before `run`."""
+    signal.signal(signal.SIGINT, partial(_end, prog))
+
+
+def _end(prog: str, number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
+    os.write(2, f"{prog}: interrupted\n".encode())  # the streams may be in use where the signal arrives
+    os._exit(128 + number)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes SIGINT a KeyboardInterrupt, whatever the code that it interrupts makes of that.
+
+    Python drops exceptions in callbacks of the garbage collector, and libraries replace them by their own.
+    """
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    def repeat_if_dropped(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            before(dropped)
+
+    handler, before = signal.signal(signal.SIGINT, interrupt), sys.unraisablehook
+    sys.unraisablehook = repeat_if_dropped
+    try:
+        yield
+    except Exception as error:
+        if interrupts and not isinstance(error, Stopped):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        sys.unraisablehook = before
+        signal.signal(signal.SIGINT, signal.default_int_handler if handler is None else handler)
 
 
 @contextmanager

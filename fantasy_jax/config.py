@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -69,6 +69,18 @@ def as_json(settings: Any) -> Any:
         raise TypeError(f"{type(value).__name__} is not a setting")
 
     return json.loads(json.dumps(settings, default=default))
+
+
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields path and both values of every setting that differs; a setting that one side lacks is None."""
+    for key in (*one, *(key for key in other if key not in one)):
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from differences(mine, theirs, f"{path}{key}.")
+        elif mine != theirs:
+            yield f"{path}{key}", mine, theirs
 
 
 def _settings(value: Any) -> Any:

@@ -81,14 +81,16 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     """Locks a folder, which is created if needed, for one run at a time.
 
     The operating system holds the lock (`flock` on a file `.lock`) and releases it when the process ends,
-    however it ends. On a file system without locks a warning is logged instead.
+    however it ends. The file is removed with the lock; that of a process that was killed is taken over. On a
+    file system without locks a warning is logged instead.
 
     Raises:
         ConfigError: Another run has locked the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    path = folder / ".lock"
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -102,7 +104,10 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            # The run before has just removed the file that was opened here.
+            raise ConfigError(f"{folder}: was in use until this moment; start again")
         try:
             yield
         finally:
-            file.truncate(0)
+            path.unlink(missing_ok=True)

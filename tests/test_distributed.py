@@ -204,7 +204,12 @@ def test_four_processes_resume_from_two_on_another_mesh(uninterrupted, tmp_path)
     for process in two:
         process.communicate()
     assert not (tmp_path / f"checkpoints/{NUM_STEPS}").exists()
+    # The four find that the newest checkpoint is damaged, and go on from the one before.
+    newest = max((tmp_path / "checkpoints").glob("*[0-9]"), key=lambda path: int(path.name))
+    largest = max(newest.glob("state/**/*"), key=lambda path: path.is_file() and path.stat().st_size)
+    largest.write_bytes(b"\xff" * largest.stat().st_size)
     finish(start(tmp_path, processes=4, devices=2, mesh="{'fsdp': 2, 'context': 2, 'tensor': 2}"))
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
     for one, other in zip(weights(tmp_path), weights(uninterrupted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

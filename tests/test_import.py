@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import export, flat_parameters, load
+from fantasy_jax.files import lock_folder
 from fantasy_jax.system.registry import components
 from fantasy_jax.weights import disk, store
 from fantasy_jax.weights.detect import detect
@@ -224,6 +225,16 @@ def test_other_weights_in_the_same_place_are_not_touched(tmp_path, references, c
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"{store}/audio_adapter: " in err
     assert_stored(store, references, ["fantasytalking"], jnp.bfloat16)
+
+
+def test_a_store_that_another_import_writes_to_is_refused(tmp_path, references, command):
+    store, file = tmp_path / "store", adapter(tmp_path / "f.ckpt", references)
+    with lock_folder(store):
+        code, out, err = command("import", "--fantasytalking", file, "--output", store)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert str(store) in err
+    assert str(os.getpid()) in err
+    assert command("import", "--fantasytalking", file, "--output", store)[0] == 0
 
 
 # Bad input: an error of one line, and nothing is written

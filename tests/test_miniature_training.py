@@ -150,8 +150,9 @@ def test_stopped_and_resumed_training_equals_uninterrupted_training(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"{whole}/weights" in result.stdout
 
-    # What comes before the first stop is taken over; samples and validation leave the weights as they are.
-    for name in ("data", "speech", "face"):
+    # All but the stopped parts is taken over, which follows from weights that are compared below; samples and
+    # validation leave the weights as they are.
+    for name in ("data", "speech", "face", "encoded", "stage_1"):
         shutil.copytree(whole / name, parts / name)
     unwatched = {"train.loop.sample_every": 0, "train.loop.validate_every": 0}
     command = training_command(parts, **unwatched)

@@ -18,6 +18,7 @@ from fantasy_jax.data.encoded import batch_spec
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split, read_metadata
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.files import lock_folder
 from fantasy_jax.prepare.command import main
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.objective import PadText
@@ -105,13 +106,11 @@ def test_a_run_without_a_good_clip_is_an_error(tmp_path, config_file, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()
     write_talk(folder / "nobody.mp4", num_frames=FRAMES, centers=())
+    arguments = command(folder, tmp_path / "out", config_file, "--clips_only")
+    with lock_folder(tmp_path / "out"), pytest.raises(ConfigError, match=str(os.getpid())):
+        main(arguments, open_detectors=open_fakes)  # another run writes there
     with pytest.raises(SystemExit) as exit_:
-        cli.run(
-            lambda: main(
-                command(folder, tmp_path / "out", config_file, "--clips_only"), open_detectors=open_fakes
-            ),
-            "prepare",
-        )
+        cli.run(lambda: main(arguments, open_detectors=open_fakes), "prepare")
     assert exit_.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("prepare: error: ")
     assert "nobody.mp4" in (tmp_path / "out/report.html").read_text()

@@ -1,5 +1,7 @@
 """Datasets on disk: written once, with metadata that later uses are checked against."""
 
+import errno
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from fantasy_jax.data.records import check_metadata, open_split, read_metadata, write_dataset
+from fantasy_jax.disk import FullDiskError, full_disk_reported
 from fantasy_jax.errors import ConfigError
 
 
@@ -77,3 +80,55 @@ def test_config_error_names_key_and_both_values(folder, wanted, key, values):
 def test_config_error_for_a_folder_without_a_dataset(use, tmp_path):
     with pytest.raises(ConfigError, match=tmp_path.name):
         use(tmp_path)
+
+
+def damage(path, kind):
+    if kind == "missing":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(
+            {"empty": b"", "cut": content[: len(content) // 2], "other": b"\xff" + content}[kind]
+        )
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut", "other"])
+def test_config_error_for_a_damaged_dataset(folder, tmp_path, name, kind):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(copy / name, kind)
+    with pytest.raises(ConfigError) as caught:
+        check_metadata(copy, METADATA)
+    assert str(copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_config_error_for_a_missing_shard_or_split(folder, tmp_path, kind):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (shard,) = copy.glob("*array_record*")
+    with pytest.raises(ConfigError, match="test"):
+        open_split(copy, "test")
+    damage(shard, kind)
+    with pytest.raises(ConfigError, match=shard.name):
+        open_split(copy, "train")
+
+
+def test_what_a_killed_run_has_left_is_removed(tmp_path):
+    left = tmp_path / "numbers/incomplete.ABC123_1.0.0"
+    left.mkdir(parents=True)
+    (left / "shard").write_bytes(b"x")
+    folder = write(tmp_path, METADATA)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_failure_leaves_nothing_and_the_next_run_writes_all(tmp_path):
+    def records():
+        yield {"x": np.zeros(2, np.float32)}
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    schema = {"x": tfds.features.Tensor(shape=(2,), dtype=np.float32, encoding="bytes")}
+    with pytest.raises(FullDiskError), full_disk_reported(tmp_path):
+        write_dataset("numbers", tmp_path, lambda: schema, {"train": records()}, METADATA)
+    assert not list((tmp_path / "numbers").iterdir())
+    assert len(open_split(write(tmp_path, METADATA), "train")) == 3

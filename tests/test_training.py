@@ -113,6 +113,7 @@ def test_a_checkpoint_holds_settings_and_position(tmp_path):
     assert json.loads(about.read_text()) == {
         "settings": {"kind": "straight"},
         "position": {"step": 12, "examples": 48},
+        "num_steps": 12,
     }
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Sharding
 from tqdm import tqdm
 
-from fantasy_jax.data.records import Record, open_split, write_dataset
+from fantasy_jax.data.records import Record, dataset_folder, open_split, write_dataset
 from fantasy_jax.diffusion.losses import project_mask
 from fantasy_jax.models.clip_vision import CLIPVisionModel
 from fantasy_jax.models.vae import WanVAE
@@ -35,6 +35,7 @@ from fantasy_jax.video import VideoConfig
 STORED = np.float16
 """Type of a record's numbers: half of float32's bytes to read, copy and send to a device. musubi-tuner stores
 image tokens in it, and latents, as DiffSynth's trainers do, in bfloat16, which is eight times as coarse."""
+_NAME = "encoded_clips"
 _BATCH = 8
 
 
@@ -67,6 +68,11 @@ def batch_spec(
     return {"latents": latents, "first_frame": latents, "lips": lips} | base | inputs.adapters
 
 
+def encoded_folder(directory: Path) -> Path:
+    """The folder of the records that `encode_dataset` writes."""
+    return dataset_folder(_NAME, directory)
+
+
 def encode_dataset(networks: Networks, source: Path, directory: Path, settings: dict[str, Any]) -> Path:
     """Encodes a dataset of clips, unless that has been done.
 
@@ -88,7 +94,7 @@ def encode_dataset(networks: Networks, source: Path, directory: Path, settings: 
     def schema() -> dict[str, tfds.features.FeatureConnector]:
         return features(next(stored_records(networks, [splits["test"][0]])))
 
-    return write_dataset("encoded_clips", directory, schema, encoded, settings)
+    return write_dataset(_NAME, directory, schema, encoded, settings)
 
 
 def stored_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:

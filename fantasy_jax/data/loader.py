@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import platform
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from fantasy_jax.data.records import Record
+from fantasy_jax.processes import exit_with_parent, signals_blocked
 
 
 def batches(
@@ -26,7 +26,7 @@ def batches(
     rows: Sequence[int] | None = None,
     max_unreadable: int = 10,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches without end, from batch number `start` on.
+    """Yields batches without end, from batch number `start` on; closing the iterator ends its workers.
 
     The records and the random numbers of a batch depend on `seed` and on the number of the batch only, not on
     the number of workers or processes or on `start`.
@@ -58,7 +58,14 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own (google/grain, issue 1355)
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=4)
         iterable = iterable.mp_prefetch(options, worker_init_fn=_init_worker)
-    return iter(iterable)
+    iterator = iter(iterable)
+    try:
+        with signals_blocked():  # the first batch starts the workers
+            first = [next(iterator)]
+        yield first.pop()  # no reference is left: the shared memory of a batch is freed with its arrays
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class _Readable:
@@ -120,8 +127,7 @@ _MALLOC = {-1: 2**30, -3: 2**25, -8: 1}
 
 def _init_worker(worker: int, num_workers: int) -> None:
     """Sets up a worker process."""
-    # Ctrl-C reaches every process; the main process ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_with_parent()
     # Keeps the memory of one record for the next: returning it and allocating it again, page by page, would
     # take longer than reading.
     if platform.libc_ver()[0] == "glibc":

@@ -1,6 +1,7 @@
 """Datasets of records on disk: TFDS with array records, complete or absent. TensorFlow is not needed."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from fantasy_jax.config import as_json
+from fantasy_jax.config import as_json, differences
 from fantasy_jax.errors import ConfigError
 
 Record = dict[str, Any]
+METADATA_FILE = "metadata.json"
 
 
 class _Uncompressed:
@@ -83,34 +85,54 @@ def write_dataset(
     Raises:
         ConfigError: The dataset exists with other metadata.
     """
-    metadata = as_json(metadata)
     tfds.disable_progress_bar()  # it knows no total
-    folder = Path(directory) / name / str(RecordsBuilder.VERSION)
+    folder = dataset_folder(name, directory)
+    check_unchanged(folder, metadata)
     if not folder.exists():
-        RecordsBuilder(name, Path(directory), features(), splits, metadata).download_and_prepare()
-        return folder
-    written = read_metadata(folder)
-    if differing := [key for key, value in metadata.items() if written.get(key) != value]:
-        raise ConfigError(
-            f"{folder}: was made with other settings ({differing[0]}); remove it, or choose another folder"
-        )
+        for left_behind in folder.parent.glob("incomplete.*"):  # of a run that was killed
+            shutil.rmtree(left_behind)
+        RecordsBuilder(name, Path(directory), features(), splits, as_json(metadata)).download_and_prepare()
     return folder
+
+
+def dataset_folder(name: str, directory: str | Path) -> Path:
+    """The folder of the records of a dataset, complete or absent."""
+    return Path(directory) / name / str(RecordsBuilder.VERSION)
+
+
+def check_unchanged(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Checks that a dataset, if it exists, was made with exactly these settings.
+
+    Raises:
+        ConfigError: A setting differs.
+    """
+    if folder.exists():
+        for key, one, other in differences(read_metadata(folder), as_json(metadata)):
+            raise ConfigError(
+                f"{key} was {one!r} when {folder} was made, and is now {other!r}; keep it, or remove that"
+            )
 
 
 def open_split(folder: Path, split: str) -> Any:
     """Returns the records of a split as a sequence.
 
     Raises:
-        ConfigError: The folder holds no dataset.
+        ConfigError: The folder holds no dataset, a damaged one, or one without this split.
     """
-    return _open(folder).as_data_source(split)
+    builder = _open(folder)
+    if split not in builder.info.splits:
+        raise ConfigError(f"{folder}: has no split {split!r}, only {', '.join(builder.info.splits)}")
+    for path in map(Path, builder.info.splits[split].filepaths):
+        if not path.is_file() or not path.stat().st_size:
+            raise ConfigError(f"{path}: is missing or empty; copy the dataset again, or remake it")
+    return builder.as_data_source(split)
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
     """Returns the metadata that `write_dataset` stored with a dataset.
 
     Raises:
-        ConfigError: The folder holds no dataset.
+        ConfigError: The folder holds no dataset, or a damaged one.
     """
     return dict(_open(folder).info.metadata or {})
 
@@ -124,29 +146,26 @@ def check_metadata(folder: str | Path, wanted: Mapping[str, Any]) -> None:
             skipped.
 
     Raises:
-        ConfigError: The folder holds no dataset, or a value differs.
+        ConfigError: The folder holds no dataset, one without metadata, or a value differs.
     """
-    for key, stored, value in _differences(read_metadata(folder), as_json(wanted), ""):
-        raise ConfigError(
-            f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
-            "config, or remake the records"
-        )
+    found = read_metadata(folder)
+    if not (Path(folder) / METADATA_FILE).is_file():
+        raise ConfigError(f"{folder}: has no {METADATA_FILE}; copy the records again, or remake them")
+    for key, stored, value in differences(found, as_json(wanted)):
+        if stored is not None and value is not None:
+            raise ConfigError(
+                f"{folder}: {key} of these records is {stored!r}, but {value!r} is configured; change the "
+                "config, or remake the records"
+            )
 
 
 def _open(folder: str | Path) -> tfds.core.DatasetBuilder:
     try:
-        return tfds.builder_from_directory(folder)
-    except OSError as error:
-        raise ConfigError(f"{folder}: holds no dataset ({error}); give a folder of records") from error
-
-
-def _differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], path: str
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yields path and both values of every key that both mappings have with different values."""
-    for key in (key for key in wanted if key in stored):
-        one, other = stored[key], wanted[key]
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, f"{path}{key}.")
-        elif one != other:
-            yield f"{path}{key}", one, other
+        builder = tfds.builder_from_directory(folder)
+        _ = builder.info.metadata  # is read when it is asked for
+    except Exception as error:  # damaged files make TFDS raise anything
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{folder}: holds no dataset, or a damaged one ({reason}); give a folder of records"
+        ) from error
+    return builder

@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 
 from fantasy_jax import cli
-from fantasy_jax.data.encoded import encode_dataset
+from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import Record, open_split
+from fantasy_jax.data.records import Record, check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.stage import EncoderStageConfig
 from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
@@ -47,14 +47,24 @@ from fantasy_jax.sharding import make_mesh, process_rows
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, random_networks
 from fantasy_jax.system.registry import component_of
+from fantasy_jax.training.checkpoint import check_resumable
 from fantasy_jax.training.finetune import PIPELINE
-from fantasy_jax.training.loop import TrainingTask, train
-from fantasy_jax.training.stages import NUM_SAMPLES, StagesConfig, pairs, stage_name, train_stages
+from fantasy_jax.training.loop import TrainingTask, checkpoint_folder, train
+from fantasy_jax.training.stages import (
+    NUM_SAMPLES,
+    StagesConfig,
+    pairs,
+    stage_name,
+    train_stages,
+    without,
+)
 from fantasy_jax.training.state import Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import save_network
 
+ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "vae": "vae"}
+"""Slot of each encoder that is trained, by its section of the config, which also names its folder."""
 _INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
 """Clips for the initial weights of face encoder and VAE, and for the statistics of the VAE's latents."""
 
@@ -118,7 +128,15 @@ class MiniatureTrainer:
             process_rows(stage.batch_size // stage.optimizer.grad_accum_steps, self.mesh)
 
     def run(self) -> Path:
-        """Trains everything, or resumes where an earlier call stopped; returns the weight store."""
+        """Trains everything, or resumes where an earlier call stopped; returns the weight store.
+
+        Raises:
+            ConfigError: The workdir holds a part that was made with other settings.
+        """
+        config, settings = self.config, self._settings()
+        for name in ENCODERS:  # before another part is trained for nothing
+            check_resumable(checkpoint_folder(self.workdir / name), self._encoder_settings(name))
+        check_unchanged(encoded_folder(self.workdir / "encoded"), settings)
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         with cli.timed("Clips"):
             clips = write_clips(self.data, self.video, self.workdir / "data")
@@ -129,9 +147,6 @@ class MiniatureTrainer:
                 networks = self._train_face_encoder(networks, clips)
         with cli.timed("VAE"):
             networks = self._train_vae(networks, clips)
-        config = self.config
-        settings = {"data": self.data, "video": self.video, "model": self.model}
-        settings |= {"speech": config.speech, "face": config.face, "vae": config.vae}
         with cli.timed("Encoded clips"):
             encoded = encode_dataset(networks, clips, self.workdir / "encoded", settings)
         stages = train_stages(
@@ -151,13 +166,24 @@ class MiniatureTrainer:
             self._save(folder, networks, transformer)
         return store
 
+    def _settings(self) -> dict[str, Any]:
+        """The settings that decide the encoded clips, by their config names."""
+        return self._deciding(self.model, {name: getattr(self.config, name) for name in ENCODERS})
+
+    def _encoder_settings(self, name: str) -> dict[str, Any]:
+        """The settings that decide an encoder, but for the number of steps: it can be given more."""
+        model = {ENCODERS[name]: self.model.to_config().get(ENCODERS[name])}
+        return self._deciding(model, {name: without(getattr(self.config, name), "num_steps")})
+
+    def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
+        seed = {"loop": {"seed": self.config.loop.seed}}
+        return {"data": self.data, "video": self.video, "model": model, "train": seed | train}
+
     def _train_speech_encoder(self, networks: Networks, clips: Path) -> Networks:
         encoder = networks["speech_encoder"]
         regressor = MouthRegressor(encoder, rngs=nnx.Rngs(self.config.loop.seed))
-        records, settings = open_split(clips, "train"), {"model": encoder.config}
-        trained = self._train(
-            "speech", regressor, speech_loss, records, speech_example, self.config.speech, settings
-        )
+        records = open_split(clips, "train")
+        trained = self._train("speech", regressor, speech_loss, records, speech_example, self.config.speech)
         return networks.replace(speech_encoder=trained.encoder)
 
     def _train_face_encoder(self, networks: Networks, clips: Path) -> Networks:
@@ -168,8 +194,7 @@ class MiniatureTrainer:
         initial = range(min(_INITIALISATION_CLIPS, len(records)))
         initialise_norms(encoder, np.concatenate([crop(records[i], rng)["faces"] for i in initial]))
         loss = partial(face_loss, temperature=config.temperature)
-        settings = {"model": encoder.config}
-        trained = self._train("face", encoder, loss, records, crop, config, settings)
+        trained = self._train("face", encoder, loss, records, crop, config)
         return networks.replace(face_encoder=trained)
 
     def _train_vae(self, networks: Networks, clips: Path) -> Networks:
@@ -186,7 +211,7 @@ class MiniatureTrainer:
         initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
-        trained = self._train("vae", vae, loss, records, crop, config, {}, sample=sample)
+        trained = self._train("vae", vae, loss, records, crop, config, sample=sample)
         starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
         normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
         return networks.replace(vae=trained)
@@ -199,13 +224,10 @@ class MiniatureTrainer:
         records: Any,
         transform: Callable[[Record, np.random.Generator], Record],
         config: EncoderStageConfig,
-        settings: dict[str, Any],
         *,
         sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
     ) -> nnx.Module:
         """Trains one encoder in the folder of its name."""
-        loop = self.config.loop
-        common = {"data": self.data, "video": self.video, name: config, "seed": loop.seed}
         task = TrainingTask(
             name,
             model,
@@ -215,9 +237,9 @@ class MiniatureTrainer:
             config.num_steps,
             config.optimizer,
             sample=sample,
-            settings=common | settings,
+            settings=self._encoder_settings(name),
         )
-        return train(task, loop, self.workdir / name, self.mesh)
+        return train(task, self.config.loop, self.workdir / name, self.mesh)
 
     def _save(self, store: Path, networks: Networks, transformer: WanTransformer) -> None:
         """Writes a weight store in bfloat16: half the size, without a visible effect on samples."""

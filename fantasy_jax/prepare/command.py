@@ -1,10 +1,11 @@
 """The command line of the preparation: a folder of raw videos becomes records for training."""
 
+import argparse
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from fantasy_jax import cli
 from fantasy_jax.config import build
+from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import atomic_write
+from fantasy_jax.files import atomic_write, lock_folder
 from fantasy_jax.prepare.analysis import OpenDetectors, PrepareTask
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.encode import EncodedClips, Encoders, dataset_metadata, write_encoded
@@ -83,23 +85,38 @@ def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = media
         pass
     videos, output = _find(arguments.input, arguments.captions), Path(arguments.output)
     encoders = Encoders.of(model, Path(weights) if weights and not arguments.clips_only else None)
+    with full_disk_reported(output), lock_folder(output):
+        folder = _write(arguments, videos, task, networks, encoders, open_detectors)
+    if folder is not None:
+        print(f"Wrote {folder}; train on it with train.py --records={folder}")
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    videos: InputVideos,
+    task: PrepareTask,
+    networks: Callable[[], Networks],
+    encoders: Encoders,
+    open_detectors: OpenDetectors,
+) -> Path | None:
+    """Writes work files, the report and the dataset; returns its folder, or None for clips only."""
+    settings, output = task.config, Path(arguments.output)
     if arguments.beam is not None:
         from fantasy_jax.prepare.beam import BeamRun
 
         run = BeamRun(videos.sources, videos.prompts, task, networks, open_detectors, output)
         folder, clips = run.write(arguments.beam.split(), dataset_metadata(task, encoders))
         _report(videos, clips, settings, output, lambda clip: None)
-    else:
-        work = output / "work" / _short_digest(asdict(task))
-        clips = _prepare(work, videos.sources, task, open_detectors, arguments.processes)
-        kept = _report(videos, clips, settings, output, partial(read_thumbnail, work))
-        if arguments.clips_only:
-            return 0
-        encoded = EncodedClips(output / "work/encoded", networks(), encoders, task)
-        records = encoded.encode(StoredClips(work, kept), videos.prompts)
-        folder = write_encoded(output, records, kept, videos.prompts, task=task, encoders=encoders)
-    print(f"Wrote {folder}; train on it with train.py --records={folder}")
-    return 0
+        return folder
+    work = output / "work" / _short_digest(asdict(task))
+    clips = _prepare(work, videos.sources, task, open_detectors, arguments.processes)
+    kept = _report(videos, clips, settings, output, partial(read_thumbnail, work))
+    if arguments.clips_only:
+        return None
+    encoded = EncodedClips(output / "work/encoded", networks(), encoders, task)
+    records = encoded.encode(StoredClips(work, kept), videos.prompts)
+    return write_encoded(output, records, kept, videos.prompts, task=task, encoders=encoders)
 
 
 def _find(folder: str, side_file: str | None) -> InputVideos:

@@ -14,7 +14,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import shutil
-import threading
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -31,6 +31,7 @@ from fantasy_jax.data.records import Record
 from fantasy_jax.prepare.analysis import Detectors, OpenDetectors, PrepareTask
 from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.prepare.stages import PreparedClip, prepare_video
+from fantasy_jax.processes import STOP_SIGNALS, exit_with_parent, signals_blocked
 
 _CLIPS = "clips.json"
 _DIGITS = 16
@@ -98,7 +99,7 @@ def prepare_videos(
             with _pool(min(processes, len(waiting)), work, task, open_detectors) as pool:
                 while waiting or running:
                     while waiting and len(running) < processes:
-                        running[pool.submit(_prepare, waiting[0])] = waiting[0]
+                        running[_submit(pool, waiting[0])] = waiting[0]
                         waiting.popleft()  # after submit, which a broken pool refuses
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         future.result()
@@ -115,7 +116,7 @@ def _prepare_alone(source: SourceVideo, work: Path, task: PrepareTask, open_dete
         return
     try:
         with _pool(1, work, task, open_detectors) as pool:
-            pool.submit(_prepare, source).result()
+            _submit(pool, source).result()
     except BrokenProcessPool:
         message = "the process that reads it dies, because of its stream or for lack of memory"
         write_clips(work, source, [PreparedClip.whole_video(source, "crash", message)])
@@ -133,19 +134,22 @@ def _pool(
     )
 
 
+def _submit(pool: ProcessPoolExecutor, source: SourceVideo) -> Future:
+    with signals_blocked():  # it may start a worker
+        return pool.submit(_prepare, source)
+
+
 _worker: dict[str, Any] = {}
 """State of a worker process: its initial arguments, and the detectors once they are open."""
 
 
 def _start_worker(work: Path, task: PrepareTask, open_detectors: OpenDetectors) -> None:
     _worker.update(work=work, task=task, open_detectors=open_detectors)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exits when the parent is killed, so that no worker writes where the next run does."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    exit_with_parent()  # so that no worker writes where the next run does
+    # A worker has nothing to save: Ctrl-C ends it without a word, from its start on.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _prepare(source: SourceVideo) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from fantasy_jax.data.records import check_metadata
+from fantasy_jax.data.records import check_metadata, read_metadata
 from fantasy_jax.models.lora import lora_of
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipelines.config import SampleConfig, check_pipeline, write_pipeline
@@ -73,7 +73,7 @@ def finetune(
         fps=video.fps,
         sampling=sampling,
         config=config,
-        settings={"model": model, "weights": hashes},
+        settings={"model": model, "weights": hashes, "records": read_metadata(records)},
     )
     for index, transformer in stages:
         if index == len(config.stages) - 1:

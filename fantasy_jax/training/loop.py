@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError, Stopped
 from fantasy_jax.files import lock_folder
 from fantasy_jax.sharding import make_global_batch, process_rows
@@ -84,7 +85,8 @@ class TrainingTask:
         sample: `(model, folder) -> images`: samples from the model, and writes videos into `folder` unless it
             is None. None for a model that is not sampled from.
         validate: Returns metrics of held-out examples; None for none.
-        settings: Everything that decides the result; a run resumes only with the same settings.
+        settings: Everything that decides the result, by config names, except for the number of steps; a run
+            resumes only with the same settings.
     """
 
     name: str
@@ -98,6 +100,11 @@ class TrainingTask:
     sample: Callable[[nnx.Module, Path | None], dict[str, UInt8[np.ndarray, "H W 3"]]] | None = None
     validate: Callable[[nnx.Module], dict[str, float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """The folder of checkpoints of a run in a folder."""
+    return folder / "checkpoints"
 
 
 def train(task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh) -> nnx.Module:
@@ -116,15 +123,13 @@ def train(task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh) -> n
         Stopped: SIGINT or SIGTERM was received; everything is saved.
         FloatingPointError: A step was not finite; the state before it is saved.
         ConfigError: The folder holds a run with other settings or one that another process trains, or the
-            batch cannot be sharded evenly.
+            batch cannot be sharded evenly, or every checkpoint is damaged.
+        FullDiskError: The disk is full; earlier checkpoints are kept.
     """
-    with lock_workdir(folder), jax.set_mesh(mesh):
-        run = _Run(task, config, folder, mesh)
-        try:
-            if run.step < task.num_steps:
-                run.run()
-        finally:
-            run.checkpoints.close()
+    with full_disk_reported(folder), lock_workdir(folder), jax.set_mesh(mesh), ExitStack() as stack:
+        run = _Run(task, config, folder, mesh, stack)
+        if run.step < task.num_steps:
+            run.run()
         return run.trainer.model(run.state.eval_params)
 
 
@@ -152,7 +157,7 @@ def lock_workdir(folder: Path) -> Iterator[None]:
 class _Run:
     """The state of one call of `train`."""
 
-    def __init__(self, task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh):
+    def __init__(self, task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh, stack: ExitStack):
         self.task, self.config, self.folder, self.mesh = task, config, folder, mesh
         process_rows(task.batch_size // task.optimizer.grad_accum_steps, mesh)  # raises if it does not divide
         self.rows = process_rows(task.batch_size, mesh)
@@ -166,8 +171,13 @@ class _Run:
             rules=task.parameters,
         )
         self.checkpoints = Checkpoints(
-            folder / "checkpoints", task.settings, keep_last=config.keep_last, keep_every=config.keep_every
+            checkpoint_folder(folder),
+            task.settings,
+            task.num_steps,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
         )
+        stack.callback(self.checkpoints.close)
         self.state = self.checkpoints.restore(self.trainer.init_state())
         self.step = int(self.state.step)
         self.clock = _Clock(self.step)
@@ -185,11 +195,13 @@ class _Run:
             disable=not is_first,
             postfix="compiling",
         )
-        with _stop_signals() as signals, Events(self.folder if is_first else None) as events, bar:
+        events = Events(self.folder if is_first else None)
+        with _stop_signals() as signals, events, bar, closing(self._batches()) as batches:
             previous = None
-            for local in self._batches():
-                records = local.pop("record", None)
+            for local in batches:
+                records = np.array(local.pop("record", ()))
                 metrics = self._dispatch(local)
+                del local  # shared memory that workers have allocated
                 if previous is None:  # includes compilation: not timed
                     jax.block_until_ready(metrics)
                     bar.unpause()
@@ -235,13 +247,13 @@ class _Run:
         self.state, metrics = self.trainer.step(self.state, self.trainer.frozen_state, batch, step)
         return metrics
 
-    def _check(self, metrics: Metrics, records: np.ndarray | None) -> None:
+    def _check(self, metrics: Metrics, records: np.ndarray) -> None:
         """Ends the run if a step was not finite; that step and all after it have left the state unchanged."""
         if bool(metrics["finite"]):
             return
         self.step = int(self.state.step)
         self._save()
-        of_records = "" if records is None else f" (records {', '.join(map(str, records))})"
+        of_records = f" (records {', '.join(map(str, records))})" if len(records) else ""
         raise FloatingPointError(
             f"{self.task.name}: step {self.step + 1}{of_records} is not finite "
             f"(loss {float(metrics['loss'])}); step {self.step} is saved in {self.checkpoints.folder}; "
@@ -276,7 +288,7 @@ class _Run:
         self.checkpoints.save(self.state, {"step": self.step, "examples": self.step * self.task.batch_size})
 
     def _save_and_time(self, events: Events) -> None:
-        """Saves; times the run's first save, and warns if a stop would leave no time for another."""
+        """Saves; times and verifies the first save of a run, and warns if it takes too long."""
         step_seconds, start, grace = (
             self.clock.per_step(self.step),
             time.perf_counter(),
@@ -287,6 +299,7 @@ class _Run:
             return
         self.checkpoints.wait()
         self.save_seconds = time.perf_counter() - start
+        self.checkpoints.verify()  # once a run: storage that does not keep what is written
         self.clock.reset(self.step)
         events.scalars({f"{self.task.name}/save_seconds": self.save_seconds}, self.step)
         if 2 * (step_seconds + self.save_seconds) > grace:

@@ -1,7 +1,7 @@
 """The stages of the transformer's training, on encoded clips, one after another."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from fantasy_jax.sharding import MeshConfig, in_host_memory, make_global_batch, 
 from fantasy_jax.system.encoders import encode_text
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.networks import Networks
-from fantasy_jax.training.loop import LoopConfig, TrainingTask, train
+from fantasy_jax.training.checkpoint import check_resumable
+from fantasy_jax.training.loop import LoopConfig, TrainingTask, checkpoint_folder, train
 from fantasy_jax.training.objective import (
     VALIDATION_SIGMAS,
     PadText,
@@ -93,6 +94,30 @@ def prepare_for_stage(
     return transformer
 
 
+def without(config: Any, *names: str) -> dict[str, Any]:
+    """The settings of a dataclass but for some of them."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in names}
+
+
+def stage_settings(config: StagesConfig, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings that decide the result of each stage, by their config names.
+
+    Logs, checkpoints, validation, workers and memory do not. The number of steps of the stage itself is left
+    out, since a stage can be given more of them; those of the stages before it are not.
+
+    Args:
+        config: All settings.
+        settings: Settings that decide the initial weights and the records.
+    """
+    common = {**settings.get("train", {}), "lora": config.lora, "loop": {"seed": config.loop.seed}}
+    found, before = [], {}
+    for index, stage in enumerate(config.stages):
+        own = {str(index): without(stage, "num_steps", "remat_save_names")}
+        found.append({**settings, "train": common | {"stages": before | own}})
+        before = before | {str(index): without(stage, "remat_save_names")}
+    return found
+
+
 def train_stages(
     networks: Networks,
     records: Path,
@@ -114,29 +139,31 @@ def train_stages(
         fps: Frames per second of the clips.
         sampling: How samples are made.
         config: All settings.
-        settings: Further settings that decide the result.
+        settings: Further settings that decide the result, by their config names.
 
     Yields:
         Each stage's index and the transformer that it trained.
 
     Raises:
-        ConfigError: Rules do not fit the parameters, or records do not fit the adapters.
+        ConfigError: Rules do not fit the parameters, records do not fit the adapters, or a stage was begun
+            with other settings.
     """
+    deciding = stage_settings(config, settings)
+    for index in range(len(config.stages)):  # before another stage is trained for nothing
+        check_resumable(checkpoint_folder(workdir / stage_name(index)), deciding[index])
     empty_text = encode_text(networks, [""])[0]
     with in_host_memory():  # no device has to hold all of what the mesh shares
         transformer = networks["transformer"]
     for stage in config.stages:  # an error in the last stage's rules must not show up after days
         parameter_modes(transformer, stage.parameters)
     check_inputs(transformer, open_split(records, "train")[0])
-    settings = settings | {"lora": config.lora}
     for index, stage in enumerate(config.stages):
         name = stage_name(index)
-        settings = settings | {name: stage}
         with cli.timed(f"Stage {index + 1}"):
             with in_host_memory():
                 transformer = prepare_for_stage(transformer, stage, config)
             data = _StageData(networks, records, empty_text, mesh, fps)
-            task = data.task(name, transformer, stage, sampling, config.loop, settings)
+            task = data.task(name, transformer, stage, sampling, config.loop, deciding[index])
             transformer = train(task, config.loop, workdir / name, mesh)
         yield index, transformer
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fantasy_jax.convert.files import open_weights, source_files
 from fantasy_jax.convert.rules import Plan, check, load, stored_dtype
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.files import lock_folder
 from fantasy_jax.system.registry import Component, components
 from fantasy_jax.typing import DType
 from fantasy_jax.weights.detect import Detected, detect
@@ -105,6 +106,7 @@ def import_weights(
         WeightsError: A file is missing, damaged or of another model; two files hold the same network; or the
             disk has not enough space.
         ConversionError: A file does not fit its network.
+        ConfigError: Another import writes to the store.
     """
     jobs = _wan_jobs(Path(wan), dtype) if wan is not None else []
     options = import_options()
@@ -118,7 +120,8 @@ def import_weights(
     _check_space(Path(output), todo)
     # Files are read twice: first for their checksums.
     total = sum(job.bytes + sum(path.stat().st_size for path in job.files) for job, _ in todo)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress or not todo) as bar:
+    hidden = not progress or not todo
+    with lock_folder(output), tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
         for job, folder in todo:
             bar.set_description(folder.name)
             _import(job, folder, bar)
