@@ -1,4 +1,4 @@
-"""Downloads, inspects, imports, exports and verifies the weights of PyTorch's networks."""
+"""Downloads, inspects, imports, checks, exports and verifies the weights of PyTorch's networks."""
 
 import argparse
 from typing import Any
@@ -13,9 +13,11 @@ from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import slots
+from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.download import download
 from fantasy_jax.weights.exporter import export_weights
 from fantasy_jax.weights.importer import import_options, import_weights
+from fantasy_jax.weights.initial import init_store
 from fantasy_jax.weights.inspect import inspect
 
 EXAMPLES = """\
@@ -58,6 +60,17 @@ examples:
 
 Complete networks are skipped. After an interruption, run the same command again: it continues. 10 GiB of
 memory are sufficient.
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  python convert_weights.py check weights/fantasy_talking_14b
+  python convert_weights.py check out/adapters/weights        a trained store, with the networks it links to
+"""
+
+INIT_EXAMPLES = """\
+examples:
+  python convert_weights.py init --config=configs/fantasy_talking_14b.py:debug --output=out/random
 """
 
 EXPORT_EXAMPLES = """\
@@ -105,6 +118,23 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    checked = check_store(arguments.directory)
+    for result in checked:
+        print(f"{result.path}: {'DAMAGED' if result.faults else 'whole, ' + result.text}")
+        print("".join(f"  {fault}\n" for fault in result.faults), end="")
+    damaged = sum(bool(result.faults) for result in checked)
+    print(f"\n{len(checked)} checked, {damaged} damaged")
+    return int(damaged > 0)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    model = build(ModelConfig, load_config(arguments.config).model, "model")
+    print("\n".join(init_store(arguments.output, model, seed=arguments.seed)))
+    print("All weights are random: what is sampled from them is noise.")
+    return 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
     where = (arguments.weights, arguments.component, arguments.output)
     print(export_weights(*where, layout=arguments.layout, merge_lora=arguments.merge_lora))
@@ -142,7 +172,7 @@ def _write(path: str, text: str) -> None:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="convert_weights.py", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_download, _add_inspect, _add_import, _add_export, _add_verify):
+    for add in (_add_download, _add_inspect, _add_import, _add_check, _add_init, _add_export, _add_verify):
         add(commands)
     return parser
 
@@ -197,6 +227,25 @@ def _add_import(commands: Any) -> None:
         default="bfloat16",
         help="dtype of the stored weights; the official scripts compute in bfloat16 (default: %(default)s)",
     )
+
+
+def _add_check(commands: Any) -> None:
+    describe = "Compares every file of a store with its checksum; the exit code is 1 if one differs."
+    command = _add(commands, "check", _check, "check a store for damage", describe, CHECK_EXAMPLES)
+    command.add_argument("directory", metavar="DIR", help="the store")
+
+
+def _add_init(commands: Any) -> None:
+    describe = "Writes a store of random weights: training, sampling and export can be tried with it."
+    command = _add(commands, "init", _init, "make a store of random weights", describe, INIT_EXAMPLES)
+    command.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="config file of the networks",
+    )
+    command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
+    command.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
 
 
 def _add_export(commands: Any) -> None:

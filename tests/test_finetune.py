@@ -27,6 +27,7 @@ from fantasy_jax.training.optim import OptimizerConfig
 from fantasy_jax.training.parameters import ALL_TRAINED, trainable
 from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.checksums import files_below, write_sums
 from fantasy_jax.weights.loading import stored_networks
 from fantasy_jax.weights.store import record_hashes
 
@@ -86,6 +87,7 @@ def change_record(network):
     content = json.loads(record.read_text())
     record.unlink()
     record.write_text(json.dumps(content | {"note": "another"}))
+    write_sums(network, files_below(network))
 
 
 def values(network):

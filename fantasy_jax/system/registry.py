@@ -113,6 +113,12 @@ class Component:
         """The dataclass of its sizes."""
         return type(next(iter(self.presets.values())))
 
+    @property
+    def encoders(self) -> list[str]:
+        """Slots of the networks whose outputs it takes, except for the transformer."""
+        slots = [field.partition(".")[0] for field in (self.equal or {}).values()]
+        return [slot for slot in dict.fromkeys(slots) if slot != "transformer"]
+
     def read_config(self, values: Mapping[str, Any], path: Path) -> Any:
         """Builds the sizes from the JSON form of their fields; `path` is for the WeightsError."""
         try:
