@@ -57,6 +57,10 @@ examples:
   python convert_weights.py import --wan=downloads/Wan2.1-I2V-14B-720P \\
       --fantasyportrait=downloads/fantasyportrait_model.ckpt --pd_fpg=downloads/pd_fpg.pth \\
       --output=weights/fantasy_portrait_14b
+  files of ComfyUI, also quantised ones, in place of the folder or of some of its networks:
+  python convert_weights.py import --transformer=wan2.1_i2v_720p_14B_fp8_scaled.safetensors \\
+      --vae=wan_2.1_vae.safetensors --text_encoder=umt5_xxl_fp16.safetensors \\
+      --image_encoder=clip_vision_h.safetensors --output=weights
 
 Complete networks are skipped. After an interruption, run the same command again: it continues. 10 GiB of
 memory are sufficient.
@@ -113,7 +117,16 @@ def _import(arguments: argparse.Namespace) -> int:
     if arguments.wan is None and not sources:
         raise WeightsError(f"nothing to import; give --wan, --{', --'.join(options)}")
     dtype = jnp.dtype(arguments.dtype)
-    lines = import_weights(arguments.output, wan=arguments.wan, sources=sources, dtype=dtype)
+    if arguments.tokenizer and "text_encoder" not in sources:
+        raise WeightsError("--tokenizer goes with --text_encoder, which is not given")
+    lines = import_weights(
+        arguments.output,
+        wan=arguments.wan,
+        sources=sources,
+        dtype=dtype,
+        variant=arguments.variant,
+        tokenizer=arguments.tokenizer,
+    )
     print("\n".join(lines))
     return 0
 
@@ -142,7 +155,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = inspect(arguments.path, preset=arguments.preset)
+    found = inspect(arguments.path, preset=arguments.preset, variant=arguments.variant)
     for network in found:
         print("\n".join(network.lines(every_key=arguments.map)))
     return int(any(network.plan.problems for network in found))
@@ -203,10 +216,20 @@ def _add_inspect(commands: Any) -> None:
     summary = "print the networks of a file and how they map"
     command = _add(commands, "inspect", _inspect, summary, describe, INSPECT_EXAMPLES)
     command.add_argument(
-        "path", help="a .safetensors, .pth, .ckpt or .onnx file, a folder of them, or a JSON manifest"
+        "path", help="a .safetensors, .pth, .ckpt, .gguf or .onnx file, a folder of them, or a JSON manifest"
     )
+    _add_variant(command)
     command.add_argument("--preset", help="name of the network's sizes, if they cannot be detected: umt5_xxl")
     command.add_argument("--map", action="store_true", help="list the parameter of every tensor")
+
+
+def _add_variant(command: cli.ArgumentParser) -> None:
+    command.add_argument(
+        "--variant",
+        default="",
+        metavar="NAME",
+        help="part of the name of the file to use where a folder holds several, such as fp16",
+    )
 
 
 def _add_import(commands: Any) -> None:
@@ -220,6 +243,12 @@ def _add_import(commands: Any) -> None:
     for name, component in import_options().items():
         source = component.download
         command.add_argument(f"--{name}", metavar=source.metavar, help=source.help)
+    command.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the text encoder's tokenizer, if it is neither in its file nor beside it",
+    )
+    _add_variant(command)
     command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
     command.add_argument(
         "--dtype",

@@ -30,7 +30,8 @@ class Inspection:
             sizes[str(spec.dtype)] += math.prod(spec.shape) * spec.dtype.itemsize
         groups = Counter(entry.path.split("/")[0] for entry in self.plan.entries)
         lines = [
-            f"component   {found.component.name}, {found.layout.name} keys, sizes of {found.preset}",
+            f"component   {found.component.name}, {found.layout.name} keys, sizes of {found.preset}"
+            f"{f', after {found.prefix}' * bool(found.prefix)}",
             f"tensors     {len(specs)}",
             f"parameters  {parameters:,}",
             "bytes       "
@@ -52,10 +53,16 @@ class Inspection:
         return lines
 
 
-def inspect(path: str | Path, *, preset: str | None = None) -> list[Inspection]:
+def inspect(path: str | Path, *, preset: str | None = None, variant: str = "") -> list[Inspection]:
     """Inspects every network in a file; reads no weights.
+
+    Args:
+        path: The file or folder.
+        preset: Name of the sizes; None: detected.
+        variant: Part of the file's name, where a folder holds several.
 
     Raises:
         WeightsError: The file cannot be read, or no network is detected in it.
     """
-    return [Inspection(found, found.plan()[1]) for found in detect(open_weights(path), preset=preset)]
+    weights = open_weights(path, variant=variant)
+    return [Inspection(found, found.plan()[1]) for found in detect(weights, preset=preset)]
