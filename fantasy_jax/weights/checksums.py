@@ -44,7 +44,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        rows = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        rows = [line.split("  ", 1) for line in lines if line]
         return {name: digest for digest, name in rows}
     except ValueError as error:  # UnicodeDecodeError, too
         raise WeightsError(f"{path}: damaged; import the network again") from error
@@ -66,6 +67,11 @@ def damaged_files(folder: Path, below: str = "") -> list[str]:
     sums = read_sums(folder)
     names = [name for name in sums if not below or name == below or name.startswith(f"{below}/")]
     return [name for name in names if _current(folder / name) != sums[name]]
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Names of the files that have a checksum and do not exist."""
+    return [name for name in read_sums(folder) if not (folder / name).is_file()]
 
 
 def files_below(folder: Path) -> list[str]:

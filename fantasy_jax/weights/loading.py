@@ -25,6 +25,7 @@ from fantasy_jax.typing import DType
 from fantasy_jax.weights.store import (
     LORA,
     TOKENIZER,
+    check_sums,
     items,
     network_hash,
     read_config,
@@ -229,10 +230,14 @@ def _check_sizes(folder: Path, config: Any) -> Component:
     if sizes != given:
         differing = [name for name in given if given[name] != sizes[name]]
         names = ", ".join(f"{n} {sizes[n]} (asked for: {given[n]})" for n in differing[:3])
-        raise WeightsError(f"{folder}: is of another model; it has {names}")
+        setting = f"--config.model.{component.slot}.{differing[0]}={sizes[differing[0]]}"
+        raise WeightsError(f"{folder}: is of another model; it has {names}; {setting} asks for its own")
     return component
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
     folder = directory / "text_encoder" / TOKENIZER
-    return load_tokenizer(folder) if folder.is_dir() else byte_tokenizer()
+    if not folder.is_dir():
+        return byte_tokenizer()
+    check_sums(folder.parent, TOKENIZER)
+    return load_tokenizer(folder)

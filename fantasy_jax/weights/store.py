@@ -35,7 +35,7 @@ from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import Component, find_component, slots
-from fantasy_jax.weights.checksums import SUMS, damaged_files, files_below, skipped, write_sums
+from fantasy_jax.weights.checksums import SUMS, damaged_files, files_below, missing_files, skipped, write_sums
 
 LORA = "lora"
 """Slot and format of a LoRA of the transformer."""
@@ -242,13 +242,17 @@ def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
     for name, size in sizes:
         if found[name] != size:
             raise WeightsError(f"{path.parent / name}: has {found[name]} bytes, not {size}; import it again")
-    _check_sums(path.parent, RECORD)
+    check_sums(path.parent, RECORD)
     return component, content
 
 
-def _check_sums(folder: Path, name: str) -> None:
-    """Raises a WeightsError if a file or an item differs from its checksums, unless checks are skipped."""
-    if not skipped() and (damaged := damaged_files(folder, name)):
+def check_sums(folder: Path, name: str) -> None:
+    """Compares a file or a subfolder of a stored network with its checksums, unless checks are skipped.
+
+    Raises:
+        WeightsError: It is damaged, or a file of the network is missing.
+    """
+    if not skipped() and (damaged := missing_files(folder) + damaged_files(folder, name)):
         raise WeightsError(
             f"{folder / damaged[0]}: damaged, it differs from its checksum in {SUMS}; import the network "
             "again, or copy it again from where it came"
@@ -293,7 +297,7 @@ def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, n
     path = Path(folder).absolute() / item
     # Several processes share the work.
     if zlib.crc32(item.encode()) % jax.process_count() == jax.process_index():
-        _check_sums(path.parent, item)
+        check_sums(path.parent, item)
     try:
         with _checkpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
