@@ -107,14 +107,16 @@ def open_weights(path: str | Path, *, variant: str = "") -> WeightsFile:
 def read_config(folder: Path) -> Mapping[str, Any]:
     """The content of the config.json in a folder, with that of its preprocessor; empty if there is none.
 
-    The settings of the preprocessor, such as `do_normalize`, say which inputs the network takes.
-    transformers 5 nests them in processor_config.json.
+    The settings of the preprocessor, such as `do_normalize`, say which inputs the network takes. Those of
+    transformers 5 are nested, in either of two files.
     """
     names = ("processor_config.json", "preprocessor_config.json", "config.json")
-    processor, *contents = (_read_json(x) if (x := folder / name).is_file() else {} for name in names)
-    nested = processor.get("feature_extractor", {})
-    contents.insert(0, nested if isinstance(nested, dict) else {})
-    return {name: value for content in contents for name, value in content.items()}
+    merged: dict[str, Any] = {}
+    for name in (name for name in names if (folder / name).is_file()):
+        content = _read_json(folder / name)
+        nested = content.get("feature_extractor")
+        merged |= content | (nested if isinstance(nested, dict) else {})
+    return merged
 
 
 def source_files(path: Path) -> list[Path]:

@@ -98,8 +98,17 @@ def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = media
         encoded = EncodedClips(output / "work/encoded", networks(), encoders, task)
         records = encoded.encode(StoredClips(work, kept), videos.prompts)
         folder = write_encoded(output, records, kept, videos.prompts, task=task, encoders=encoders)
-    print(f"Wrote {folder}; train on it with train.py --records={folder}")
+    print(f"Wrote {folder}; {_next_command(arguments.config, config.get('task'), weights, folder)}")
     return 0
+
+
+def _next_command(config: str, task: str | None, weights: str, records: Path) -> str:
+    """How to train on the records."""
+    if task != "talking":
+        return f"{config} does not train on records, but on clips of its own"
+    if not weights:
+        return "its encoders are random, and fit no store; prepare with --weights to train on it"
+    return f"train on it: train.py --config={config} --weights={weights} --records={records} --workdir=DIR"
 
 
 def _find(folder: str, side_file: str | None) -> InputVideos:
