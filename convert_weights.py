@@ -171,7 +171,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         references = (f"--reference={folder}" for folder in arguments.reference)
         settings = (*references, f"--dtype={arguments.dtype}", f"--markdown={arguments.markdown}")
-        _write(arguments.markdown, to_markdown(rows, ["python convert_weights.py verify", *settings]))
+        _write(
+            arguments.markdown, to_markdown(rows, [".venv/bin/python convert_weights.py verify", *settings])
+        )
     failed = sum(row.verdict == "fail" for row in rows)
     print(f"\n{len(rows)} outputs compared, {failed} above their limit")
     return int(failed > 0)
