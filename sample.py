@@ -26,7 +26,6 @@ from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.check import describe_store
 
 EXAMPLES = """\
 examples:
@@ -264,11 +263,9 @@ def _pipeline(
     """A pipeline with the weights of a store, or with random ones."""
     weights = config.get("weights", "") if arguments.weights is None else arguments.weights
     if weights:
-        pipeline = pipeline_type.from_pretrained(
+        return pipeline_type.from_pretrained(
             weights, model=model, video=video, config=settings, keep=settings.keep
         )
-        print("\n".join(describe_store(weights, model.networks)))
-        return pipeline
     print("No weights given: they are random, and the video will be noise.")
     return pipeline_type(random_networks(model, byte_tokenizer()), video, settings)
 

@@ -14,7 +14,8 @@ from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.weights import checksums
-from fantasy_jax.weights.check import check_store, describe_store
+from fantasy_jax.weights.check import check_store
+from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import load_network, stored_networks
 from fantasy_jax.weights.store import SourceFile, network_hash, read_record, record_hashes, save_network
 
@@ -142,7 +143,9 @@ def test_a_store_of_random_weights_says_so(random_store, caplog, capsys):
         stored_networks(store, model)
     assert "are random" in caplog.text
     assert "vae" in caplog.text
-    assert all("random weights" in line for line in describe_store(store))
+    origins = store_origins(store)
+    assert origins.keys() == model.networks.keys()
+    assert all("random weights" in line for line in origins.values())
     assert not any(result.faults for result in check_store(store))
     code, _, err = run_convert_weights(capsys, "init", f"--config={DEBUG}", f"--output={store}")
     assert (code, err.count("\n"), "exists already" in err) == (2, 1, True)

@@ -13,7 +13,6 @@ from test_import import adapter, layout_tensors, official, references, tiny, wri
 
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.files import lock_folder
 from fantasy_jax.preprocessing.text import load_tokenizer
 from fantasy_jax.system.registry import components
 from fantasy_jax.weights.importer import import_weights
@@ -169,6 +168,14 @@ def test_a_wrapped_pickle(tmp_path, wrap):
     weights = open_weights(tmp_path / "x.ckpt")
     assert weights.specs.keys() == {"a.weight", "b"}
     np.testing.assert_array_equal(weights.read("a.weight"), np.arange(6.0).reshape(2, 3))
+
+
+def test_nothing_of_a_pickle_is_dropped_that_may_be_weights(tmp_path):
+    import torch
+
+    one = torch.ones(2)
+    torch.save({"model": {"a": one}, "head": {"b": one}, "optimizer": {"c": one}}, tmp_path / "x.pt")
+    assert open_weights(tmp_path / "x.pt").specs.keys() == {"model.a", "head.b", "optimizer.c"}
 
 
 def test_two_models_in_a_pickle_are_refused(tmp_path):
@@ -362,6 +369,7 @@ PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
         (lambda folder: bytes(5000), "zeros"),
         (lambda folder: b"", "empty"),
         (lambda folder: b"\x1f\x8b" + bytes(99), "archive"),
+        (lambda folder: b"Entry not found", "text"),
         (lambda folder: whole_safetensors(folder)[:-3], "cut off"),
         (lambda folder: whole_pickle(folder)[:-200], "its end is missing"),
     ],
@@ -400,26 +408,21 @@ def test_a_source_that_changed_is_seen_though_its_size_did_not(tmp_path, referen
     assert "before they were changed" in err
 
 
-def test_two_imports_into_one_store(tmp_path, references, command):  # noqa: F811
-    file, store = adapter(tmp_path / "f.ckpt", references), tmp_path / "store"
-    with lock_folder(store):
-        code, _, err = command("import", f"--fantasytalking={file}", f"--output={store}")
-    assert code == 2
-    assert f"{store}: is in use by process" in err
-
-
 # wav2vec2 as it is downloaded
 
 
 @pytest.mark.parametrize(
-    ("settings", "changes"),
+    ("settings", "changes", "nested"),
     [
-        ({}, {"do_normalize": False}),
-        ({"hidden_act": "relu"}, {"do_normalize": True}),
-        ({"hidden_act": "gelu_new", "feat_extract_activation": "silu", "layer_norm_eps": 1e-3}, {}),
+        ({}, {"do_normalize": False}, False),
+        ({"hidden_act": "relu"}, {"do_normalize": False}, True),
+        (
+            {"hidden_act": "gelu_new", "feat_extract_activation": "silu", "layer_norm_eps": 1e-3},
+            {"do_normalize": True},
+            False,
+        ),
     ],
 )
-@pytest.mark.parametrize("nested", [False, True])
 def test_a_folder_of_wav2vec2(tmp_path, settings, changes, nested):
     """The features of transformers, from the folder that transformers writes."""
     import torch

@@ -205,7 +205,7 @@ def test_several_files_without_an_index_are_ambiguous(tmp_path, tensors):
         ("x.json", '{"tensors": {"a": "wide"}}', "manifest"),
         ("x.json", '{"dtype": "float33", "tensors": {}}', "manifest"),
         ("x.model.safetensors.index.json", "[]", "list"),
-        ("x.npz", "no weights", "unknown"),
+        ("x.npz", "\x01\x02", "unknown"),
         ("x.pth", "", "damaged"),
         ("x.pth", "not a pickle at all", "damaged"),
     ],

@@ -70,8 +70,10 @@ def _refuse_what_is_none(path: Path, head: bytes, size: int) -> None:
         fault = "damaged: it begins with zeros, as a download that has not finished does; download it again"
     elif head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")):
         fault = "is a compressed archive; unpack it first"
-    elif path.suffix not in (".json",) and text.startswith(b"{") and _is_json_object(path, size):
+    elif path.suffix != ".json" and text.startswith(b"{") and _is_json_object(path, size):
         fault = "is JSON, such as the message of a server, not weights; download the file again"
+    elif path.suffix != ".json" and size < _HEAD and head.isascii() and head.decode("ascii").isprintable():
+        fault = f"damaged: it holds only the text {head[:60].decode()!r}; download it again"
     else:
         return
     raise WeightsError(f"{path}: {fault}")

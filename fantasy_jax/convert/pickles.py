@@ -22,6 +22,19 @@ _WRAPPERS = (
     "ema_state_dict",
 )
 """Entries under which training programs save a model beside what else they save."""
+_STATE = (
+    "amp",
+    "callback",
+    "grad_scaler",
+    "hyper_parameters",
+    "loops",
+    "lr_",
+    "optim",
+    "rng",
+    "scaler",
+    "sched",
+)
+"""Beginnings of the entries that hold the state of a training run, which may contain tensors."""
 
 
 def read_pickle(path: Path) -> tuple[dict[str, TensorSpec], Any]:
@@ -86,8 +99,19 @@ def _unwrap(loaded: Any) -> Any:
             break
         if len(found) > 1:
             raise ValueError(f"holds several models, {' and '.join(found)}; save the one to use by itself")
+        others = [x for name, x in loaded.items() if name not in found and not str(name).startswith(_STATE)]
+        if any(map(_has_tensors, others)):
+            break  # a part of a model may have such a name, too
         loaded = loaded[found[0]]
     return loaded
+
+
+def _has_tensors(value: Any) -> bool:
+    import torch
+
+    if isinstance(value, Mapping):
+        return any(map(_has_tensors, value.values()))
+    return isinstance(value, torch.Tensor)
 
 
 def _flatten(loaded: Any) -> dict[str, Any]:
