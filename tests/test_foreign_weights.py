@@ -7,7 +7,7 @@ import struct
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA, relative, run_convert_weights
+from helpers import relative, run_convert_weights
 from safetensors.numpy import save_file
 from test_import import adapter, layout_tensors, official, references, tiny, write_pickle  # noqa: F401
 
@@ -406,65 +406,3 @@ def test_a_source_that_changed_is_seen_though_its_size_did_not(tmp_path, referen
     code, _, err = command(*arguments)
     assert code == 2
     assert "before they were changed" in err
-
-
-# wav2vec2 as it is downloaded
-
-
-@pytest.mark.parametrize(
-    ("settings", "changes", "nested"),
-    [
-        ({}, {"do_normalize": False}, False),
-        ({"hidden_act": "relu"}, {"do_normalize": False}, True),
-        (
-            {"hidden_act": "gelu_new", "feat_extract_activation": "silu", "layer_norm_eps": 1e-3},
-            {"do_normalize": True},
-            False,
-        ),
-    ],
-)
-def test_a_folder_of_wav2vec2(tmp_path, settings, changes, nested):
-    """The features of transformers, from the folder that transformers writes."""
-    import torch
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
-
-    from fantasy_jax.system.encoders import encode_audio
-    from fantasy_jax.weights.detect import detect
-
-    sizes = json.loads((DATA / "wav2vec2/config.json").read_text())
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim")
-    names += ("num_conv_pos_embeddings", "num_conv_pos_embedding_groups")
-    config = Wav2Vec2Config(**{name: sizes[name] for name in names}, **settings)
-    torch.manual_seed(0)
-    model = Wav2Vec2Model(config).eval()
-    model.save_pretrained(tmp_path)
-    extractor = Wav2Vec2FeatureExtractor(**changes)
-    extractor.save_pretrained(tmp_path)
-    if nested:
-        file = tmp_path / "preprocessor_config.json"
-        content = {"feature_extractor": json.loads(file.read_text()), "processor_class": "Wav2Vec2Processor"}
-        (tmp_path / "processor_config.json").write_text(json.dumps(content))
-        file.unlink()
-    # fairseq's own checkpoint lies beside it in the published folders.
-    torch.save({"args": None, "model": {"w2v_encoder.proj.weight": torch.ones(2)}}, tmp_path / "xlsr.pt")
-    waveform = (0.1 + 0.3 * np.random.default_rng(0).standard_normal(16_000)).astype(np.float32)
-    values = extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_values
-    with torch.no_grad():
-        expected = model(values).last_hidden_state.numpy()
-    (found,) = detect(open_weights(tmp_path))
-    assert relative(encode_audio(found.load(), waveform), expected) < 5e-6
-
-
-@pytest.mark.parametrize(
-    ("file", "name", "value"),
-    [("config.json", "hidden_act", "mish"), ("preprocessor_config.json", "sampling_rate", 8000)],
-)
-def test_a_wav2vec2_that_is_not_supported(tmp_path, file, name, value):
-    from fantasy_jax.weights.detect import detect
-
-    shutil.copytree(DATA / "wav2vec2", tmp_path / "w")
-    path = tmp_path / "w" / file
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | {name: value}))
-    with pytest.raises(WeightsError, match=f"{name} .*{value}"):
-        detect(open_weights(tmp_path / "w"))
