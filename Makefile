@@ -30,7 +30,8 @@ $(INSTALLED): setup.cfg pyproject.toml
 SAMPLE := sample.py --config=configs/tiny.py --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav
 MEASURE := -m fantasy_jax.evaluation.video --image=$(EXAMPLE)/portrait.png --face=0.19,0.05,0.76,0.80
 
-demo: install
+# With whatever extras are installed; the tests need those of `test`.
+demo: $(or $(wildcard $(VENV)/.installed-*),$(INSTALLED))
 	$(RUN) $(SAMPLE) --output=out/demo.mp4
 	$(RUN) $(MEASURE) out/demo.mp4
 	$(RUN) $(SAMPLE) --output=out/demo_still.mp4 --config.sample.face_motion=0 --config.sample.body_motion=0

@@ -1,4 +1,4 @@
-"""Downloads, inspects, imports, exports and verifies the weights of PyTorch's networks."""
+"""Downloads, inspects, imports, checks, exports and verifies the weights of PyTorch's networks."""
 
 if __name__ == "__main__":
     from fantasy_jax.cli import exit_on_interrupt
@@ -18,9 +18,11 @@ from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import slots
+from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.download import download
 from fantasy_jax.weights.exporter import export_weights
 from fantasy_jax.weights.importer import import_options, import_weights
+from fantasy_jax.weights.initial import init_store
 from fantasy_jax.weights.inspect import inspect
 
 EXAMPLES = """\
@@ -60,9 +62,24 @@ examples:
   python convert_weights.py import --wan=downloads/Wan2.1-I2V-14B-720P \\
       --fantasyportrait=downloads/fantasyportrait_model.ckpt --pd_fpg=downloads/pd_fpg.pth \\
       --output=weights/fantasy_portrait_14b
+  files of ComfyUI, also quantised ones, in place of the folder or of some of its networks:
+  python convert_weights.py import --transformer=wan2.1_i2v_720p_14B_fp8_scaled.safetensors \\
+      --vae=wan_2.1_vae.safetensors --text_encoder=umt5_xxl_fp16.safetensors \\
+      --image_encoder=clip_vision_h.safetensors --output=weights
 
 Complete networks are skipped. After an interruption, run the same command again: it continues. 10 GiB of
 memory are sufficient.
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  python convert_weights.py check weights/fantasy_talking_14b
+  python convert_weights.py check out/adapters/weights        a trained store, with the networks it links to
+"""
+
+INIT_EXAMPLES = """\
+examples:
+  python convert_weights.py init --config=configs/fantasy_talking_14b.py:debug --output=out/random
 """
 
 EXPORT_EXAMPLES = """\
@@ -105,8 +122,34 @@ def _import(arguments: argparse.Namespace) -> int:
     if arguments.wan is None and not sources:
         raise WeightsError(f"nothing to import; give --wan, --{', --'.join(options)}")
     dtype = jnp.dtype(arguments.dtype)
-    lines = import_weights(arguments.output, wan=arguments.wan, sources=sources, dtype=dtype)
+    if arguments.tokenizer and "text_encoder" not in sources:
+        raise WeightsError("--tokenizer goes with --text_encoder, which is not given")
+    lines = import_weights(
+        arguments.output,
+        wan=arguments.wan,
+        sources=sources,
+        dtype=dtype,
+        variant=arguments.variant,
+        tokenizer=arguments.tokenizer,
+    )
     print("\n".join(lines))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    checked = check_store(arguments.directory)
+    for result in checked:
+        print(f"{result.path}: {'DAMAGED' if result.faults else 'whole, ' + result.text}")
+        print("".join(f"  {fault}\n" for fault in result.faults), end="")
+    damaged = sum(bool(result.faults) for result in checked)
+    print(f"\n{len(checked)} checked, {damaged} damaged")
+    return int(damaged > 0)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    model = build(ModelConfig, load_config(arguments.config).model, "model")
+    print("\n".join(init_store(arguments.output, model, seed=arguments.seed)))
+    print("All weights are random: what is sampled from them is noise.")
     return 0
 
 
@@ -117,7 +160,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = inspect(arguments.path, preset=arguments.preset)
+    found = inspect(arguments.path, preset=arguments.preset, variant=arguments.variant)
     for network in found:
         print("\n".join(network.lines(every_key=arguments.map)))
     return int(any(network.plan.problems for network in found))
@@ -133,7 +176,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         references = (f"--reference={folder}" for folder in arguments.reference)
         settings = (*references, f"--dtype={arguments.dtype}", f"--markdown={arguments.markdown}")
-        _write(arguments.markdown, to_markdown(rows, ["python convert_weights.py verify", *settings]))
+        _write(
+            arguments.markdown, to_markdown(rows, [".venv/bin/python convert_weights.py verify", *settings])
+        )
     failed = sum(row.verdict == "fail" for row in rows)
     print(f"\n{len(rows)} outputs compared, {failed} above their limit")
     return int(failed > 0)
@@ -147,7 +192,7 @@ def _write(path: str, text: str) -> None:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="convert_weights.py", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_download, _add_inspect, _add_import, _add_export, _add_verify):
+    for add in (_add_download, _add_inspect, _add_import, _add_check, _add_init, _add_export, _add_verify):
         add(commands)
     return parser
 
@@ -178,10 +223,20 @@ def _add_inspect(commands: Any) -> None:
     summary = "print the networks of a file and how they map"
     command = _add(commands, "inspect", _inspect, summary, describe, INSPECT_EXAMPLES)
     command.add_argument(
-        "path", help="a .safetensors, .pth, .ckpt or .onnx file, a folder of them, or a JSON manifest"
+        "path", help="a .safetensors, .pth, .ckpt, .gguf or .onnx file, a folder of them, or a JSON manifest"
     )
+    _add_variant(command)
     command.add_argument("--preset", help="name of the network's sizes, if they cannot be detected: umt5_xxl")
     command.add_argument("--map", action="store_true", help="list the parameter of every tensor")
+
+
+def _add_variant(command: cli.ArgumentParser) -> None:
+    command.add_argument(
+        "--variant",
+        default="",
+        metavar="NAME",
+        help="part of the name of the file to use where a folder holds several, such as fp16",
+    )
 
 
 def _add_import(commands: Any) -> None:
@@ -195,6 +250,12 @@ def _add_import(commands: Any) -> None:
     for name, component in import_options().items():
         source = component.download
         command.add_argument(f"--{name}", metavar=source.metavar, help=source.help)
+    command.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the text encoder's tokenizer, if it is neither in its file nor beside it",
+    )
+    _add_variant(command)
     command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
     command.add_argument(
         "--dtype",
@@ -202,6 +263,25 @@ def _add_import(commands: Any) -> None:
         default="bfloat16",
         help="dtype of the stored weights; the official scripts compute in bfloat16 (default: %(default)s)",
     )
+
+
+def _add_check(commands: Any) -> None:
+    describe = "Compares every file of a store with its checksum; the exit code is 1 if one differs."
+    command = _add(commands, "check", _check, "check a store for damage", describe, CHECK_EXAMPLES)
+    command.add_argument("directory", metavar="DIR", help="the store")
+
+
+def _add_init(commands: Any) -> None:
+    describe = "Writes a store of random weights: training, sampling and export can be tried with it."
+    command = _add(commands, "init", _init, "make a store of random weights", describe, INIT_EXAMPLES)
+    command.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="config file of the networks",
+    )
+    command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
+    command.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
 
 
 def _add_export(commands: Any) -> None:

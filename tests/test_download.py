@@ -129,6 +129,25 @@ def test_a_download_that_fails_or_stops_short(tmp_path, command, hub, monkeypatc
     assert "config.json: is incomplete" in err
 
 
+@pytest.mark.parametrize("partial", [b"", b"half"])
+def test_a_failed_download_leaves_only_what_can_be_continued(tmp_path, command, hub, monkeypatch, partial):
+    import huggingface_hub
+
+    def failing(name, file, *, local_dir):
+        cache = Path(local_dir) / ".cache/huggingface/download"
+        cache.mkdir(parents=True)
+        (cache / "a.lock").touch()
+        (cache / "a.incomplete").write_bytes(partial)
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing)
+    assert command("download", "--output", tmp_path / "downloads")[0] == 2
+    assert (tmp_path / "downloads").exists() == bool(partial)
+    (tmp_path / "mine").mkdir()
+    assert command("download", "--output", tmp_path / "mine")[0] == 2
+    assert (tmp_path / "mine").exists()
+
+
 def test_a_repository_that_has_changed(tmp_path, command, hub, monkeypatch):
     import huggingface_hub
 

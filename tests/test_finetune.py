@@ -27,8 +27,10 @@ from fantasy_jax.training.optim import OptimizerConfig
 from fantasy_jax.training.parameters import ALL_TRAINED, trainable
 from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.check import check_store
+from fantasy_jax.weights.checksums import files_below, write_sums
 from fantasy_jax.weights.loading import stored_networks
-from fantasy_jax.weights.store import record_hashes
+from fantasy_jax.weights.store import network_hash, read_record, record_hashes
 
 NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)])
 
@@ -86,6 +88,7 @@ def change_record(network):
     content = json.loads(record.read_text())
     record.unlink()
     record.write_text(json.dumps(content | {"note": "another"}))
+    write_sums(network, files_below(network))
 
 
 def values(network):
@@ -106,6 +109,9 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
     store = finetune(WEIGHTS, encoded, tmp_path, **settings)
     assert not (store / "audio_adapter").is_symlink()
     assert MotionNormaliser.load(store / "motion_adapter" / MOTION_FILE) == NORMALISER
+    trained_with = read_record(store / "audio_adapter")[1]["trained_with"]
+    assert trained_with == {"speech_encoder": network_hash(WEIGHTS / "speech_encoder")}
+    assert not any(result.faults for result in check_store(store))
     assert read_pipeline(store, "FantasyTalkingPipeline", SampleConfig) == (
         settings["video"],
         settings["sampling"],

@@ -166,7 +166,7 @@ def test_stopped_and_resumed_training_equals_uninterrupted_training(tmp_path):
 
     slots = set(build(ModelConfig, load_config("configs/tiny.py").model, "model").networks)
     for store in (whole / "weights", whole / "stage_1/weights"):
-        assert {path.name for path in store.iterdir()} == {*slots, "pipeline.json"}
+        assert {path.name for path in store.iterdir()} == {*slots, "pipeline.json", "SHA256SUMS"}
     # Losses and images of every part.
     events = [path for name in ("vae", "stage_1", "stage_2") for path in whole.glob(f"{name}/events*")]
     assert len(events) == 3

@@ -1,5 +1,6 @@
 """Commands, settings, paths and imports in README.md and docs/ exist; examples that can run, run."""
 
+import argparse
 import ast
 import configparser
 import contextlib
@@ -42,6 +43,16 @@ def test_commands(page):
             assert [x for x in command[1:] if "=" not in x and x not in targets] == [], command
         for words in python_calls(command):
             check_call(words, command)
+
+
+@pages
+def test_commands_run_as_they_are_written(page):
+    """Python is that of `make install`, and every program takes the arguments of its command."""
+    for command in (words for body in blocks(page, "") for words in lines_of(body)):
+        assert not {"python", "pip"} & set(command), command
+        for words in python_calls(command):
+            if "..." not in words and words[0] != "-c" and not words[0].startswith("tests/"):
+                assert_parsed(words)
 
 
 @pages
@@ -99,18 +110,24 @@ def blocks(page, language):
 
 def commands(page):
     """Words of every command in code blocks and, where they are whole commands, in code spans."""
-    lines = [line for body in blocks(page, "") for line in body.replace("\\\n", " ").splitlines()]
+    written = [words for body in blocks(page, "") for words in lines_of(body)]
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     spans = [x.replace("\n", " ") for x in re.findall(r"`([^`]+)`", text)]
-    lines += [x for x in spans if re.match(r"(make|python|pip|(train|sample|convert_weights)\.py --) ?", x)]
+    calls = r"((make|(\.venv/bin/)?python|pip) |(train|sample|convert_weights)\.py --)"
+    return written + [shlex.split(x, comments=True) for x in spans if re.match(calls, x)]
+
+
+def lines_of(body):
+    """Words of every command in a code block."""
+    lines = body.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def python_calls(words):
     """The calls of Python in a command, also of one that another command is given to run."""
-    calls = [call for word in words if " python " in word for call in python_calls(shlex.split(word))]
-    if "python" in words:
-        calls.append(words[words.index("python") + 1 :])
+    calls = [call for word in words if "python " in word for call in python_calls(shlex.split(word))]
+    if python := next((word for word in words if word.rpartition("/")[2] == "python"), None):
+        calls.append([word for word in words[words.index(python) + 1 :] if word != "&"])
     elif words[0].endswith(".py"):
         calls.append(words)
     return calls
@@ -118,7 +135,10 @@ def python_calls(words):
 
 def check_call(words, command):
     """Asserts that the program, its options and its settings exist."""
-    program, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    program, rest = program_of(words)
+    if program == "-c":
+        compile(rest[0], shlex.join(command), "exec")
+        return
     if not program.startswith(("fantasy_jax", "train", "sample", "convert_weights")):
         assert words[0] == "-m" or (ROOT / program).is_file(), command
         return
@@ -133,6 +153,41 @@ def check_call(words, command):
             assert has_option(shown, word), f"{word} in {shlex.join(command)}"
 
 
+def program_of(words):
+    """The script or module of a call, and its arguments."""
+    return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+
+
+class Parsed(BaseException):
+    """Raised in place of the work, once the arguments are accepted."""
+
+
+def assert_parsed(words):
+    """Asserts that a program accepts its arguments, without running it."""
+    program, arguments = program_of(words)
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(*given):
+        parse(*given)
+        raise Parsed
+
+    with (
+        mock.patch.object(sys, "argv", [program, *arguments]),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", only_parse),
+        pytest.raises(Parsed),
+    ):
+        runpy.run_path(script_of(program), run_name="__main__")
+
+
+def script_of(program):
+    """The file of a script or module."""
+    path = ROOT / program
+    if path.suffix != ".py":
+        path = ROOT / program.replace(".", "/")
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    return str(path)
+
+
 def has_option(shown, word):
     return re.search(rf"{re.escape(word.partition('=')[0])}\b", shown)
 
@@ -140,17 +195,13 @@ def has_option(shown, word):
 @cache
 def help_of(program, *arguments):
     """The help of a script or module, run in this process."""
-    path = ROOT / program
-    if path.suffix != ".py":
-        path = ROOT / program.replace(".", "/")
-        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     output = io.StringIO()
     with (
         mock.patch.object(sys, "argv", [program, *arguments, "--help"]),
         contextlib.redirect_stdout(output),
         pytest.raises(SystemExit) as stopped,
     ):
-        runpy.run_path(str(path), run_name="__main__")
+        runpy.run_path(script_of(program), run_name="__main__")
     assert stopped.value.code == 0
     return output.getvalue()
 

@@ -1,6 +1,7 @@
 """wav2vec2 against recorded outputs, against transformers, and all naming schemes of its keys."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ from helpers import DATA, fill, randomise, relative, to_torch
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import wav2vec2 as table
+from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
+from fantasy_jax.errors import WeightsError
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.preprocessing.audio import normalise_waveform
+from fantasy_jax.system.encoders import encode_audio
 from fantasy_jax.video import wav2vec2_length
+from fantasy_jax.weights.detect import detect
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -183,3 +188,60 @@ def test_full_size_matches_transformers(sizes, count):
     check(make_plan(table.official_rules(config, state), source, target, ignore=table.ignored_keys(config)))
     masked_spec_embed = config.hidden_size  # replaces features in training only
     assert sum(np.prod(spec.shape) for spec in target.values()) == count - masked_spec_embed
+
+
+# Folders as they are downloaded
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "nested"),
+    [
+        ({}, {"do_normalize": False}, False),
+        ({"hidden_act": "relu"}, {"do_normalize": False}, True),
+        (
+            {"hidden_act": "gelu_new", "feat_extract_activation": "silu", "layer_norm_eps": 1e-3},
+            {"do_normalize": True},
+            False,
+        ),
+    ],
+)
+def test_a_folder_of_wav2vec2(tmp_path, settings, changes, nested):
+    """The features of transformers, from the folder that transformers writes."""
+    import torch
+    import transformers
+
+    sizes = json.loads((DATA / "wav2vec2/config.json").read_text())
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim")
+    names += ("num_conv_pos_embeddings", "num_conv_pos_embedding_groups")
+    config = transformers.Wav2Vec2Config(**{name: sizes[name] for name in names}, **settings)
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    extractor = transformers.Wav2Vec2FeatureExtractor(**changes)
+    extractor.save_pretrained(tmp_path)
+    if nested:
+        file = tmp_path / "preprocessor_config.json"
+        content = {"feature_extractor": json.loads(file.read_text()), "processor_class": "Wav2Vec2Processor"}
+        (tmp_path / "processor_config.json").write_text(json.dumps(content))
+        file.unlink()
+    # fairseq's own checkpoint lies beside it in the published folders.
+    torch.save({"args": None, "model": {"w2v_encoder.proj.weight": torch.ones(2)}}, tmp_path / "xlsr.pt")
+    waveform = (0.1 + 0.3 * np.random.default_rng(0).standard_normal(16_000)).astype(np.float32)
+    values = extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_values
+    with torch.no_grad():
+        expected = model(values).last_hidden_state.numpy()
+    (found,) = detect(open_weights(tmp_path))
+    assert relative(encode_audio(found.load(), waveform), expected) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [("config.json", "hidden_act", "mish"), ("preprocessor_config.json", "sampling_rate", 8000)],
+)
+def test_a_wav2vec2_that_is_not_supported(tmp_path, file, name, value):
+    shutil.copytree(DATA / "wav2vec2", tmp_path / "w")
+    path = tmp_path / "w" / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | {name: value}))
+    with pytest.raises(WeightsError, match=f"{name} .*{value}"):
+        detect(open_weights(tmp_path / "w"))

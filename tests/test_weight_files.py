@@ -205,7 +205,7 @@ def test_several_files_without_an_index_are_ambiguous(tmp_path, tensors):
         ("x.json", '{"tensors": {"a": "wide"}}', "manifest"),
         ("x.json", '{"dtype": "float33", "tensors": {}}', "manifest"),
         ("x.model.safetensors.index.json", "[]", "list"),
-        ("x.npz", "", "unknown"),
+        ("x.npz", "\x01\x02", "unknown"),
         ("x.pth", "", "damaged"),
         ("x.pth", "not a pickle at all", "damaged"),
     ],
@@ -293,7 +293,7 @@ def test_a_sparse_tensor_is_refused(tmp_path):
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path, monkeypatch):
-    (tmp_path / "x.pth").write_bytes(b"")
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02.")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(WeightsError, match=r"fantasy_jax\[convert\]"):
         open_weights(tmp_path / "x.pth")

@@ -6,14 +6,19 @@ from fantasy_jax.convert.rules import Rule, Transform, affine, chain, norm, perm
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
 
 
-def official_rules(config: CLIPVisionConfig) -> list[Rule]:
-    """Returns the key table of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`."""
-    block = "visual.transformer.{layer}"
+def official_rules(config: CLIPVisionConfig, prefix: str = "visual.") -> list[Rule]:
+    """Returns the key table of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`.
+
+    Args:
+        config: Sizes.
+        prefix: Empty in files that hold the image encoder alone.
+    """
+    block = f"{prefix}transformer.{{layer}}"
     return [
-        Rule("visual.cls_embedding", "class_token", reshape((1, 1, -1), (-1,))),
-        Rule("visual.pos_embedding", "position", reshape((1, -1, config.dim), (-1, config.dim))),
-        Rule("visual.patch_embedding.weight", "patch_in/kernel", _patch(config)),
-        *norm("visual.pre_norm", "norm_in"),
+        Rule(f"{prefix}cls_embedding", "class_token", reshape((1, 1, -1), (-1,))),
+        Rule(f"{prefix}pos_embedding", "position", reshape((1, -1, config.dim), (-1, config.dim))),
+        Rule(f"{prefix}patch_embedding.weight", "patch_in/kernel", _patch(config)),
+        *norm(f"{prefix}pre_norm", "norm_in"),
         *norm(f"{block}.norm1", "blocks/norm1"),
         *affine(f"{block}.attn.to_qkv", "blocks/qkv"),
         *affine(f"{block}.attn.proj", "blocks/out"),
@@ -53,6 +58,7 @@ def ignored_keys(config: CLIPVisionConfig) -> tuple[str, ...]:
     last = config.num_layers - 1
     return (
         *("textual.*", "log_scale", f"visual.transformer.{last}.*", "visual.post_norm.*", "visual.head"),
+        *(f"transformer.{last}.*", "post_norm.*", "head"),
         *(
             f"*encoder.layers.{last}.*",
             "*post_layernorm.*",

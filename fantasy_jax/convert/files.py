@@ -3,8 +3,8 @@
 import json
 import math
 import os
+import re
 import struct
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fantasy_jax.convert.arcface import onnx_tensors
+from fantasy_jax.convert.kinds import kind_of
+from fantasy_jax.convert.pickles import import_torch, read_pickle, reason, to_numpy
+from fantasy_jax.convert.quantised import read_gguf, with_scales
 from fantasy_jax.convert.rules import TensorSpec
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import atomic_write
@@ -37,8 +40,12 @@ _SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
 }
 _FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
-_PICKLES = (".pth", ".pt", ".ckpt", ".bin")
-_INDEX = ".safetensors.index.json"
+_INDEX = re.compile(r".*\.(safetensors|bin)\.index(\..*)?\.json")
+"""Names of an index of shards; diffusers puts a variant before `.safetensors`, or behind `.index`."""
+_FOLDER = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
+"""Suffixes of weights in a folder, the preferred ones first."""
+_STANDARD = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Names of weights in folders of diffusers and transformers; others may lie beside them."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,16 @@ class WeightsFile:
         return replace(self, specs=specs, read=lambda key: self.read(prefix + key))
 
 
-def open_weights(path: str | Path) -> WeightsFile:
+def open_weights(path: str | Path, *, variant: str = "") -> WeightsFile:
     """Opens weights of any kind; reads names and shapes only.
 
+    The kind of a file is recognised by its content, whatever its suffix.
+
     Args:
-        path: A .safetensors file or the index of several; a .pth, .pt, .ckpt or .bin file, of which only
-            tensors are unpickled; an .onnx file of ArcFace; a folder with one of these; or a JSON manifest of
-            names and shapes.
+        path: A safetensors file; a pickle of PyTorch (.pth, .pt, .ckpt, .bin), of which only tensors and
+            plain values are unpickled; the index of several of either; a .gguf file; an .onnx file of
+            ArcFace; a folder with one of these; or a JSON manifest of names and shapes.
+        variant: Part of the file's name, such as `fp16`, where a folder holds several.
 
     Raises:
         WeightsError: The file is missing, damaged, incomplete or of an unknown kind.
@@ -78,41 +88,84 @@ def open_weights(path: str | Path) -> WeightsFile:
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder")
     if path.is_dir():
-        return _open_folder(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in _PICKLES:
-        return _open_pickle(path)
-    if path.suffix == ".onnx":
-        return _open_onnx(path)
-    if path.name.endswith(_INDEX):
-        return _open_index(path)
-    if path.suffix == ".json":
+        path = _find_in_folder(path, variant)
+    if _INDEX.fullmatch(path.name):
+        weights = _open_index(path)
+    elif (kind := kind_of(path)) == "json":
         return _open_manifest(path)
-    raise WeightsError(f"{path}: unknown kind of file; give .safetensors, .pth, .ckpt, .onnx or .json")
+    elif kind == "onnx":
+        return _open_onnx(path)
+    elif kind == "safetensors":
+        weights = _open_safetensors(path)
+    else:
+        specs, read = read_gguf(path) if kind == "gguf" else read_pickle(path)
+        weights = WeightsFile(path, specs, read, read_config(path.parent))
+    specs, read = with_scales(path, weights.specs, weights.read)
+    return replace(weights, specs=specs, read=read)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """The content of the config.json in a folder; empty if there is none."""
-    config = folder / "config.json"
-    return _read_json(config) if config.is_file() else {}
+    """The content of the config.json in a folder, with that of its preprocessor; empty if there is none.
+
+    The settings of the preprocessor, such as `do_normalize`, say which inputs the network takes. Those of
+    transformers 5 are nested, in either of two files.
+    """
+    names = ("processor_config.json", "preprocessor_config.json", "config.json")
+    merged: dict[str, Any] = {}
+    for name in (name for name in names if (folder / name).is_file()):
+        content = _read_json(folder / name)
+        nested = content.get("feature_extractor")
+        merged |= content | (nested if isinstance(nested, dict) else {})
+    return merged
 
 
 def source_files(path: Path) -> list[Path]:
     """The files that an opened path consists of: the file itself, or all shards of an index."""
-    if not path.name.endswith(_INDEX):
+    if not _INDEX.fullmatch(path.name):
         return [path]
     return [path.parent / name for name in sorted(set(_read_json(path)["weight_map"].values()))]
 
 
-def _open_folder(folder: Path) -> WeightsFile:
-    candidates = sorted(folder.glob(f"*{_INDEX}")) or sorted(folder.glob("*.safetensors"))
-    candidates = candidates or sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
-    weights = [file for file in candidates if file.name != "activations.safetensors"]
-    if len(weights) != 1:
-        names = ", ".join(file.name for file in weights) or "none"
-        raise WeightsError(f"{folder}: must hold one weights file, or an index of several; found {names}")
-    return open_weights(weights[0])
+def _find_in_folder(folder: Path, variant: str) -> Path:
+    """The weights of a folder: an index or a file, of standard name if there are others, of the variant.
+
+    Raises:
+        WeightsError: There is none, or more than one that could be meant.
+    """
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    indices = [name for name in names if _INDEX.fullmatch(name)]
+    shards = {shard for name in indices for shard in _shards(folder / name)}
+    singles = [x for x in names if x.endswith(_FOLDER) and x != "activations.safetensors" and x not in shards]
+    groups = [[name for name in indices if ".safetensors." in name]]
+    groups += [[name for name in singles if name.endswith(suffix)] for suffix in _FOLDER[:3]]
+    groups += [[x for x in indices if ".bin." in x], [x for x in singles if x.endswith(_FOLDER[3:])]]
+    everything = [name for group in groups for name in group]
+    if variant and len(everything) > 1:
+        groups = [[name for name in group if has_variant(name, variant)] for group in groups]
+    found = next((group for group in groups if group), [])
+    plain = [x for x in found if x.partition(".")[0] in _STANDARD and (variant or not _named_variant(x))]
+    found = plain if len(found) > 1 and plain else found
+    if len(found) == 1:
+        return folder / found[0]
+    if not everything:
+        raise WeightsError(f"{folder}: holds no weights file, or index of several")
+    wanted = f"none or several are of --variant={variant}" if variant else "choose one with --variant"
+    raise WeightsError(f"{folder}: must hold one weights file; found {', '.join(everything)}; {wanted}")
+
+
+def _shards(index: Path) -> set[str]:
+    names = _read_json(index).get("weight_map")
+    return {x for x in names.values() if isinstance(x, str)} if isinstance(names, dict) else set()
+
+
+def has_variant(name: str, variant: str) -> bool:
+    """Whether a file's name has a variant between dots, hyphens or underscores."""
+    return re.search(rf"(^|[._-]){re.escape(variant)}([._-]|$)", name) is not None
+
+
+def _named_variant(name: str) -> bool:
+    """Whether a name of diffusers says which variant it is: `model.fp16.safetensors`."""
+    return len([part for part in name.split(".") if part not in ("index", "json")]) > 2
 
 
 def _open_index(path: Path) -> WeightsFile:
@@ -124,7 +177,7 @@ def _open_index(path: Path) -> WeightsFile:
     for name in sorted(set(index.values())):
         if not (path.parent / name).is_file():
             raise WeightsError(f"{path}: names {name}, which is missing; download it again")
-        shards[name] = _open_safetensors(path.parent / name)
+        shards[name] = _open_shard(path.parent / name)
         named = {key for key in index if index[key] == name}
         if wrong := sorted(named ^ set(shards[name].specs)):
             fault = "lacks" if wrong[0] in named else "holds a tensor that is not in the index,"
@@ -132,6 +185,12 @@ def _open_index(path: Path) -> WeightsFile:
             raise WeightsError(f"{path}: {name} {fault} {wrong[0]}{more}; download both again")
     specs = {key: shards[name].specs[key] for key, name in index.items()}
     return WeightsFile(path, specs, lambda key: shards[index[key]].read(key), read_config(path.parent))
+
+
+def _open_shard(path: Path) -> WeightsFile:
+    if kind_of(path) == "safetensors":
+        return _open_safetensors(path)
+    return WeightsFile(path, *read_pickle(path), {})
 
 
 def _open_safetensors(path: Path) -> WeightsFile:
@@ -150,9 +209,9 @@ def _open_safetensors(path: Path) -> WeightsFile:
 
     def read(key: str) -> np.ndarray:
         if specs[key].dtype in _FLOAT8:  # which safetensors does not convert to NumPy
-            _import_torch(path)
+            import_torch(path)
             with safe_open(path, framework="pt") as torch_file:
-                return _numpy(torch_file.get_tensor(key))
+                return to_numpy(torch_file.get_tensor(key))
         return file.get_tensor(key)
 
     return WeightsFile(path, specs, read, read_config(path.parent))
@@ -191,69 +250,6 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def _open_pickle(path: Path) -> WeightsFile:
-    torch = _import_torch(path)
-    try:
-        # Only tensors are unpickled; anything else raises before it can run. Files older than PyTorch 1.6 are
-        # not zip archives and cannot be memory-mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        tensors = _flatten(loaded)
-        specs = {
-            key: TensorSpec(tuple(tensor.shape), _numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
-            for key, tensor in tensors.items()
-        }
-    except Exception as error:  # torch raises any error of zip, pickle and the system
-        raise WeightsError(f"{path}: damaged, or not a file of tensors only ({_reason(error)})") from error
-    return WeightsFile(path, specs, lambda key: _numpy(tensors[key]), read_config(path.parent))
-
-
-def _import_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        message = f"{path}: needs PyTorch; pip install 'fantasy_jax[convert]'"
-        raise WeightsError(message) from error
-    return torch
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
-
-def _flatten(loaded: Any) -> dict[str, Any]:
-    """Returns the tensors of nested dictionaries under dotted keys, without an outer `model_state`."""
-    import torch
-
-    tensors: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                walk(inner, f"{key}.{name}" if key else str(name))
-        elif not isinstance(value, torch.Tensor) or value.layout != torch.strided or not key:
-            raise TypeError(f"{key or 'the top level'} is {type(value).__name__}, not a named dense tensor")
-        elif key in tensors:
-            raise ValueError(f"{key} occurs twice")
-        else:
-            tensors[key] = value
-
-    walk(loaded.get("model_state", loaded) if isinstance(loaded, Mapping) else loaded, "")
-    return tensors
-
-
-def _numpy(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach()
-    # PyTorch does not convert these to NumPy; they are viewed as integers of the same width.
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        name = str(tensor.dtype).removeprefix("torch.")
-        return tensor.view(torch.uint8).numpy().view(np.dtype(name))
-    return tensor.numpy()
-
-
 def _open_onnx(path: Path) -> WeightsFile:
     try:
         tensors = onnx_tensors(path)
@@ -262,7 +258,7 @@ def _open_onnx(path: Path) -> WeightsFile:
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # protobuf's errors have no common base class
-        raise WeightsError(f"{path}: damaged, or not ONNX ({_reason(error)}); download it again") from error
+        raise WeightsError(f"{path}: damaged, or not ONNX ({reason(error)}); download it again") from error
     specs = {key: TensorSpec(value.shape, value.dtype) for key, value in tensors.items()}
     return WeightsFile(path, specs, tensors.__getitem__, read_config(path.parent))
 

@@ -170,7 +170,7 @@ class Entry:
         return value[..., index * width : (index + 1) * width]
 
 
-ProblemKind = Literal["missing", "unexpected", "wrong shape", "ambiguous"]
+ProblemKind = Literal["missing", "unexpected", "wrong shape", "wrong type", "ambiguous"]
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ class Problem:
     """One reason why a file does not fit a module; `str()` is the message.
 
     Attributes:
-        kind: A parameter is missing; a key matches no parameter; a shape is wrong; a key or a parameter is
-            mapped more than once.
+        kind: A parameter is missing; a key matches no parameter; a shape is wrong; integers are given for a
+            parameter of fractions; a key or a parameter is mapped more than once.
         key: Key in the file; empty for a parameter that is missing.
         path: Path of the parameter, with its layer in a stack; empty where there is none.
         detail: The rest of the message.
@@ -315,6 +315,10 @@ def _fill_one(
             wanted_shape = "another" if expected is None else list(expected)
             detail = f"{entry.key} has shape {list(got)}, {place} needs {wanted_shape}"
             problems.append(Problem("wrong shape", entry.key, place, detail))
+        dtype = source[entry.key].dtype
+        if dtype.kind in "iub" and not jnp.issubdtype(spec.dtype, jnp.integer):
+            detail = f"{entry.key} is {dtype}, of a quantised format that is not supported"
+            problems.append(Problem("wrong type", entry.key, place, detail))
         entries.append(entry)
     problems += [
         Problem(

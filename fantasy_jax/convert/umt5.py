@@ -45,9 +45,32 @@ def transformers_rules(config: UMT5Config) -> list[Rule]:
     ]
 
 
+def gguf_rules(config: UMT5Config) -> list[Rule]:
+    """Returns the key table of llama.cpp's GGUF files."""
+    block = "enc.blk.{layer}"
+    return [
+        Rule("token_embd.weight", "embed/embedding"),
+        Rule(f"{block}.attn_norm.weight", "blocks/norm1/scale"),
+        Rule(f"{block}.attn_q.weight", "blocks/query/kernel", LINEAR),
+        Rule(f"{block}.attn_k.weight", "blocks/key/kernel", LINEAR),
+        Rule(f"{block}.attn_v.weight", "blocks/value/kernel", LINEAR),
+        Rule(f"{block}.attn_o.weight", "blocks/out/kernel", LINEAR),
+        Rule(f"{block}.attn_rel_b.weight", "blocks/position/embedding"),
+        Rule(f"{block}.ffn_norm.weight", "blocks/norm2/scale"),
+        Rule(f"{block}.ffn_gate.weight", "blocks/gate/kernel", LINEAR),
+        Rule(f"{block}.ffn_up.weight", "blocks/mlp_in/kernel", LINEAR),
+        Rule(f"{block}.ffn_down.weight", "blocks/mlp_out/kernel", LINEAR),
+        Rule("enc.output_norm.weight", "norm/scale"),
+    ]
+
+
+SENTENCEPIECE = "spiece_model"
+"""Key of the tokenizer's file, bytes, in ComfyUI's files of the text encoder."""
+
+
 def ignored_keys(config: UMT5Config) -> tuple[str, ...]:
-    """Returns transformers' second key of the tensor `shared.weight`."""
-    return ("encoder.embed_tokens.weight",)
+    """Returns transformers' second key of the tensor `shared.weight`, and that of the tokenizer."""
+    return ("encoder.embed_tokens.weight", f"*{SENTENCEPIECE}")
 
 
 def config_from_reference(reference: dict[str, Any]) -> UMT5Config:

@@ -8,7 +8,9 @@ from collections.abc import Collection
 from typing import Any
 
 from fantasy_jax.convert.rules import CONV1D, Rule, affine, norm, reshape
-from fantasy_jax.models.wav2vec2 import Wav2Vec2Config
+from fantasy_jax.errors import WeightsError
+from fantasy_jax.models.wav2vec2 import ACTIVATIONS, Wav2Vec2Config
+from fantasy_jax.video import SAMPLE_RATE
 
 
 def official_rules(config: Wav2Vec2Config, keys: Collection[str] = ()) -> list[Rule]:
@@ -57,7 +59,18 @@ def ignored_keys(config: Wav2Vec2Config) -> tuple[str, ...]:
 
 
 def config_from_reference(reference: dict[str, Any]) -> Wav2Vec2Config:
-    """Returns the sizes from the config.json of transformers or of a reference."""
+    """Returns the sizes from the config.json of transformers or of a reference.
+
+    Raises:
+        WeightsError: The network has an activation or takes a sample rate that is not supported.
+    """
     names = Wav2Vec2Config.__dataclass_fields__
     values = {name: reference[name] for name in names if name in reference}
+    for name in ("hidden_act", "feat_extract_activation"):
+        if (given := values.get(name, "gelu")) not in ACTIVATIONS:
+            raise WeightsError(
+                f"config.json: {name} {given!r} is not supported; use {', '.join(ACTIVATIONS)}"
+            )
+    if (rate := reference.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        raise WeightsError(f"preprocessor_config.json: sampling_rate is {rate}; it must be {SAMPLE_RATE}")
     return Wav2Vec2Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -6,6 +6,7 @@ There are two variants. The base model has a group norm in its first convolution
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -18,10 +19,26 @@ from fantasy_jax.typing import Array, DType, Float
 
 _EPSILON = 1e-5
 
+ACTIVATIONS = {
+    "gelu": partial(nnx.gelu, approximate=False),
+    "gelu_new": nnx.gelu,
+    "gelu_pytorch_tanh": nnx.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": nnx.relu,
+    "silu": nnx.silu,
+    "swish": nnx.silu,
+}
+"""Activations by their names in transformers."""
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish"]
+
 
 @dataclass(frozen=True)
 class Wav2Vec2Config:
-    """Sizes of the network, named as in transformers; the defaults are those of wav2vec2-base-960h."""
+    """Sizes of the network, named as in transformers; the defaults are those of wav2vec2-base-960h.
+
+    `do_normalize` is a setting of transformers' preprocessor: whether the network takes waveforms of zero
+    mean and unit variance, or as they are.
+    """
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -35,6 +52,10 @@ class Wav2Vec2Config:
     num_conv_pos_embedding_groups: int = 16
     feat_extract_norm: Literal["group", "layer"] = "group"
     do_stable_layer_norm: bool = False
+    hidden_act: Activation = "gelu"
+    feat_extract_activation: Activation = "gelu"
+    layer_norm_eps: float = 1e-5
+    do_normalize: bool = True
 
 
 WAV2VEC2_LARGE = Wav2Vec2Config(
@@ -50,7 +71,7 @@ WAV2VEC2_LARGE = Wav2Vec2Config(
 
 
 class FeatureConv(nnx.Module):
-    """Strided convolution of the feature encoder, optional norm, GELU."""
+    """Strided convolution of the feature encoder, optional norm, activation."""
 
     def __init__(
         self,
@@ -79,11 +100,12 @@ class FeatureConv(nnx.Module):
             self.norm = LayerNorm(width, epsilon=_EPSILON, **types)
         else:
             self.norm = _time_norm(width, **types) if index == 0 else None
+        self.activation = config.feat_extract_activation
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B U D"]:
         """Runs the convolution."""
         x = self.conv(x)
-        return nnx.gelu(x if self.norm is None else self.norm(x), approximate=False)
+        return ACTIVATIONS[self.activation](x if self.norm is None else self.norm(x))
 
 
 class PositionConv(nnx.Module):
@@ -99,9 +121,10 @@ class PositionConv(nnx.Module):
         self.length = nnx.Param(_norm(direction).astype(param_dtype))
         self.bias = nnx.Param(jnp.zeros(width, param_dtype))
         self.dtype = dtype
+        self.activation = config.feat_extract_activation
 
     def __call__(self, x: Float[Array, "B A D"]) -> Float[Array, "B A D"]:
-        """Runs convolution and GELU."""
+        """Runs convolution and activation."""
         direction = self.direction.astype(jnp.float32)
         kernel = direction * (self.length.astype(jnp.float32) / _norm(direction))[:, None, None]
         taps = kernel.shape[0]
@@ -113,7 +136,7 @@ class PositionConv(nnx.Module):
             dimension_numbers=("NHC", "HIO", "NHC"),
             feature_group_count=self.groups,
         )
-        return nnx.gelu(x + self.bias, approximate=False)
+        return ACTIVATIONS[self.activation](x + self.bias)
 
 
 class Wav2Vec2Layer(nnx.Module):
@@ -126,7 +149,7 @@ class Wav2Vec2Layer(nnx.Module):
         self.query, self.key, self.value, self.out = (
             nnx.Linear(width, width, dtype=dtype, **types) for _ in range(4)
         )
-        self.norm1, self.norm2 = (LayerNorm(width, epsilon=_EPSILON, **types) for _ in range(2))
+        self.norm1, self.norm2 = (LayerNorm(width, epsilon=config.layer_norm_eps, **types) for _ in range(2))
         self.mlp_in = nnx.Linear(width, config.intermediate_size, dtype=dtype, **types)
         self.mlp_out = nnx.Linear(config.intermediate_size, width, dtype=dtype, **types)
         self.config = config
@@ -144,7 +167,7 @@ class Wav2Vec2Layer(nnx.Module):
         return self.out(multi_head_attention(q, k, v, self.config.num_attention_heads))
 
     def _mlp(self, x: Array) -> Array:
-        return self.mlp_out(nnx.gelu(self.mlp_in(x), approximate=False))
+        return self.mlp_out(ACTIVATIONS[self.config.hidden_act](self.mlp_in(x)))
 
 
 class Wav2Vec2Model(nnx.Module):
@@ -165,10 +188,10 @@ class Wav2Vec2Model(nnx.Module):
         self.features = nnx.List(
             FeatureConv(width, i, config, dtype=dtype, **types) for i, width in enumerate(inputs)
         )
-        self.feature_norm = LayerNorm(config.conv_dim[-1], epsilon=_EPSILON, **types)
+        self.feature_norm = LayerNorm(config.conv_dim[-1], epsilon=config.layer_norm_eps, **types)
         self.projection = nnx.Linear(config.conv_dim[-1], config.hidden_size, dtype=dtype, **types)
         self.position = PositionConv(config, dtype=dtype, **types)
-        self.norm = LayerNorm(config.hidden_size, epsilon=_EPSILON, **types)
+        self.norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **types)
         self.layers = stack_layers(
             lambda rngs: Wav2Vec2Layer(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype),
             config.num_hidden_layers,
@@ -179,7 +202,7 @@ class Wav2Vec2Model(nnx.Module):
         """Encodes; float32.
 
         Args:
-            waveform: Audio at 16 kHz, with zero mean and unit variance.
+            waveform: Audio at 16 kHz, with zero mean and unit variance if `config.do_normalize`.
         """
         x = waveform[..., None]
         for layer in self.features:

@@ -76,9 +76,11 @@ def run_clip(reference: Reference) -> Outputs:
 
 def run_wav2vec2(reference: Reference) -> Outputs:
     """The speech encoder with its preprocessing."""
-    normalised = np.stack([normalise_waveform(x) for x in reference.activations["input.waveform"]])
-    yield "input_values", normalised
-    yield "last_hidden_state", reference.modules["wav2vec2"](jnp.asarray(normalised))
+    encoder, waveforms = reference.modules["wav2vec2"], reference.activations["input.waveform"]
+    if encoder.config.do_normalize:
+        waveforms = np.stack([normalise_waveform(x) for x in waveforms])
+    yield "input_values", waveforms
+    yield "last_hidden_state", encoder(jnp.asarray(waveforms))
 
 
 def run_motion_encoder(reference: Reference) -> Outputs:

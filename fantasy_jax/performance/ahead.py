@@ -20,6 +20,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from fantasy_jax import LIBTPU_ENVIRONMENT
 from fantasy_jax.cli import timed
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_writable
@@ -30,13 +31,6 @@ from fantasy_jax.sharding import MeshConfig, make_mesh
 from fantasy_jax.typing import Leaf
 from fantasy_jax.video import VideoConfig
 
-_LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-"""What libtpu otherwise queries from a TPU host; the last lets several processes compile at once."""
 _OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+)([GMK])(?: of|\) exceeds)", re.IGNORECASE)
 """The two messages of the TPU compiler about a program that needs more memory than a chip has."""
 
@@ -215,7 +209,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     Raises:
         ConfigError: libtpu is not installed or does not know the name.
     """
-    for name, value in _LIBTPU_ENVIRONMENT.items():
+    for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         name, star, count = topology.partition("*")

@@ -21,6 +21,7 @@ from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.conditioning import AdapterOptions
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.checksums import SUMS, damaged_files, skipped, write_sums
 
 PIPELINE_FILE = "pipeline.json"
 
@@ -228,6 +229,7 @@ def write_pipeline(directory: str | Path, pipeline: str, video: VideoConfig, sam
     content = {"pipeline": pipeline, "video": as_json(video), "sample": as_json(sample)}
     with atomic_write(Path(directory) / PIPELINE_FILE) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_sums(Path(directory), [PIPELINE_FILE])
 
 
 def check_pipeline(directory: str | Path, pipeline: str) -> dict[str, Any]:
@@ -244,6 +246,8 @@ def check_pipeline(directory: str | Path, pipeline: str) -> dict[str, Any]:
         name = content["pipeline"]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: damaged ({error}); delete it to use the default settings") from error
+    if not skipped() and damaged_files(path.parent, PIPELINE_FILE):
+        raise WeightsError(f"{path}: differs from its checksum in {SUMS}; if that is meant, delete {SUMS}")
     if name != pipeline:
         raise WeightsError(f"{directory}: is a store of {name}, but {pipeline} is asked for; use its config")
     return content

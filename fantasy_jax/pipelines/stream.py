@@ -180,9 +180,10 @@ class VideoStream:
                     count += chunk.size
             if not count:
                 return
-            mean = total / count
+            as_is = not self._networks.config.speech_encoder.do_normalize
+            mean = 0.0 if as_is else total / count
             first = max(start - _CONTEXT, 0)
-            scale = np.sqrt(max(squares / count - mean**2, 0) + 1e-7)
+            scale = 1.0 if as_is else np.sqrt(max(squares / count - mean**2, 0) + 1e-7)
             waveform = (buffer[first - offset : end - offset] - mean) / scale
             waveform = np.pad(waveform, (0, end - first - waveform.size)).astype(np.float32)
             done = ended and offset + buffer.size <= end
@@ -199,7 +200,7 @@ class _BlockAudio:
     """The sound of a block.
 
     Attributes:
-        waveform: With the context before it, of zero mean and unit variance by all samples so far.
+        waveform: With the context before it, normalised by all samples so far.
         context: Samples of the context.
         ends: Samples of the whole stream, if it ends in this block.
     """

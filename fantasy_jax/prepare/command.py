@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = media
     with full_disk_reported(output), lock_folder(output):
         folder = _write(arguments, videos, task, networks, encoders, open_detectors)
     if folder is not None:
-        print(f"Wrote {folder}; train on it with train.py --records={folder}")
+        print(f"Wrote {folder}; {_next_command(arguments.config, config.get('task'), weights, folder)}")
     return 0
 
 
@@ -117,6 +117,15 @@ def _write(
     encoded = EncodedClips(output / "work/encoded", networks(), encoders, task)
     records = encoded.encode(StoredClips(work, kept), videos.prompts)
     return write_encoded(output, records, kept, videos.prompts, task=task, encoders=encoders)
+
+
+def _next_command(config: str, task: str | None, weights: str, records: Path) -> str:
+    """How to train on the records."""
+    if task != "talking":
+        return f"{config} does not train on records, but on clips of its own"
+    if not weights:
+        return "its encoders are random, and fit no store; prepare with --weights to train on it"
+    return f"train on it: train.py --config={config} --weights={weights} --records={records} --workdir=DIR"
 
 
 def _find(folder: str, side_file: str | None) -> InputVideos:

@@ -72,6 +72,8 @@ TRANSFORMER = register(
                 "official": "diffusion_pytorch_model.safetensors.index.json",
                 "diffusers": "transformer",
             },
+            option="transformer",
+            help="file or folder of the transformer, instead of that of --wan",
         ),
     )
 )
@@ -182,7 +184,10 @@ VAE = register(
             Layout("diffusers", ("decoder.norm_out.gamma",), vae.diffusers_rules),
         ),
         download=WAN_DOWNLOAD(
-            patterns=("Wan2.1_VAE.pth",), wan_files={"official": "Wan2.1_VAE.pth", "diffusers": "vae"}
+            patterns=("Wan2.1_VAE.pth",),
+            wan_files={"official": "Wan2.1_VAE.pth", "diffusers": "vae"},
+            option="vae",
+            help="file or folder of the VAE, likewise",
         ),
     )
 )
@@ -196,6 +201,7 @@ TEXT_ENCODER = register(
         (
             Layout("official", ("token_embedding.weight", "blocks.0.ffn.gate.0.weight"), umt5.official_rules),
             Layout("transformers", ("shared.weight",), umt5.transformers_rules),
+            Layout("GGUF", ("token_embd.weight", "enc.blk.0.attn_q.weight"), umt5.gguf_rules),
         ),
         umt5.ignored_keys,
         # Two prompts, the positive and the negative one.
@@ -204,6 +210,9 @@ TEXT_ENCODER = register(
             patterns=("models_t5_*.pth", "google/umt5-xxl/*"),
             wan_files={"official": "models_t5_umt5-xxl-enc-bf16.pth", "diffusers": "text_encoder"},
             wan_tokenizer={"official": "google/umt5-xxl", "diffusers": "tokenizer"},
+            tokenizer_key=umt5.SENTENCEPIECE,
+            option="text_encoder",
+            help="file or folder of the text encoder, likewise",
         ),
     )
 )
@@ -216,6 +225,9 @@ IMAGE_ENCODER = register(
         clip_vision.config_from_reference,
         (
             Layout("official", ("visual.cls_embedding",), clip_vision.official_rules),
+            Layout(
+                "official without visual.", ("cls_embedding",), partial(clip_vision.official_rules, prefix="")
+            ),
             *(
                 Layout(
                     f"transformers{' 5' * (not prefix)}",
@@ -233,6 +245,8 @@ IMAGE_ENCODER = register(
                 "official": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
                 "diffusers": "image_encoder",
             },
+            option="image_encoder",
+            help="file or folder of the image encoder, likewise",
         ),
     )
 )

@@ -48,24 +48,25 @@ def encode_audio(
 ) -> Float[Array, "1 A C"]:
     """wav2vec2's last hidden state of a waveform of 16 kHz (fantasy-talking, `utils.py`).
 
-    The waveform is normalised to zero mean and unit variance, as by transformers' processor. Silence is added
-    after that, as zeros: it would otherwise lower the variance, and so raise the level of the speech before
-    it. transformers pads the inputs of wav2vec2-base likewise, without a mask. A long waveform is encoded in
-    pieces, so that memory is bounded; two seconds on both sides of a piece are its context.
+    The waveform is normalised to zero mean and unit variance, as by transformers' processor, unless the
+    encoder takes waveforms as they are (`do_normalize`). Silence is added after that, as zeros: it would
+    otherwise lower the variance, and so raise the level of the speech before it. transformers pads the inputs
+    of wav2vec2-base likewise, without a mask. A long waveform is encoded in pieces, so that memory is
+    bounded; two seconds on both sides of a piece are its context.
 
     Args:
         encoder: The speech encoder.
         waveform: In [-1, 1].
         num_samples: Length to which a shorter waveform is padded with silence.
     """
-    normalised = normalise_waveform(waveform)
+    normalised = normalise_waveform(waveform) if encoder.config.do_normalize else waveform
     return encode_normalised(encoder, np.pad(normalised, (0, max(num_samples - normalised.size, 0))))
 
 
 def encode_normalised(
     encoder: Wav2Vec2Model, normalised: Float[np.ndarray, " samples"]
 ) -> Float[Array, "1 A C"]:
-    """As `encode_audio`, of a waveform that has zero mean and unit variance."""
+    """As `encode_audio`, of a waveform that is normalised where the encoder needs it."""
     total, longest = wav2vec2_length(normalised.size), AUDIO_PIECE + 2 * AUDIO_CONTEXT
     if total <= longest:
         return run(encoder, jnp.asarray(normalised)[None])

@@ -56,6 +56,7 @@ class Download:
         wan_files: File or folder of the network in a folder of Wan2.1, by the folder's layout; None if it is
             not part of Wan2.1.
         wan_tokenizer: The same for the tokenizer that belongs to the network.
+        tokenizer_key: Key of the tokenizer, a file of SentencePiece, in other programs' files of the network.
         option: Option of `convert_weights.py import` that takes the network's file; empty if there is none.
         metavar: `FILE` or `DIR`.
         help: Help text of the option.
@@ -66,6 +67,7 @@ class Download:
     folder: str = ""
     wan_files: Mapping[str, str] | None = None
     wan_tokenizer: Mapping[str, str] | None = None
+    tokenizer_key: str = ""
     option: str = ""
     metavar: str = "FILE"
     help: str = ""
@@ -112,6 +114,12 @@ class Component:
     def config_type(self) -> type:
         """The dataclass of its sizes."""
         return type(next(iter(self.presets.values())))
+
+    @property
+    def encoders(self) -> list[str]:
+        """Slots of the networks whose outputs it takes, except for the transformer."""
+        slots = [field.partition(".")[0] for field in (self.equal or {}).values()]
+        return [slot for slot in dict.fromkeys(slots) if slot != "transformer"]
 
     def read_config(self, values: Mapping[str, Any], path: Path) -> Any:
         """Builds the sizes from the JSON form of their fields; `path` is for the WeightsError."""

@@ -1,6 +1,6 @@
 """Training on top of converted weights, on encoded clips."""
 
-import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.typing import DType
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.loading import stored_networks
-from fantasy_jax.weights.store import LORA, record_hashes, save_network
+from fantasy_jax.weights.store import LORA, network_hash, record_hashes, save_network
 
 PIPELINE = "FantasyTalkingPipeline"
 
@@ -77,13 +77,11 @@ def finetune(
     )
     for index, transformer in stages:
         if index == len(config.stages) - 1:
-            _save(store, weights, transformer, config, jnp.dtype(model.dtype))
+            # The meaning of 0 and 1 to the motion adapter, as `prepare` wrote it beside the records.
+            files = {"motion_adapter": [records.parents[1] / MOTION_FILE]}
+            _save(store, weights, transformer, config, jnp.dtype(model.dtype), files)
     if not jax.process_index():
         write_pipeline(store, PIPELINE, video, sampling)
-        # The meaning of 0 and 1 to the motion adapter, as `prepare` wrote it beside the records.
-        normaliser, adapter = records.parents[1] / MOTION_FILE, store / "motion_adapter"
-        if normaliser.is_file() and adapter.is_dir() and not adapter.is_symlink():
-            shutil.copy(normaliser, adapter)
     return store
 
 
@@ -96,8 +94,14 @@ def _wanted_metadata(weights: Path, hashes: dict[str, str], video: VideoConfig) 
 
 
 def _save(
-    store: Path, weights: Path, transformer: WanTransformer, config: StagesConfig, dtype: DType
+    store: Path,
+    weights: Path,
+    transformer: WanTransformer,
+    config: StagesConfig,
+    dtype: DType,
+    files: Mapping[str, Sequence[Path]],
 ) -> None:
+    """Stores what was trained, each network with those of its `files` that exist; links the rest."""
     changed = {
         path
         for stage in config.stages
@@ -120,8 +124,15 @@ def _save(
     store.mkdir(parents=True, exist_ok=True)
     for slot in slots():
         if slot in gathered:
-            component = component_of(gathered[slot].config).name
-            save_network(store / slot, gathered[slot], component=component)
+            component = component_of(gathered[slot].config)
+            encoders = [x for x in component.encoders if (weights / x).exists()]
+            save_network(
+                store / slot,
+                gathered[slot],
+                component=component.name,
+                trained_with={encoder: network_hash(weights / encoder) for encoder in encoders},
+                files=[path for path in files.get(slot, ()) if path.is_file()],
+            )
         elif (weights / slot).exists() and not (store / slot).exists():
             (store / slot).symlink_to((weights / slot).resolve(), target_is_directory=True)
 

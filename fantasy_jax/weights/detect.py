@@ -1,13 +1,14 @@
 """Detection of the networks in a file, with their layouts and sizes."""
 
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.convert.files import WeightsFile
-from fantasy_jax.convert.rules import Plan, Rule, check, flat_parameters, load, make_plan
+from fantasy_jax.convert.rules import Plan, Rule, TensorSpec, check, flat_parameters, load, make_plan
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import Component, Layout, components
 from fantasy_jax.typing import DType
@@ -23,6 +24,7 @@ class Detected:
         weights: Its tensors.
         preset: Name of its sizes, or `config.json`.
         config: Its sizes.
+        prefix: Prefix of its keys in the file.
     """
 
     component: Component
@@ -30,6 +32,7 @@ class Detected:
     weights: WeightsFile
     preset: str
     config: Any
+    prefix: str = ""
 
     @property
     def rules(self) -> list[Rule]:
@@ -61,7 +64,8 @@ def detect(weights: WeightsFile, *, preset: str | None = None) -> list[Detected]
 
     Returns:
         One item for each network. Tensors that belong to no network are in the part of the network without a
-        prefix, or in that of the first network if all have one; they are problems of its plan.
+        prefix; if all have one, in that of the network that ignores them, or of the first one, of whose plan
+        they are problems.
 
     Raises:
         WeightsError: No network is detected, or no preset fits.
@@ -74,30 +78,52 @@ def detect(weights: WeightsFile, *, preset: str | None = None) -> list[Detected]
         raise WeightsError(f"{weights.path}: holds none of the known networks ({names})")
     prefixes = tuple(prefix for _, (prefix, _) in matches if prefix)
     others = {key: spec for key, spec in weights.specs.items() if not key.startswith(prefixes)}
-    without_prefix = replace(weights, specs=others)
     found = []
     for component, (prefix, layout) in matches:
-        part = weights.part(prefix) if prefix else without_prefix
-        found.append(Detected(component, layout, part, *_sizes(component, layout, part, preset)))
-    if len(prefixes) == len(matches):
-        first = replace(found[0].weights, specs={**found[0].weights.specs, **others})
-        found[0] = replace(found[0], weights=first)
-    return found
+        part = weights.part(prefix) if prefix else replace(weights, specs=others)
+        found.append(Detected(component, layout, part, *_sizes(component, layout, part, preset), prefix))
+    return _with_others(found, others) if len(prefixes) == len(matches) else found
+
+
+def _with_others(found: list[Detected], others: dict[str, TensorSpec]) -> list[Detected]:
+    """Adds the tensors outside of all prefixes to the network that ignores them, or to the first one."""
+    added: list[dict[str, TensorSpec]] = [{} for _ in found]
+    for key, spec in others.items():
+        patterns = [x.component.ignored(x.config) for x in found]
+        ignoring = (i for i, names in enumerate(patterns) if any(fnmatchcase(key, name) for name in names))
+        added[next(ignoring, 0)][key] = spec
+    return [
+        replace(x, weights=replace(x.weights, specs={**x.weights.specs, **more}))
+        for x, more in zip(found, added, strict=True)
+    ]
 
 
 def _match(component: Component, weights: WeightsFile) -> tuple[str, Layout] | None:
-    """Prefix and layout of a network's keys; None if the file does not hold the network."""
-    for prefix in dict.fromkeys(("", component.prefix)):
-        if layout := _layout(component, weights.part(prefix)):
-            return prefix, layout
-    return None
+    """Prefix and layout of a network's keys; None if the file does not hold the network.
 
+    Any prefix that ends in a dot will do: other programs write `model.diffusion_model.`, `module.` and more.
 
-def _layout(component: Component, part: WeightsFile) -> Layout | None:
+    Raises:
+        WeightsError: The file holds the network several times.
+    """
     for layout in component.layouts:
-        if layout.signature and all(key in part.specs for key in layout.signature):
-            return layout
+        found = _prefixes(layout, weights)
+        if len(found) > 1:
+            names = " and ".join(repr(prefix) for prefix in found)
+            raise WeightsError(f"{weights.path}: holds {component.name} several times, under {names}")
+        if found:
+            return found[0], layout
     return None
+
+
+def _prefixes(layout: Layout, weights: WeightsFile) -> list[str]:
+    """The prefixes under which a file has all keys of a layout's signature."""
+    if not layout.signature:
+        return []
+    first = next(iter(layout.signature))
+    prefixes = [key.removesuffix(first) for key in weights.specs if key.endswith(first)]
+    prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
+    return [x for x in prefixes if all(f"{x}{key}" in weights.specs for key in layout.signature)]
 
 
 def _detectable(component: Component) -> bool:

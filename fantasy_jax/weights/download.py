@@ -1,5 +1,6 @@
 """Download of the published files from the Hugging Face hub, into the folders of fantasy-talking's README."""
 
+import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -103,14 +104,33 @@ def download(output: str | Path, networks: Collection[str] | None = None) -> Non
         f"{needed / 2**30:8.2f} GiB  to download into {output}; {free / 2**30:.2f} GiB are free", flush=True
     )
     check_space(output, needed, free)
+    existed = output.exists()
     for file in missing:
         folder = output / file.repository.folder
         try:
             hf_hub_download(file.repository.name, file.name, local_dir=folder)
         except Exception as error:  # as above
+            _remove_empty(folder, output, keep=existed)
             raise WeightsError(_failure(f"{file.repository.name}/{file.name}", error)) from error
         if not file.is_in(output):
             raise WeightsError(f"{folder / file.name}: is incomplete; run the same command again")
+
+
+def _remove_empty(folder: Path, output: Path, *, keep: bool) -> None:
+    """Removes what a failed download leaves behind in a repository's folder, unless it can be continued.
+
+    Args:
+        folder: Folder of the repository's files.
+        output: Folder of all repositories.
+        keep: Whether `output` stays if it is empty.
+    """
+    cache = folder / ".cache"
+    if not any(path.stat().st_size for path in cache.rglob("*.incomplete")):
+        shutil.rmtree(cache, ignore_errors=True)
+    empty = [path for path in sorted(folder.rglob("*"), reverse=True) if path.is_dir()]
+    for path in (*empty, *([] if folder == output else [folder]), *([] if keep else [output])):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _incomplete_bytes(output: Path) -> int:

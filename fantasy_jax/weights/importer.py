@@ -4,22 +4,23 @@ At most one block, or the parameters outside the blocks, is in memory at a time.
 skipped, and an interrupted import continues with the first missing block.
 """
 
-import hashlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from fantasy_jax.convert.files import open_weights, source_files
+from fantasy_jax.convert.files import has_variant, open_weights, source_files
 from fantasy_jax.convert.rules import Plan, check, load, stored_dtype
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import lock_folder
 from fantasy_jax.system.registry import Component, components
 from fantasy_jax.typing import DType
+from fantasy_jax.weights.checksums import sha256
 from fantasy_jax.weights.detect import Detected, detect
 from fantasy_jax.weights.disk import check_space, free_bytes
 from fantasy_jax.weights.store import (
@@ -31,11 +32,10 @@ from fantasy_jax.weights.store import (
     read_record,
     write,
 )
+from fantasy_jax.weights.tokenizer import WriteTokenizer, find_tokenizer
 
-_CHUNK = 1 << 24
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One network to import.
 
@@ -43,13 +43,23 @@ class Job:
         found: The network in its file.
         plan: How the file fills the module; without problems.
         dtype: Dtype of the stored parameters, except for integers.
-        tokenizer: Folder of the tokenizer that belongs to the network.
+        tokenizer: Writes the tokenizer that belongs to the network into a folder.
     """
 
     found: Detected
     plan: Plan
     dtype: np.dtype
-    tokenizer: Path | None = None
+    tokenizer: WriteTokenizer | None = None
+
+    @property
+    def slot(self) -> str:
+        """The network's folder in the store."""
+        return self.found.component.slot
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files."""
+        return sum(path.stat().st_size for path in self.files)
 
     @property
     def bytes(self) -> int:
@@ -86,6 +96,8 @@ def import_weights(
     wan: str | Path | None = None,
     sources: Mapping[str, str | Path] | None = None,
     dtype: DType,
+    variant: str = "",
+    tokenizer: str | Path | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Imports networks; all files are checked before anything is written.
@@ -95,45 +107,80 @@ def import_weights(
     Args:
         output: The store.
         wan: Folder of Wan2.1 I2V 14B, in the official or in diffusers' layout.
-        sources: Files or folders of other networks, by option (`import_options`).
+        sources: Files or folders of networks, by option (`import_options`); they replace those in `wan`.
         dtype: Dtype of the stored parameters, except for networks with a fixed dtype.
+        variant: Part of the name of the files to use where a folder holds several, such as `fp16`.
+        tokenizer: Folder of the text encoder's tokenizer; None: the one in its file or beside it.
         progress: Whether to show a progress bar.
 
     Returns:
         A summary of each network, one line each.
 
     Raises:
+        ConfigError: Another process writes to the store.
         WeightsError: A file is missing, damaged or of another model; two files hold the same network; or the
             disk has not enough space.
         ConversionError: A file does not fit its network.
         ConfigError: Another import writes to the store.
     """
-    jobs = _wan_jobs(Path(wan), dtype) if wan is not None else []
-    options = import_options()
+    options, tokenizer = import_options(), None if tokenizer is None else Path(tokenizer)
+    jobs = []
     for option, path in (sources or {}).items():
-        jobs += _jobs(options[option], Path(path), dtype)
+        jobs += _jobs(options[option], Path(path), dtype, variant, partial(find_tokenizer, given=tokenizer))
+    if wan is not None:
+        given = {job.found.component.slot for job in jobs}
+        jobs = _wan_jobs(Path(wan), dtype, variant, given) + jobs
     _check_distinct(jobs)
-    folders = [Path(output) / job.found.component.slot for job in jobs]
-    done = [_is_done(job, folder) for job, folder in zip(jobs, folders, strict=True)]
-    lines = [f"{folder}: already complete" for folder, ready in zip(folders, done, strict=True) if ready]
-    todo = [(job, folder) for job, folder, ready in zip(jobs, folders, done, strict=True) if not ready]
-    _check_space(Path(output), todo)
-    # Files are read twice: first for their checksums.
-    total = sum(job.bytes + sum(path.stat().st_size for path in job.files) for job, _ in todo)
-    hidden = not progress or not todo
-    with lock_folder(output), tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
-        for job, folder in todo:
-            bar.set_description(folder.name)
-            _import(job, folder, bar)
-            lines.append(f"{folder}: {job.stored_bytes / 2**30:.2f} GiB of {job.dtype}")
+    _check_variant(jobs, variant)
+    output = Path(output)
+    with ExitStack() as stack:
+        existed = output.is_dir()
+        if existed:
+            stack.enter_context(lock_folder(output))
+        todo = _todo(jobs, output, progress)
+        lines = [f"{output / job.slot}: already complete" for job in jobs if job not in todo]
+        if todo and not existed:
+            stack.enter_context(lock_folder(output))
+        # Files are read twice: first for their checksums.
+        total = sum(job.bytes + job.file_bytes for job in todo)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress or not todo) as bar:
+            for job in todo:
+                bar.set_description(job.slot)
+                _import(job, output / job.slot, bar)
+                lines.append(f"{output / job.slot}: {job.stored_bytes / 2**30:.2f} GiB of {job.dtype}")
     return lines
 
 
-def _wan_jobs(folder: Path, dtype: DType) -> list[Job]:
-    """The networks of a folder of Wan2.1, in the layout of which it holds more files."""
+def _todo(jobs: list[Job], output: Path, progress: bool) -> list[Job]:
+    """The networks that the store does not hold yet; checks those that it holds, and the disk's space."""
+    stored = [job for job in jobs if (output / job.slot / RECORD).is_file()]
+    for job in stored:
+        _check_same(job, output / job.slot, [(path.name, path.stat().st_size) for path in job.files])
+    total = sum(job.file_bytes for job in stored)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress or not stored) as bar:
+        for job in stored:
+            bar.set_description(f"{job.slot}: comparing")
+            sources = [_checksum(path, bar) for path in job.files]
+            _check_same(job, output / job.slot, [(x.name, x.bytes, x.sha256) for x in sources])
+    todo = [job for job in jobs if job not in stored]
+    _check_space(output, todo)
+    return todo
+
+
+def _wan_jobs(folder: Path, dtype: DType, variant: str, given: set[str]) -> list[Job]:
+    """The networks of a folder of Wan2.1, in the layout of which it holds more files.
+
+    Args:
+        folder: The folder.
+        dtype: As for `import_weights`.
+        variant: Likewise.
+        given: Slots of the networks that are imported from elsewhere.
+    """
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
-    rows = [row for row in components().values() if row.download.wan_files]
+    rows = [row for row in components().values() if row.download.wan_files and row.slot not in given]
+    if not rows:
+        raise WeightsError(f"{folder}: all of its networks are given by other options; leave --wan out")
     files = {
         layout: [row.download.wan_files[layout] for row in rows]
         + [row.download.wan_tokenizer[layout] for row in rows if row.download.wan_tokenizer]
@@ -145,28 +192,30 @@ def _wan_jobs(folder: Path, dtype: DType) -> list[Job]:
             raise WeightsError(f"{folder}: lacks {name}; download it again")
     jobs = []
     for row in rows:
-        tokenizer = row.download.wan_tokenizer
-        jobs += _jobs(
-            row,
-            folder / row.download.wan_files[layout],
-            dtype,
-            folder / tokenizer[layout] if tokenizer else None,
-        )
+        given_by = row.download.wan_tokenizer
+        tokenizer = partial(find_tokenizer, given=folder / given_by[layout] if given_by else None)
+        jobs += _jobs(row, folder / row.download.wan_files[layout], dtype, variant, tokenizer)
     return jobs
 
 
-def _jobs(component: Component, path: Path, dtype: DType, tokenizer: Path | None = None) -> list[Job]:
-    """All networks of a file, the wanted one first; the tokenizer belongs to that."""
-    found = detect(open_weights(path))
-    wanted = [x for x in found if x.component.name == component.name]
-    if not wanted:
+def _jobs(
+    component: Component,
+    path: Path,
+    dtype: DType,
+    variant: str,
+    tokenizer: Callable[[Detected, Path], WriteTokenizer | None],
+) -> list[Job]:
+    """All networks of a file, the wanted one first, each with its tokenizer."""
+    weights = open_weights(path, variant=variant)
+    found = detect(weights)
+    if not any(x.component.name == component.name for x in found):
         names = " and ".join(x.component.name for x in found)
         raise WeightsError(f"{path}: holds {names}, not {component.name}")
-    others = [x for x in found if x.component.name != component.name]
-    return [_job(wanted[0], path, dtype, tokenizer), *(_job(x, path, dtype) for x in others)]
+    found.sort(key=lambda x: x.component.name != component.name)
+    return [_job(x, path, dtype, tokenizer(x, path)) for x in found]
 
 
-def _job(found: Detected, path: Path, dtype: DType, tokenizer: Path | None = None) -> Job:
+def _job(found: Detected, path: Path, dtype: DType, tokenizer: WriteTokenizer | None) -> Job:
     dtype = np.dtype(found.component.dtype or dtype)
     return Job(found, check(found.plan(dtype)[1], path), dtype, tokenizer)
 
@@ -181,24 +230,36 @@ def _check_distinct(jobs: list[Job]) -> None:
         paths[slot] = path
 
 
-def _is_done(job: Job, folder: Path) -> bool:
-    """Whether the store holds this network; raises a WeightsError if it holds another one in its place."""
-    if not (folder / RECORD).is_file():
-        return False
+def _check_variant(jobs: list[Job], variant: str) -> None:
+    names = [path.name for job in jobs for path in (job.found.weights.path, *job.files)]
+    if variant and not any(has_variant(name, variant) for name in names):
+        raise WeightsError(f"--variant={variant}: no file has this in its name; there are {', '.join(names)}")
+
+
+def _check_same(job: Job, folder: Path, sources: list[tuple]) -> None:
+    """Raises a WeightsError if the store holds another network in this one's place.
+
+    Args:
+        job: The network.
+        folder: Its folder in the store.
+        sources: Name, size and, if it is known, checksum of its files.
+    """
     _, stored = read_record(folder)
-    sources = [{"name": path.name, "bytes": path.stat().st_size} for path in job.files]
-    same = [{k: x[k] for k in ("name", "bytes")} for x in stored["sources"]] == sources
-    if same and stored["dtype"] == str(job.dtype) and stored["component"] == job.found.component.name:
-        return True
+    kept = [(x["name"], x["bytes"], x["sha256"]) for x in stored["sources"]]
+    same_files = [x[: len(y)] for x, y in zip(kept, sources, strict=False)] == sources
+    same_kind = (stored["dtype"], stored["component"]) == (str(job.dtype), job.found.component.name)
+    if same_files and same_kind and len(kept) == len(sources):
+        return
     raise WeightsError(
-        f"{folder}: holds {stored['dtype']} weights of other files; delete it, or choose another --output"
+        f"{folder}: holds {stored['dtype']} weights of other files, or of these before they were changed; "
+        "delete it, or choose another --output"
     )
 
 
-def _check_space(output: Path, todo: list[tuple[Job, Path]]) -> None:
-    needed = sum(job.stored_bytes for job, _ in todo)
-    for _, folder in todo:
-        partial = folder.with_name(f"{folder.name}.partial")
+def _check_space(output: Path, todo: list[Job]) -> None:
+    needed = sum(job.stored_bytes for job in todo)
+    for job in todo:
+        partial = output / f"{job.slot}.partial"
         needed -= sum(x.stat().st_size for x in partial.rglob("*") if x.is_file())
     check_space(output, needed, free_bytes(output))
 
@@ -219,7 +280,7 @@ def _import(job: Job, folder: Path, bar: tqdm) -> None:
 
     def extra(partial: Path) -> None:
         if job.tokenizer is not None:
-            shutil.copytree(job.tokenizer, partial / TOKENIZER, dirs_exist_ok=True)
+            job.tokenizer(partial / TOKENIZER)
 
     write(folder, record, sorted(parts), lambda item: load(parts[item], read, dtype=job.dtype), extra=extra)
 
@@ -237,18 +298,7 @@ def _split(plan: Plan) -> dict[str, Plan]:
 
 
 def _checksum(path: Path, bar: tqdm) -> SourceFile:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-        bar.update(len(chunk))
-    return SourceFile(path.name, path.stat().st_size, digest.hexdigest())
-
-
-def _chunks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield buffer[:count]
+    return SourceFile(path.name, path.stat().st_size, sha256(path, bar.update))
 
 
 def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:

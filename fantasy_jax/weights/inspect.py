@@ -1,4 +1,4 @@
-"""Inspection of a weights file: its networks, and whether every tensor maps onto a parameter."""
+"""Inspection of weights: the networks of a file and how they map, and where those of a store come from."""
 
 import math
 from collections import Counter
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import Plan
+from fantasy_jax.system.registry import slots
 from fantasy_jax.weights.detect import Detected, detect
+from fantasy_jax.weights.store import RECORD, network_hash, read_record
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Inspection:
             sizes[str(spec.dtype)] += math.prod(spec.shape) * spec.dtype.itemsize
         groups = Counter(entry.path.split("/")[0] for entry in self.plan.entries)
         lines = [
-            f"component   {found.component.name}, {found.layout.name} keys, sizes of {found.preset}",
+            f"component   {found.component.name}, {found.layout.name} keys, sizes of {found.preset}"
+            f"{f', after {found.prefix}' * bool(found.prefix)}",
             f"tensors     {len(specs)}",
             f"parameters  {parameters:,}",
             "bytes       "
@@ -52,10 +55,39 @@ class Inspection:
         return lines
 
 
-def inspect(path: str | Path, *, preset: str | None = None) -> list[Inspection]:
+def inspect(path: str | Path, *, preset: str | None = None, variant: str = "") -> list[Inspection]:
     """Inspects every network in a file; reads no weights.
+
+    Args:
+        path: The file or folder.
+        preset: Name of the sizes; None: detected.
+        variant: Part of the file's name, where a folder holds several.
 
     Raises:
         WeightsError: The file cannot be read, or no network is detected in it.
     """
-    return [Inspection(found, found.plan()[1]) for found in detect(open_weights(path), preset=preset)]
+    weights = open_weights(path, variant=variant)
+    return [Inspection(found, found.plan()[1]) for found in detect(weights, preset=preset)]
+
+
+def store_origins(directory: str | Path) -> dict[str, str]:
+    """Where the networks of a store come from, by slot (`origin`).
+
+    Raises:
+        WeightsError: A network is damaged.
+    """
+    folders = {slot: Path(directory) / slot for slot in slots()}
+    return {slot: origin(folder) for slot, folder in folders.items() if (folder / RECORD).is_file()}
+
+
+def origin(folder: Path) -> str:
+    """A stored network's format, type, source files, and a hash in eight letters, in one line.
+
+    The hash is that of a single source file as `sha256sum` begins it, or of several (`network_hash`).
+    """
+    component, record = read_record(folder)
+    names = [source["name"] for source in record["sources"]]
+    made = "random weights" if record.get("random") else "trained here"
+    if names:
+        made = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return f"{component.name}, {record['dtype']}, {made}, {network_hash(folder)[:8]}"

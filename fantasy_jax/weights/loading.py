@@ -1,6 +1,7 @@
 """Networks from a store, whole on one device or sharded over a mesh."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from fantasy_jax.typing import DType
 from fantasy_jax.weights.store import (
     LORA,
     TOKENIZER,
+    check_sums,
     items,
+    network_hash,
     read_config,
     read_item,
     read_record,
@@ -72,9 +75,29 @@ def stored_networks(
                 "it, or take the config that the store was made for"
             )
         _check_sizes(directory / slot, sizes)
+    for note in notes(directory, [slot for slot in config.networks if slot not in new]):
+        logging.getLogger(__name__).warning("%s", note)
     return Networks(
         config, StoredLoader(directory, new=new, merge_lora=merge_lora), partial(_tokenizer, directory)
     )
+
+
+def notes(directory: Path, slots: Sequence[str]) -> list[str]:
+    """What a user should know about the networks in these slots, one line each.
+
+    Weights that are random, and adapters that were trained with another encoder than the store's.
+    """
+    records = {slot: read_record(directory / slot)[1] for slot in slots}
+    random = [slot for slot, record in records.items() if record.get("random")]
+    lines = [f"{directory}: the weights of {', '.join(random)} are random"] if random else []
+    for slot, record in records.items():
+        for encoder, trained_with in record.get("trained_with", {}).items():
+            if encoder in records and (given := network_hash(directory / encoder)) != trained_with:
+                lines.append(
+                    f"{directory / slot}: was trained with another {encoder} ({trained_with[:8]}) than the "
+                    f"store's ({given[:8]})"
+                )
+    return lines
 
 
 class StoredLoader:
@@ -202,14 +225,19 @@ def _check_sizes(folder: Path, config: Any) -> Component:
     component, stored = read_record(folder)
     if type(config) is not component.config_type:
         raise WeightsError(f"{folder}: holds {component.name}, but {component_of(config).name} is asked for")
-    sizes, given = stored["config"], as_json(config)
+    # Sizes that an earlier version did not have are the defaults.
+    sizes, given = (as_json(x) for x in (component.read_config(stored["config"], folder), config))
     if sizes != given:
-        differing = [name for name in {**given, **sizes} if given.get(name) != sizes.get(name)]
-        names = ", ".join(f"{n} {sizes.get(n)} (asked for: {given.get(n)})" for n in differing[:3])
-        raise WeightsError(f"{folder}: is of another model; it has {names}")
+        differing = [name for name in given if given[name] != sizes[name]]
+        names = ", ".join(f"{n} {sizes[n]} (asked for: {given[n]})" for n in differing[:3])
+        setting = f"--config.model.{component.slot}.{differing[0]}={sizes[differing[0]]}"
+        raise WeightsError(f"{folder}: is of another model; it has {names}; {setting} asks for its own")
     return component
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
     folder = directory / "text_encoder" / TOKENIZER
-    return load_tokenizer(folder) if folder.is_dir() else byte_tokenizer()
+    if not folder.is_dir():
+        return byte_tokenizer()
+    check_sums(folder.parent, TOKENIZER)
+    return load_tokenizer(folder)

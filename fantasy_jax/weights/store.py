@@ -1,6 +1,7 @@
 """The store of weights: a folder for each network, written item by item, complete or absent.
 
     DIR/transformer/    component.json    format, sizes, dtype, sources, items and their bytes
+                        SHA256SUMS        checksums of all other files of the folder
                         blocks_00/ ...    an Orbax item for each block of a stack
                         rest/             an Orbax item of all other parameters
     DIR/audio_adapter/ ... DIR/vae/       one folder for each slot of `ModelConfig`
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import Component, find_component, slots
+from fantasy_jax.weights.checksums import SUMS, damaged_files, files_below, missing_files, skipped, write_sums
 
 LORA = "lora"
 """Slot and format of a LoRA of the transformer."""
@@ -67,6 +70,8 @@ class NetworkRecord:
         dtype: Type of the parameters.
         sources: Files of the import; none for weights that were trained here.
         other_dtypes: Types of the parameters that have another one, by path.
+        random: Whether the parameters are random and were never trained.
+        trained_with: `network_hash` of the encoders whose features a trained adapter takes, by slot.
     """
 
     component: str
@@ -75,6 +80,8 @@ class NetworkRecord:
     dtype: str
     sources: Sequence[SourceFile] = ()
     other_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    random: bool = False
+    trained_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def save_network(
@@ -84,6 +91,9 @@ def save_network(
     component: str,
     preset: str = "",
     sources: Sequence[SourceFile] = (),
+    random: bool = False,
+    trained_with: Mapping[str, str] | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Stores a network that is in memory; replaces the folder's content.
 
@@ -93,6 +103,9 @@ def save_network(
         component: Name of its format.
         preset: Name of its sizes.
         sources: Files that it was imported from.
+        random: Whether its parameters are random.
+        trained_with: Hashes of the encoders that it was trained with (`NetworkRecord`).
+        files: Further files that belong to it, which are copied into the folder.
 
     Raises:
         WeightsError: It cannot be written.
@@ -104,7 +117,10 @@ def save_network(
     dtypes = {path: str(values[path].dtype) for path in sorted(paths)}
     dtype = Counter(dtypes.values()).most_common(1)[0][0]
     others = {path: other for path, other in dtypes.items() if other != dtype}
-    record = NetworkRecord(component, preset, dataclasses.asdict(config), dtype, tuple(sources), others)
+    sizes = dataclasses.asdict(config)
+    record = NetworkRecord(
+        component, preset, sizes, dtype, tuple(sources), others, random, dict(trained_with or {})
+    )
 
     def make(item: str) -> dict[str, np.ndarray]:
         return {
@@ -112,7 +128,11 @@ def save_network(
             for path, layer in places[item].items()
         }
 
-    write(folder, record, places, make, resume=False)
+    def extra(partial: Path) -> None:
+        for file in files:
+            shutil.copy(file, partial)
+
+    write(folder, record, places, make, resume=False, extra=extra)
 
 
 def items(component: Component, config: Any) -> Places:
@@ -158,10 +178,9 @@ def write(
         WeightsError: It cannot be written.
     """
     folder = Path(folder).absolute()
-    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
-    content = as_json(record)
-    if not content["other_dtypes"]:
-        del content["other_dtypes"]
+    partial = folder.with_name(f"{folder.name}.partial")
+    optional = ("other_dtypes", "random", "trained_with")
+    content = {name: x for name, x in as_json(record).items() if x or name not in optional}
     started = partial / _STARTED
     try:
         if not (resume and started.is_file() and json.loads(started.read_text()) == content):
@@ -180,18 +199,25 @@ def write(
             marker.unlink()
         content["items"] = {name: _bytes(partial / name) for name in names}
         (partial / RECORD).write_text(json.dumps(content, indent=1) + "\n")
-        # Only what is on the disk, and not in the system's cache, survives a loss of power.
-        os.sync()
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        (folder / _STARTED).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        write_sums(partial, [name for name in files_below(partial) if name != _STARTED])
+        _replace(folder, partial)
     except json.JSONDecodeError as error:
         raise WeightsError(f"{started}: damaged ({error}); delete {partial}") from error
     except OSError as error:
         raise WeightsError(f"{partial}: cannot be written ({error.strerror or error})") from error
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Gives a complete network its name, in place of the previous one."""
+    old = folder.with_name(f"{folder.name}.old")
+    # Only what is on the disk, and not in the system's cache, survives a loss of power.
+    os.sync()
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    (folder / _STARTED).unlink()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
@@ -216,7 +242,21 @@ def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
     for name, size in sizes:
         if found[name] != size:
             raise WeightsError(f"{path.parent / name}: has {found[name]} bytes, not {size}; import it again")
+    check_sums(path.parent, RECORD)
     return component, content
+
+
+def check_sums(folder: Path, name: str) -> None:
+    """Compares a file or a subfolder of a stored network with its checksums, unless checks are skipped.
+
+    Raises:
+        WeightsError: It is damaged, or a file of the network is missing.
+    """
+    if not skipped() and (damaged := missing_files(folder) + damaged_files(folder, name)):
+        raise WeightsError(
+            f"{folder / damaged[0]}: damaged, it differs from its checksum in {SUMS}; import the network "
+            "again, or copy it again from where it came"
+        )
 
 
 def read_config(folder: Path) -> tuple[Component, Any]:
@@ -255,6 +295,9 @@ def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, n
         WeightsError: The item is damaged, or holds other parameters.
     """
     path = Path(folder).absolute() / item
+    # Several processes share the work.
+    if zlib.crc32(item.encode()) % jax.process_count() == jax.process_index():
+        check_sums(path.parent, item)
     try:
         with _checkpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
@@ -274,13 +317,38 @@ def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, n
         raise WeightsError(f"{path}: damaged ({reason}); import it again") from error
 
 
+def network_hash(folder: Path) -> str:
+    """Identifies a stored network, whatever its type and wherever it was stored.
+
+    It is the SHA-256 of its source file; of several sources, that of their hashes. A network that was trained
+    or initialised here has no sources: it is identified by its stored files.
+    """
+    _, record = read_record(folder)
+    sources = [source["sha256"] for source in record["sources"]]
+    if len(sources) == 1:
+        return sources[0]
+    content = "".join(sources).encode() if sources else _own_content(Path(folder))
+    return hashlib.sha256(content).hexdigest()
+
+
+def _own_content(folder: Path) -> bytes:
+    sums = folder / SUMS
+    return (sums if sums.is_file() else folder / RECORD).read_bytes()
+
+
 def record_hashes(weights: Path) -> dict[str, str]:
-    """SHA-256 of each network's record by slot; the record holds the hashes of its source files."""
-    return {
-        slot: hashlib.sha256((weights / slot / RECORD).read_bytes()).hexdigest()
-        for slot in slots()
-        if (weights / slot / RECORD).exists()
-    }
+    """Hash of each network by slot: of its record without the size of the items, and of `network_hash`.
+
+    Imports of the same files with the same settings have the same hashes on every machine; the items of two
+    imports differ in bytes, though not in parameters.
+    """
+    hashes = {}
+    for slot in (slot for slot in slots() if (weights / slot / RECORD).exists()):
+        _, record = read_record(weights / slot)
+        content = {name: x for name, x in record.items() if name not in ("items", "sources")}
+        content["content"] = network_hash(weights / slot)
+        hashes[slot] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashes
 
 
 def _restore_arguments(spec: Any) -> ocp.RestoreArgs:
