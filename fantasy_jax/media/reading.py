@@ -9,10 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
 
 from fantasy_jax.errors import MediaError
-from fantasy_jax.media.images import read_image
+from fantasy_jax.media.frames import displayed_size, to_rgb
+from fantasy_jax.media.images import DAMAGED_IMAGE, open_image, read_image
 from fantasy_jax.media.paths import check_exists
 from fantasy_jax.typing import UInt8
 
@@ -22,15 +22,19 @@ _EPSILON = 1e-6
 
 
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
-    """Reads all frames of a video and its frame rate.
+    """Reads all frames of a video, RGB and upright, and its frame rate.
 
     Raises:
         MediaError: The file is missing or is not a video.
     """
     check_exists(path, "video")
     with _open_video(path) as container:
-        fps = float(container.streams.video[0].average_rate)
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or _DEFAULT_FPS)
+        frames, size = [], None
+        for frame in container.decode(stream):
+            size = size or displayed_size(frame, stream)
+            frames.append(to_rgb(frame, stream, size))
     if not frames:
         raise MediaError(f"{path}: the video has no frames")
     return np.stack(frames), fps
@@ -63,7 +67,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     with _open_video(path) as container:
         for frame in container.decode(video=0):
             stream = container.streams.video[0]
-            height, width = _displayed_size(frame, stream)
+            height, width = displayed_size(frame, stream)
             fps = Fraction(stream.average_rate or _DEFAULT_FPS)
             return VideoInfo(height, width, bool(container.streams.audio), fps)
     raise MediaError(f"{path}: the video has no frames")
@@ -94,14 +98,14 @@ def stream_video(
         stream.thread_type = "AUTO"
         count, last, step = 0, None, 1 / fps
         for time, frame in _timed_frames(container, stream):
-            size = size or _displayed_size(frame, stream)
+            size = size or displayed_size(frame, stream)
             while last and count / fps < (last[0] + time) / 2 - _EPSILON:
-                yield last[0], _upright(last[1], size)
+                yield last[0], to_rgb(last[1], stream, size)
                 count += 1
             step = time - last[0] if last else step
             last = time, frame
         while last and count / fps < last[0] + step / 2 - _EPSILON:
-            yield last[0], _upright(last[1], size)
+            yield last[0], to_rgb(last[1], stream, size)
             count += 1
 
 
@@ -128,10 +132,10 @@ def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarr
 
 def _is_still_image(path: str | Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             # Of the other formats with several pictures, phones write MPO, where one is a preview.
             return image.format not in ("GIF", "PNG") or not getattr(image, "is_animated", False)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGED_IMAGE:
         return False
 
 
@@ -147,19 +151,6 @@ def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
             continue
         start, previous = time if start is None else start, time
         yield time - start, frame
-
-
-def _displayed_size(frame: av.VideoFrame, stream) -> tuple[int, int]:
-    width = round(frame.width * float(stream.sample_aspect_ratio or 1))
-    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
-
-
-def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Scales a frame to a height and width after rotation, and rotates it by the file's display matrix."""
-    turns = round(frame.rotation / 90) % 4
-    height, width = size[::-1] if turns % 2 else size
-    array = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(np.rot90(array, turns))
 
 
 @contextmanager

@@ -18,6 +18,9 @@ _AUDIO_RATE = 44_100
 """Sampling rate of the audio stream in a written video, in Hz."""
 _AUDIO_BLOCK = 1024
 """Samples that AAC encodes together."""
+_IDENTITY, _BT709 = 0, 1
+"""Matrices, primaries and transfer characteristics of ITU-T H.273, as FFmpeg numbers them."""
+_LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 def write_video(
@@ -29,7 +32,7 @@ def write_video(
     background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
-    """Writes an mp4 (H.264, AAC), atomically.
+    """Writes an mp4 (H.264 in BT.709, AAC), atomically.
 
     Frames and audio are read when they are needed; memory does not grow with the length.
 
@@ -54,24 +57,49 @@ def write_video(
     with atomic_write(path) as partial, _encoding(path):
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
-            codec, pixels, quality = (
-                ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
-                if lossless
-                else ("libx264", "yuv420p", {"crf": "16"})
-            )
-            stream = container.add_stream(codec, rate=fps, options=quality)
-            stream.height, stream.width = _even_sides(first).shape[:2]
-            stream.pix_fmt = pixels
+            stream = _add_video(container, _even_sides(first).shape[:2], fps, lossless=lossless)
             sources = [x for x in (audio, background) if x is not None]
             track = _AudioTrack(container, sources) if sources else None
             for count, frame in enumerate(itertools.chain([first], remaining), 1):
-                shown = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
-                container.mux(stream.encode(shown))
+                container.mux(stream.encode(_converted(frame, stream)))
                 if track is not None:
                     track.write_until(float(count / fps))
             container.mux(stream.encode(None))
             if track is not None:
                 track.finish(float(count / fps))
+
+
+def _add_video(
+    container: av.container.OutputContainer, size: tuple[int, int], fps: int | Fraction, *, lossless: bool
+) -> av.VideoStream:
+    """Adds an H.264 stream of this height and width, tagged as what it is: BT.709, or RGB if lossless."""
+    codec, pixels, quality = (
+        ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
+        if lossless
+        else ("libx264", "yuv420p", {"crf": "16"})
+    )
+    stream = container.add_stream(codec, rate=fps, options=quality)
+    stream.height, stream.width = size
+    stream.pix_fmt = pixels
+    context = stream.codec_context
+    context.color_primaries = context.color_trc = _BT709
+    context.colorspace, context.color_range = (
+        (_IDENTITY, _FULL_RANGE) if lossless else (_BT709, _LIMITED_RANGE)
+    )
+    return stream
+
+
+def _converted(frame: UInt8[np.ndarray, "H W 3"], stream: av.VideoStream) -> av.VideoFrame:
+    """A frame in the stream's pixel format; YUV has the matrix and range of BT.709."""
+    rgb = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
+    if stream.pix_fmt == "rgb24":
+        return rgb
+    return rgb.reformat(
+        format=stream.pix_fmt,
+        dst_colorspace=_BT709,
+        src_color_range=_FULL_RANGE,
+        dst_color_range=_LIMITED_RANGE,
+    )
 
 
 @contextmanager
