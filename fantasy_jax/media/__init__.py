@@ -1,11 +1,12 @@
 """Reading and writing of images, audio and video; the only package that uses codecs."""
 
 from fantasy_jax.media.audio import (
+    AudioPart,
+    AudioTrack,
     audio_seconds,
     read_audio,
     read_audio_track,
     resample,
-    stream_audio,
     write_audio,
 )
 from fantasy_jax.media.images import ContactSheet, encode_jpeg, read_image
@@ -13,6 +14,8 @@ from fantasy_jax.media.reading import VideoInfo, probe_video, read_video, stream
 from fantasy_jax.media.writing import write_video
 
 __all__ = [
+    "AudioPart",
+    "AudioTrack",
     "ContactSheet",
     "VideoInfo",
     "audio_seconds",
@@ -23,7 +26,6 @@ __all__ = [
     "read_image",
     "read_video",
     "resample",
-    "stream_audio",
     "stream_frames",
     "stream_video",
     "write_audio",

@@ -73,6 +73,19 @@ def probe_video(path: str | Path) -> VideoInfo:
     raise MediaError(f"{path}: the video has no frames")
 
 
+def first_frame_time(path: str | Path) -> float | None:
+    """The time in the file at which a video's frames begin, in seconds; None if none can be decoded."""
+    try:
+        with _open_video(path) as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                if not frame.is_corrupt and frame.time is not None:
+                    return frame.time
+    except MediaError:
+        pass
+    return None
+
+
 def stream_video(
     path: str | Path, fps: int | float, size: tuple[int, int] | None = None
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:

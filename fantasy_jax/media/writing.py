@@ -153,7 +153,7 @@ class _Samples:
     """The samples of a file, in any portions."""
 
     def __init__(self, path: str | Path):
-        self._pieces = stream_audio(path, rate=_AUDIO_RATE, layout="stereo")
+        self._pieces = stream_audio(path, _AUDIO_RATE)
         self._read = next(self._pieces)
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ def _peak(paths: Sequence[str | Path]) -> float:
     """Largest absolute value of the sum of files; they are decoded, but not kept."""
     shortest, *others = sorted(paths, key=audio_seconds)
     sources, peak = [_Samples(path) for path in others], 0.0
-    for piece in stream_audio(shortest, rate=_AUDIO_RATE, layout="stereo"):
+    for piece in stream_audio(shortest, _AUDIO_RATE):
         mixed = sum((source.take(piece.shape[1]) for source in sources), piece)
         peak = max(peak, float(np.abs(mixed).max(initial=0)))
     return peak

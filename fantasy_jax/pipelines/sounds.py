@@ -13,7 +13,7 @@ from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.pipelines.base import AudioInput, as_waveform
 from fantasy_jax.system import encoders
 from fantasy_jax.typing import Array, Float
-from fantasy_jax.video import SAMPLE_RATE
+from fantasy_jax.video import FEATURE_WINDOW, SAMPLE_RATE
 
 MIX_RATE = 44_100
 """Sampling rate of a mix of several sounds, in Hz; that of the audio in a written video."""
@@ -87,6 +87,13 @@ def read_sounds(
     waveforms, conditions = (
         tuple(as_waveform(x, sampling_rate, seconds=seconds) for x in xs) for xs in (sounds, voices)
     )
+    for given, waveform in zip((*sounds, *voices), (*waveforms, *conditions), strict=False):
+        if waveform.size < FEATURE_WINDOW:
+            name = given if isinstance(given, str | Path) else "audio"
+            shortest = FEATURE_WINDOW / SAMPLE_RATE
+            raise MediaError(
+                f"{name}: lasts {waveform.size / SAMPLE_RATE:g} s; at least {shortest:g} s are needed"
+            )
     conditions = conditions or waveforms
     num_samples = max(waveform.size for waveform in waveforms)
     if max_seconds is not None:
