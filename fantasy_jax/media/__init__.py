@@ -7,6 +7,7 @@ from fantasy_jax.media.audio import (
     read_audio,
     read_audio_track,
     resample,
+    stream_audio,
     write_audio,
 )
 from fantasy_jax.media.images import ContactSheet, encode_jpeg, read_image
@@ -26,6 +27,7 @@ __all__ = [
     "read_image",
     "read_video",
     "resample",
+    "stream_audio",
     "stream_frames",
     "stream_video",
     "write_audio",

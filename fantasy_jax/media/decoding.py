@@ -18,7 +18,7 @@ from av.format import Flags
 from av.stream import Disposition
 
 from fantasy_jax.errors import MediaError
-from fantasy_jax.media.paths import check_exists
+from fantasy_jax.media.paths import check_exists, file_url
 from fantasy_jax.media.reading import first_frame_time
 from fantasy_jax.typing import Float32
 
@@ -123,7 +123,7 @@ def _open_audio(path: str | Path) -> Iterator[av.container.InputContainer]:
     if os.path.getsize(path) == 0:
         raise MediaError(f"{path}: the file is empty; use an audio file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(file_url(path)) as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: has no audio; use a file that has an audio stream")
             if not container.streams.audio[0].codec_context:
