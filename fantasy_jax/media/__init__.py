@@ -3,6 +3,7 @@
 from fantasy_jax.media.audio import (
     AudioPart,
     AudioTrack,
+    audio_part,
     audio_seconds,
     read_audio,
     read_audio_track,
@@ -19,6 +20,7 @@ __all__ = [
     "AudioTrack",
     "ContactSheet",
     "VideoInfo",
+    "audio_part",
     "audio_seconds",
     "encode_jpeg",
     "probe_video",

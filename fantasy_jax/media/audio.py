@@ -38,6 +38,11 @@ class AudioPart:
     seconds: float = math.inf
 
 
+def audio_part(path: str | Path, start: float = 0.0, seconds: float = math.inf) -> str | Path | AudioPart:
+    """A part of a file's audio; the file itself if nothing is left out."""
+    return AudioPart(path, start, seconds) if start or seconds < math.inf else path
+
+
 @dataclass(frozen=True)
 class AudioTrack:
     """The audio of a file.
@@ -98,22 +103,23 @@ def read_audio_track(
         samples += piece.tobytes()
     report.check(path)
     if not samples:
-        raise MediaError(f"{path}: lasts {report.seconds:.2f} s; nothing is left from {start:g} s on")
+        raise _beyond(path, report, start)
     report.log(path)
     missing = np.array([*report.holes, *report.damaged]).reshape(-1, 2) - start
     return AudioTrack(np.frombuffer(samples, np.float32), missing)
 
 
-def audio_seconds(path: str | Path) -> float:
-    """Duration of the audio of an audio or video file, which is decoded, but not kept in memory.
+def audio_seconds(part: str | Path | AudioPart) -> float:
+    """Duration of the audio of a file, or of a part of one, which is decoded, but not kept in memory.
 
     Raises:
         MediaError: As `read_audio`.
     """
+    part = part if isinstance(part, AudioPart) else AudioPart(part)
     samples: Counter[int] = Counter()
-    for rate, piece in placed_sound(path, SoundReport()):
+    for rate, piece in _take(_from(placed_sound(part.path, SoundReport()), part.start), part.seconds):
         samples[rate] += piece.shape[1]
-    return sum(count / rate for rate, count in samples.items())
+    return min(sum((count / rate for rate, count in samples.items()), 0.0), part.seconds)
 
 
 def stream_audio(part: str | Path | AudioPart, rate: int) -> Iterator[Float32[np.ndarray, "2 samples"]]:
@@ -127,16 +133,21 @@ def stream_audio(part: str | Path | AudioPart, rate: int) -> Iterator[Float32[np
         MediaError: As `read_audio`.
     """
     part = part if isinstance(part, AudioPart) else AudioPart(part)
-    report = SoundReport()
+    report, left = SoundReport(), part.seconds * rate
     pieces = _take(_from(placed_sound(part.path, report), part.start), part.seconds)
     stereo = ((given, np.broadcast_to(piece, (2, piece.shape[1]))) for given, piece in pieces)
-    left = math.inf if part.seconds == math.inf else round(part.seconds * rate)
     for piece in _at_rate(stereo, rate):
-        yield piece[:, : min(left, piece.shape[1])]
+        yield piece[:, : round(min(left, piece.shape[1]))]
         left -= piece.shape[1]
         if left <= 0:
             break
     report.check(part.path)
+    if report.seconds <= part.start:
+        raise _beyond(part.path, report, part.start)
+
+
+def _beyond(path: str | Path, report: SoundReport, start: float) -> MediaError:
+    return MediaError(f"{path}: lasts {report.seconds:.2f} s; nothing is left from {start:g} s on")
 
 
 def _from(pieces: Iterable[Piece], start: float) -> Iterator[Piece]:

@@ -87,7 +87,7 @@ def first_frame_time(path: str | Path) -> float | None:
 
 
 def stream_video(
-    path: str | Path, fps: int | float, size: tuple[int, int] | None = None
+    path: str | Path, fps: int | float, size: tuple[int, int] | None = None, start: float = 0.0
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
     """Yields the frames of a video one by one at a constant frame rate.
 
@@ -98,6 +98,7 @@ def stream_video(
         path: The file.
         fps: Frame rate of the result, in Hz.
         size: Height and width of the result, in pixels; by default those at which the video is displayed.
+        start: Seconds that are left out.
 
     Yields:
         The frame's own time, in seconds since the first frame, and the frame: RGB, upright.
@@ -109,25 +110,30 @@ def stream_video(
     with _open_video(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        count, last, step = 0, None, 1 / fps
+        first, count, last, step = round(start * fps), 0, None, 1 / fps
         for time, frame in _timed_frames(container, stream):
             size = size or displayed_size(frame, stream)
             while last and count / fps < (last[0] + time) / 2 - _EPSILON:
-                yield last[0], to_rgb(last[1], stream, size)
+                if count >= first:
+                    yield last[0], to_rgb(last[1], stream, size)
                 count += 1
             step = time - last[0] if last else step
             last = time, frame
         while last and count / fps < last[0] + step / 2 - _EPSILON:
-            yield last[0], to_rgb(last[1], stream, size)
+            if count >= first:
+                yield last[0], to_rgb(last[1], stream, size)
             count += 1
 
 
-def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+def stream_frames(
+    path: str | Path, fps: int | float, start: float = 0.0
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """Yields the frames of a video as `stream_video` does, or the only frame of an image.
 
     Args:
         path: A video or an image; animated GIF and PNG files count as videos.
         fps: Frame rate of the result, in Hz.
+        start: Seconds of a video that are left out.
 
     Yields:
         RGB frames of one size, upright.
@@ -139,7 +145,7 @@ def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarr
     if _is_still_image(path):
         yield np.array(read_image(path))
     else:
-        for _, frame in stream_video(path, fps):
+        for _, frame in stream_video(path, fps, start=start):
             yield frame
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
-from fantasy_jax.media.audio import audio_seconds, stream_audio
+from fantasy_jax.media.audio import AudioPart, audio_seconds, stream_audio
 from fantasy_jax.typing import Float32, UInt8
 
 _AUDIO_RATE = 44_100
@@ -28,7 +28,7 @@ def write_video(
     frames: Iterable[UInt8[np.ndarray, "H W 3"]],
     fps: int | Fraction,
     *,
-    audio: str | Path | None = None,
+    audio: str | Path | AudioPart | None = None,
     background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
@@ -41,7 +41,8 @@ def write_video(
         frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
-        audio: File whose audio is added, cut to the length of the video or padded with silence.
+        audio: File whose audio is added, or a part of one; cut to the length of the video or padded with
+            silence.
         background: File whose audio is mixed with that, likewise; where the sum is louder than a file can
             hold, all of it is made quieter.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
@@ -118,7 +119,7 @@ def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]
 class _AudioTrack:
     """Audio of files, mixed and written to a video's container while its frames are written."""
 
-    def __init__(self, container: av.container.OutputContainer, paths: Sequence[str | Path]):
+    def __init__(self, container: av.container.OutputContainer, paths: Sequence[str | Path | AudioPart]):
         """Adds the stream, and reads the beginning of the files: MediaError if that is not possible."""
         self._sources = [_Samples(path) for path in paths]
         self._gain = 1 / max(_peak(paths), 1.0) if len(paths) > 1 else 1.0
@@ -152,7 +153,7 @@ class _AudioTrack:
 class _Samples:
     """The samples of a file, in any portions."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path | AudioPart):
         self._pieces = stream_audio(path, _AUDIO_RATE)
         self._read = next(self._pieces)
 
@@ -171,7 +172,7 @@ class _Samples:
         return taken
 
 
-def _peak(paths: Sequence[str | Path]) -> float:
+def _peak(paths: Sequence[str | Path | AudioPart]) -> float:
     """Largest absolute value of the sum of files; they are decoded, but not kept."""
     shortest, *others = sorted(paths, key=audio_seconds)
     sources, peak = [_Samples(path) for path in others], 0.0

@@ -4,6 +4,7 @@ The latents of the source are kept outside a mask of the lower face, at each ste
 pasted into the source with a soft edge.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -75,14 +76,14 @@ class DubbedVideo:
     Attributes:
         plan: The source, and what of it is dubbed.
         scenes: The generated crops.
-        audio: The new audio: a file, or a waveform of 16 kHz, in [-1, 1].
+        audio: The new audio: a file, a part of one, or a waveform of 16 kHz, in [-1, 1].
         audio_seconds: Its duration.
         background: File that is mixed with the audio.
     """
 
     plan: DubbingPlan
     scenes: Sequence[DubbedScene]
-    audio: str | Path | np.ndarray
+    audio: str | Path | media.AudioPart | np.ndarray
     audio_seconds: float
     background: str | Path | None = None
 
@@ -199,7 +200,9 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
             strength=strength,
         )
         with timed("Video and audio"):
-            waveform = as_waveform(audio, sampling_rate)
+            used = math.inf if config.max_seconds is None else config.max_seconds
+            waveform = as_waveform(audio, sampling_rate, start=config.start, seconds=used)
+            waveform = waveform[: None if used == math.inf else round(used * SAMPLE_RATE)]
             if background is not None:
                 media.read_audio(background, seconds=0.1)  # an error now, rather than after sampling
             seconds = waveform.size / SAMPLE_RATE
@@ -237,7 +240,7 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
                 )
                 frames = np.stack(list(decode()))
                 scenes.append(DubbedScene(clip.speaker, clip.rates, frames, latents))
-        source = waveform if isinstance(audio, np.ndarray) else audio
+        source = waveform if isinstance(audio, np.ndarray) else media.audio_part(audio, config.start, used)
         return DubbedVideo(plan, scenes, source, seconds, background)
 
     def _clips(self, plan: DubbingPlan, waveform: Float[np.ndarray, " samples"]) -> Iterator["_Clip"]:
