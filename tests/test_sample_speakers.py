@@ -14,6 +14,7 @@ from fantasy_jax.video import VideoConfig
 from sample import main
 
 COMMON = [f"--config={DEBUG}", "--image=two.png", "--audio=a.wav", "--audio=b.wav", "--output=out/talk.mp4"]
+PIECE = ["--size=30x50", "--start=0.05", "--seconds=0.2"]
 BOXES = ["--box=0.1,0.2,0.3,0.7", "--box=0.6,0.2,0.9,0.7"]
 
 
@@ -35,11 +36,7 @@ def folder(tmp_path, monkeypatch):
     ("options", "width"),
     [
         ([], 64),
-        (
-            ["--image=nobody.png", *BOXES, "--person=2", "--person=1"]
-            + ["--size=30x50", "--start=0.05", "--seconds=0.2"],
-            48,
-        ),
+        (["--image=nobody.png", *BOXES, "--person=2", "--person=1", *PIECE], 48),
     ],
 )
 def test_two_sounds_on_a_picture_of_two_people(options, width):

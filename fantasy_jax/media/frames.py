@@ -55,17 +55,19 @@ def to_rgb(
 def _pixels(frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
     """RGB of full range, with the matrix and range that the frame states.
 
-    PyAV before 17 ignores both unless source and destination ranges are given, and PyAV 16 converts to packed
-    RGB of more than 8 bits wrongly. Scaling is left to OpenCV, because swscale makes scaled RGB darker by up
-    to 2 of 255.
+    PyAV before 17 ignores both unless ranges are given and source and destination differ, although RGB has no
+    matrix, and PyAV 16 converts to packed RGB of more than 8 bits wrongly. Scaling is left to OpenCV, because
+    swscale makes scaled RGB darker by up to 2 of 255.
     """
     name = frame.format.name
     if frame.format.is_rgb or frame.format.has_palette:
         return frame.to_ndarray(format=pixel_format)
     full = frame.color_range == _FULL_RANGE or name.startswith(("yuvj", "gray"))
+    matrix = _MATRICES.get(frame.colorspace, _BT601)
     converted = frame.reformat(
         format=pixel_format,
-        src_colorspace=_MATRICES.get(frame.colorspace, _BT601),
+        src_colorspace=matrix,
+        dst_colorspace=_BT709 if matrix == _BT601 else _BT601,
         src_color_range=_FULL_RANGE if full else _LIMITED_RANGE,
         dst_color_range=_FULL_RANGE,
     )
