@@ -285,3 +285,19 @@ def test_only_what_is_used_is_decoded(tmp_path):
     stereo = np.concatenate(list(stream_audio(part, 44_100)), axis=1)
     assert stereo.shape == (2, 44_100)
     assert times_of(stereo[0], 44_100) == pytest.approx([0.25], abs=0.01)
+
+
+def test_titles_need_not_be_text(tmp_path):
+    """Names of songs are often in another encoding than the file says."""
+    path = encode(tmp_path / "t.mkv", clicks(0.5), "aac")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "named.mkv"), "w") as target:
+        target.metadata["title"] = "a title that is long enough"
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                if not target.streams:
+                    stream = target.add_stream_from_template(source.streams.audio[0])
+                packet.stream = stream
+                target.mux(packet)
+    content = (tmp_path / "named.mkv").read_bytes().replace(b"a title that", b"\xe4 title th\xe4t")
+    (tmp_path / "named.mkv").write_bytes(content)
+    assert times_of(media.read_audio(tmp_path / "named.mkv")) == pytest.approx([0.5], abs=0.03)

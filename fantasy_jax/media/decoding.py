@@ -123,7 +123,7 @@ def _open_audio(path: str | Path) -> Iterator[av.container.InputContainer]:
     if os.path.getsize(path) == 0:
         raise MediaError(f"{path}: the file is empty; use an audio file")
     try:
-        with av.open(file_url(path)) as container:
+        with av.open(file_url(path), metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: has no audio; use a file that has an audio stream")
             if not container.streams.audio[0].codec_context:

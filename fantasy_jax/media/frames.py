@@ -118,7 +118,7 @@ def _tone_map(
     encoded = (255 * _srgb(np.linspace(0, 1, 4096))).round().astype(np.uint8)
 
     def convert(pixels: UInt16[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-        linear = np.maximum(table[pixels] @ _BT2020_TO_BT709.T, 0)
+        linear = np.maximum(table[np.minimum(pixels, 4095)] @ _BT2020_TO_BT709.T, 0)
         largest = linear.max(axis=-1, keepdims=True)
         above = np.maximum(largest - _KNEE, 0)
         compressed = _KNEE + above * (1 - _KNEE) / (above + 1 - _KNEE)

@@ -176,7 +176,7 @@ def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
 def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     """Opens a file that has a video stream; decoding errors become a MediaError."""
     try:
-        with av.open(file_url(path)) as container:
+        with av.open(file_url(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
             yield container
