@@ -163,8 +163,9 @@ def test_pictures_of_phones_in_heic_and_avif(tmp_path):
     assert np.abs(np.asarray(media.read_image(tmp_path / "p.avif")).astype(int) - colours()).mean() < 3
     whole = (DATA / "pictures/turned_p3.heic").read_bytes()
     (tmp_path / "cut.heic").write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(MediaError, match=r"cut\.heic"):
+    with pytest.raises(MediaError, match=r"cut\.heic") as raised:
         media.read_image(tmp_path / "cut.heic")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_very_large_picture_is_read_at_a_reduced_size(tmp_path, caplog, monkeypatch):

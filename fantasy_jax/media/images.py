@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pi_heif
+import pillow_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fantasy_jax.errors import MediaError
@@ -20,7 +20,7 @@ from fantasy_jax.media.paths import check_exists
 from fantasy_jax.media.profiles import to_srgb
 from fantasy_jax.typing import UInt8
 
-pi_heif.register_heif_opener()
+pillow_heif.register_heif_opener()
 
 _KEPT = 50_000_000
 """Pixels above which an image is reduced; phones of 48 and 50 megapixels stay below."""
@@ -52,7 +52,8 @@ def read_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise MediaError(f"{path}: not a readable image; use a PNG, JPEG, WebP, HEIC or AVIF file") from error
     except DAMAGED_IMAGE as error:
-        raise MediaError(f"{path}: the image is damaged or truncated ({error}); save it again") from error
+        reason = " ".join(str(error).split())
+        raise MediaError(f"{path}: the image is damaged or truncated ({reason}); save it again") from error
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
