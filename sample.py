@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +38,9 @@ examples:
   python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4
   python sample.py --config=configs/tiny.py --image=portrait.jpg --audio=song.mp3 --prompt="A man sings." \\
       --output=out/song.mp4 --seed=7 --config.sample.num_inference_steps=20
-  the first ten seconds of a recording, with windows that overlap more:
+  ten seconds of a recording from its third minute on, of an exact size, with windows that overlap more:
   python sample.py --config=configs/fantasy_talking_14b.py --image=portrait.png --audio=speech.wav \\
-      --output=out/ten.mp4 --config.sample.max_seconds=10 --config.sample.overlap=7
+      --output=out/ten.mp4 --start=120 --seconds=10 --size=480x832 --config.sample.overlap=7
   several clips with one start; pairs.csv has the columns image, audio, prompt and output:
   python sample.py --config=configs/tiny.py --batch=pairs.csv
   with a motion adapter, a face that hardly moves on a lively body (0.5 is usual):
@@ -116,9 +117,12 @@ def main(argv: list[str] | None = None) -> int:
     model = build(ModelConfig, config.model, "model")
     video = build(VideoConfig, config.video, "video")
     settings = build(pipeline_type.config_type, config.sample, "sample")
-    if ahead.is_requested(arguments):
+    piece = {"start": arguments.start, "max_seconds": arguments.seconds}
+    settings = replace(settings, **{name: x for name, x in piece.items() if x is not None})
+    if ahead.is_requested(arguments, also=("size",)):
         programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
+    ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
     outputs = _given(arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs))
     read = [*arguments.driver, *arguments.voice, *(x for r in requests for x in (r.image, *r.audio))]
@@ -141,6 +145,7 @@ def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, reque
         request.audio,
         people=arguments.person,
         boxes=boxes,
+        size=ahead.parse_size(arguments.size),
         voice=arguments.voice or None,
         **given,
         **_sampling(arguments),
@@ -153,7 +158,12 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
     boxes = [parse_box(text, option="--box") for text in arguments.box]
     with cli.timed("Driving videos"):
         scene = pipeline.scene(
-            request.image, arguments.driver, boxes=boxes, people=arguments.person, progress=True
+            request.image,
+            arguments.driver,
+            boxes=boxes,
+            people=arguments.person,
+            size=ahead.parse_size(arguments.size),
+            progress=True,
         )
     for note in scene.notes:
         print(note)
@@ -208,7 +218,7 @@ def _pipeline_type(config: ConfigDict, arguments: argparse.Namespace) -> type[Pi
     refused: list[str] = []
     if pipeline_type is FantasyTalkingPipeline and arguments.video:
         pipeline_type, task = FantasyDubbingPipeline, "--video"
-        refused = ["image", "noise", "save_latents"]
+        refused = ["image", "noise", "save_latents", "size"]
     refused += [name for names in OPTIONS.values() for name in names if name not in OPTIONS[pipeline_type]]
     if given := [name for name in refused if getattr(arguments, name)]:
         raise ConfigError(f"--{given[0]} does not go with {task}")
@@ -287,6 +297,18 @@ def _parser() -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--start",
+        type=float,
+        metavar="SECONDS",
+        help="leave out this much of the sounds, or of the driving videos, at the beginning "
+        "(--config.sample.start)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="use this much of them (--config.sample.max_seconds; default: all)",
     )
     parser.add_argument(
         "--noise",

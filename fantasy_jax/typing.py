@@ -25,7 +25,7 @@ Signatures carry these shapes through jaxtyping. They are checked at run time in
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, Int16, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int16, UInt8, UInt16
 
 DType = Any
 """Anything that `numpy.dtype` accepts, bfloat16 included."""
@@ -34,4 +34,4 @@ Leaf = Any
 """An array in a dataclass that is a pytree. JAX rebuilds those with other shapes (under `vmap`) and with
 leaves that are no arrays (`None`), so that the type cannot be checked; the docstring gives the shape."""
 
-__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "Int16", "Leaf", "UInt8"]
+__all__ = ["Array", "Bool", "DType", "Float", "Float32", "Int", "Int16", "Leaf", "UInt8", "UInt16"]

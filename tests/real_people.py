@@ -33,9 +33,14 @@ def _skip(reason):
     pytest.skip(reason)
 
 
-def media_file(name):
+def case_file(name):
+    """Returns the path of a file that once went wrong, likewise (`shared/cases/README.md`)."""
+    return media_file(name, "cases")
+
+
+def media_file(name, folder="media"):
     """Returns the path of a video or image; skips or fails the test likewise where it is missing."""
-    path = SHARED / "media" / name
+    path = SHARED / folder / name
     if not path.is_file():
         _skip(f"{path} is missing")
     return path

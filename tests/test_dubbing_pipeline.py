@@ -315,6 +315,8 @@ def test_a_background_is_mixed_with_the_audio(tmp_path):
         (["--box=1,2"], "--box"),
         (["--config.sample.strength=2"], "strength"),
         (["--output=v.mp4"], "v.mp4"),
+        (["--size=64x64"], "--size does not go with --video"),
+        (["--start=2"], "nothing is left from 2 s on"),
         ([], "2 people"),
         (["--person=3"], "--person=3"),
     ],

@@ -324,10 +324,10 @@ def test_an_image_streams_as_one_frame_and_an_animation_as_a_video(tmp_path):
 @pytest.mark.parametrize("audio_from", [0.0, 0.25])
 def test_an_audio_track_starts_with_the_video(tmp_path, audio_from):
     write_timed(tmp_path / "v.mkv", range(0, 200, 4), audio_from=audio_from)
-    track = media.read_audio_track(tmp_path / "v.mkv")
+    track = media.read_audio(tmp_path / "v.mkv")
     assert abs(np.flatnonzero(track)[0] / 16000 - audio_from) < 0.002
     write_timed(tmp_path / "late.mkv", range(50, 250, 4), audio_from=audio_from)
-    assert abs(media.read_audio_track(tmp_path / "late.mkv").size / 16000 - (0.5 + audio_from)) < 0.002
+    assert abs(media.read_audio(tmp_path / "late.mkv").size / 16000 - (0.5 + audio_from)) < 0.002
 
 
 def test_a_lossless_video_keeps_every_pixel(tmp_path):

@@ -401,6 +401,8 @@ def test_invalid_options_are_refused(options, word):
 @pytest.mark.parametrize("option", ["--topology=v5p:4x4x4", "--size=64x64", "--only=guided", "--json=x.json"])
 @pytest.mark.parametrize("command", [sample.main, train.main], ids=["sample", "train"])
 def test_options_that_would_have_no_effect_are_refused(command, option):
+    if (command, option) == (sample.main, "--size=64x64"):
+        return  # it is the size of the clip that is sampled
     with pytest.raises(ConfigError, match="compile_only"):
         command(["--config=configs/fantasy_talking_14b.py", option])
 

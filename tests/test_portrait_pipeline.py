@@ -219,6 +219,24 @@ def test_the_sound_of_the_first_driver_that_has_any_goes_along(dry_pipeline, sam
         assert [float(x.duration * x.time_base) for x in streams] == pytest.approx([0.2, 0.2], abs=0.03)
 
 
+def test_a_piece_of_the_drivers(dry_pipeline, sampled, tmp_path, monkeypatch):
+    """Frames and sound of a driver begin at the same time; a picture stays as it is."""
+    changed = replace(dry_pipeline.config, start=0.4, max_seconds=0.2)
+    monkeypatch.setattr(dry_pipeline, "config", changed)
+    loud = sounding(tmp_path / "loud.mp4", 1.0, frames=25)
+    scene = dry_pipeline.scene(picture(40), loud, size=(32, 32))
+    assert (scene.num_frames, scene.picture.size) == (5, (32, 32))
+    frames, whole = list(scene.drivers[0].frames), media.read_video(loud)[0]
+    assert np.array_equal(frames[0], whole[10])
+    out = dry_pipeline(scene)
+    assert out.audio == media.AudioPart(str(loud), 0.4)
+    Image.fromarray(driver()[0]).save(tmp_path / "face.png")
+    assert dry_pipeline.scene(picture(40), tmp_path / "face.png").drivers[0].length == 1
+    monkeypatch.setattr(dry_pipeline, "config", replace(changed, start=5.0))
+    with pytest.raises(MediaError, match=r"loud\.mp4"):
+        dry_pipeline.scene(picture(40), loud)
+
+
 def test_drivers_without_sound_give_a_silent_clip(dry_pipeline, sampled, tmp_path, monkeypatch):
     media.write_video(tmp_path / "silent.mp4", driver(), 25, lossless=True)
     silent = dry_pipeline(picture(40), tmp_path / "silent.mp4")

@@ -127,10 +127,14 @@ def test_lips_and_audio_in_and_out_of_sync():
     rng = np.random.default_rng(1)
     energy = np.convolve(rng.uniform(size=84), np.hanning(5), "same").astype(np.float32)
     for shift in (-3, 0, 4):
-        value, lag = measures.best_lag(np.roll(energy, shift), energy, 4)
-        assert (lag, value > 0.9) == (shift, True)
-    assert measures.best_lag(np.roll(energy, 20), energy, 4)[0] < 0.5
-    assert measures.best_lag(np.zeros(84, np.float32), energy, 4)[0] == 0
+        correlations = measures.lag_correlations(np.roll(energy, shift), energy, 4)
+        assert correlations.shape == (9,)
+        found = measures.find_lag(correlations, 4)
+        assert (found.in_step, found.value > 0.9, found.gain) == (shift, True, 0)
+        found = measures.find_lag(correlations, 1)
+        assert (found.elsewhere, found.gain > 0.4) == (shift, shift != 0)
+    assert measures.lag_correlations(np.roll(energy, 20), energy, 4).max() < 0.5
+    assert measures.lag_correlations(np.zeros(84, np.float32), energy, 4).max() == 0
 
 
 def track(*boxes, present=None):
@@ -346,12 +350,30 @@ def test_shards_are_read_back_in_order_and_again(tmp_path):
         )
 
 
+def test_settings_name_models_by_their_content(tmp_path, task):
+    """So that work can be resumed where they, and the videos, lie at other places."""
+
+    def described(folder, content):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "face.task").write_text(content)
+        landmarks = replace(task.config.landmarks, face_model=str(tmp_path / folder / "face.task"))
+        return replace(task, config=replace(task.config, landmarks=landmarks)).as_json()
+
+    assert described("here", "model") == described("there", "model") != described("here", "another")
+    assert str(tmp_path) not in json.dumps(described("here", "model"))
+
+
 def test_the_report_escapes_names_and_shows_every_reason(task):
     clips = [
         PreparedClip("<b>.mp4", "0", 0, (0.0, 1.0), "", "", {"sync": 0.5}),
         PreparedClip("a.mp4", "1", 0, (0.0, 1.0), "sync", "too low", {"sync": 0.1}),
         PreparedClip("c.mp4", "2", -1, (0.0, 0.0), "no_sound", "has no audio"),
+        PreparedClip('"><script>x', "3", 0, (0.0, 1.0), "", "<i>several</i>", {"sync": 0.5}),
     ]
+    about = {"<u>e.mp4": "did you mean <s>?"}
+    hostile = render_report(clips, about, task.config, lambda clip: b"jpeg")
+    for tag in ("<b>.mp4", "<script", "<i>", "<u>", "<s>", '"">'):
+        assert tag not in hostile
     page = render_report(clips, {"d.mp4": "has no video"}, task.config, lambda clip: b"jpeg")
     assert "<b>.mp4" not in page
     assert "&lt;b&gt;.mp4" in page

@@ -14,6 +14,7 @@ from fantasy_jax.video import VideoConfig
 from sample import main
 
 COMMON = [f"--config={DEBUG}", "--image=two.png", "--audio=a.wav", "--audio=b.wav", "--output=out/talk.mp4"]
+PIECE = ["--size=30x50", "--start=0.05", "--seconds=0.2"]
 BOXES = ["--box=0.1,0.2,0.3,0.7", "--box=0.6,0.2,0.9,0.7"]
 
 
@@ -31,10 +32,16 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--image=nobody.png", *BOXES, "--person=2", "--person=1"]])
-def test_two_sounds_on_a_picture_of_two_people(options):
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        ([], 64),
+        (["--image=nobody.png", *BOXES, "--person=2", "--person=1", *PIECE], 48),
+    ],
+)
+def test_two_sounds_on_a_picture_of_two_people(options, width):
     assert not main([*COMMON, *options])
-    assert media.read_video("out/talk.mp4")[0].shape == (9, 32, 64, 3)
+    assert media.read_video("out/talk.mp4")[0].shape == (9, 32, width, 3)
     assert media.probe_video("out/talk.mp4").has_audio
     assert np.abs(media.read_audio("out/talk.mp4")).max() > 0.1
 
@@ -65,6 +72,14 @@ def test_the_sound_is_written_and_not_its_voice():
         ("--voice=a.wav --voice=none.wav", "none.wav"),
         ("--driver=a.mp4", "--driver"),
         ("--people=2", "--people"),
+        ("--start=9", "a.wav: lasts 0.30 s; nothing is left from 9 s on"),
+        ("--start=-1", "start is -1"),
+        ("--start=x", "--start"),
+        ("--seconds=0", "max_seconds is 0"),
+        ("--seconds=9", "less than sample.max_seconds, 9"),
+        ("--size=64", "--size=64"),
+        ("--size=0x64", "size is 0 x 64"),
+        ("--size=16x640", "crop it"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, change, named):

@@ -11,6 +11,7 @@ from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines import scene as scenes
 from fantasy_jax.preprocessing.driving import DrivingConfig
+from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.video import VideoConfig
 
 VIDEO = VideoConfig(height=128, width=320, num_frames=9, fps=25)
@@ -36,7 +37,8 @@ def driver(*lefts, frames=9, **options):
 
 
 def make(image, *drivers, **options):
-    return scenes.make_scene(image, drivers, video=VIDEO, config=CONFIG, **options)
+    fitted = fit_image(image, VIDEO.longest_edge)
+    return scenes.make_scene(image, drivers, fitted=fitted, video=VIDEO, config=CONFIG, **options)
 
 
 def write(path, frames, fps=25):
@@ -299,7 +301,8 @@ def test_a_real_video_of_two_people_drives_a_real_picture(monkeypatch):
     monkeypatch.undo()  # the detector of squares
     config = DrivingConfig(landmarks=LANDMARKS)
     image = media.read_image(media_file("two_people.png"))
-    made = scenes.make_scene(image, [media_file("two_people.mp4")], video=VIDEO, config=config)
+    fitted = fit_image(image, VIDEO.longest_edge)
+    made = scenes.make_scene(image, [media_file("two_people.mp4")], fitted=fitted, video=VIDEO, config=config)
     assert (made.targets, made.num_frames, made.notes) == ((1, 2), 9, ())
     assert made.boxes[0, 2] < made.boxes[1, 0]
     assert set(np.unique(made.labels())) == {0, 1, 2}

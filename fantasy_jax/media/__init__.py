@@ -1,6 +1,9 @@
 """Reading and writing of images, audio and video; the only package that uses codecs."""
 
 from fantasy_jax.media.audio import (
+    AudioPart,
+    AudioTrack,
+    audio_part,
     audio_seconds,
     read_audio,
     read_audio_track,
@@ -13,8 +16,11 @@ from fantasy_jax.media.reading import VideoInfo, probe_video, read_video, stream
 from fantasy_jax.media.writing import write_video
 
 __all__ = [
+    "AudioPart",
+    "AudioTrack",
     "ContactSheet",
     "VideoInfo",
+    "audio_part",
     "audio_seconds",
     "encode_jpeg",
     "probe_video",

@@ -1,40 +1,59 @@
 """Reading of images, and writing of JPEG bytes and contact sheets."""
 
 import io
+import logging
+import math
+import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
 from fantasy_jax.media.paths import check_exists
+from fantasy_jax.media.profiles import to_srgb
 from fantasy_jax.typing import UInt8
+
+pillow_heif.register_heif_opener()
+
+_KEPT = 50_000_000
+"""Pixels above which an image is reduced; phones of 48 and 50 megapixels stay below."""
+_DECODABLE = 256_000_000
+"""Pixels that are decoded at most; Pillow takes 4 bytes for each."""
+_READABLE = 512_000_000
+"""Pixels of a file at most; progressive JPEG takes up to 6 bytes for each, however small it is decoded."""
+DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error)
+"""What Pillow and its plugins raise for damaged files."""
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Reads an image as 8-bit RGB.
+    """Reads an image as 8-bit sRGB.
 
-    The EXIF orientation is applied; 16-bit, grey and palette images are converted; transparent areas are
-    composited over white (the official code drops the alpha channel and shows the colour below it).
+    The EXIF orientation and the ICC profile are applied; 16-bit, grey and palette images are converted;
+    transparent areas are composited over white (the official code drops the alpha channel and shows the
+    colour below it). Images of more than 50 megapixels are read at a reduced size, which is logged.
 
     Raises:
-        MediaError: The file is missing, not an image, or truncated.
+        MediaError: The file is missing, not an image, truncated, or has too many pixels for memory.
     """
     check_exists(path, "image")
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
+        with open_image(path) as opened:
+            image = ImageOps.exif_transpose(_load(opened, path))
+            image = to_srgb(image, path)
+    except MediaError:
+        raise
     except UnidentifiedImageError as error:
-        raise MediaError(f"{path}: not a readable image; use a PNG, JPEG or WebP file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: the image is damaged or truncated ({error}); save it again") from error
-    if image.mode.startswith(("I", "F")):
-        image = _to_eight_bits(image, path)
+        raise MediaError(f"{path}: not a readable image; use a PNG, JPEG, WebP, HEIC or AVIF file") from error
+    except DAMAGED_IMAGE as error:
+        reason = " ".join(str(error).split())
+        raise MediaError(f"{path}: the image is damaged or truncated ({reason}); save it again") from error
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -42,13 +61,55 @@ def read_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Opens an image without Pillow's limit of pixels, in place of which `_load` has one."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _load(opened: Image.Image, path: str | Path) -> Image.Image:
+    """Decodes an image with at most 8 bits per channel and about 50 megapixels."""
+    width, height = opened.size
+    factor = _reduction(opened.size)
+    if factor > 1:
+        opened.draft(None, (width // factor, height // factor))  # only JPEG is decoded at a smaller size
+    if width * height > _READABLE or math.prod(opened.size) > _DECODABLE:
+        raise MediaError(f"{path}: {width} x {height} pixels are too many to be read; make the image smaller")
+    opened.load()
+    image = _to_eight_bits(opened, path) if opened.mode.startswith(("I", "F")) else opened
+    if (left := _reduction(image.size)) > 1:
+        if image.mode in ("1", "P", "PA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = image.reduce(left)
+    if image.size != (width, height):
+        logging.getLogger(__name__).warning(
+            "%s: %d x %d pixels are read as %d x %d", path, width, height, *image.size
+        )
+    return image
+
+
+def _reduction(size: tuple[int, int]) -> int:
+    """The factor by which sides are divided so that few enough pixels remain."""
+    return math.ceil(math.sqrt(math.prod(size) / _KEPT))
+
+
 def _to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     """Converts 16- and 32-bit grey images; Pillow would clip their values at 255."""
-    values = np.asarray(image, np.float64)
+    values = np.asarray(image)
     if not np.isfinite(values).all():
         raise MediaError(f"{path}: the image contains values that are not finite; save it with 8 bits")
     largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(image.mode, 65535.0)
-    return Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for source, target in zip(values, grey, strict=True):  # a row at once, which saves memory
+        target[:] = (source / np.float64(largest) * 255).round().clip(0, 255)
+    converted = Image.fromarray(grey)
+    converted.info.update(image.info)
+    return converted
 
 
 def encode_jpeg(image: UInt8[np.ndarray, "H W 3"], quality: int = 80) -> bytes:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
 
 from fantasy_jax.errors import MediaError
-from fantasy_jax.media.images import read_image
-from fantasy_jax.media.paths import check_exists
+from fantasy_jax.media.frames import displayed_size, to_rgb
+from fantasy_jax.media.images import DAMAGED_IMAGE, open_image, read_image
+from fantasy_jax.media.paths import check_exists, file_url
 from fantasy_jax.typing import UInt8
 
 _DEFAULT_FPS = Fraction(25)
@@ -22,15 +22,19 @@ _EPSILON = 1e-6
 
 
 def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
-    """Reads all frames of a video and its frame rate.
+    """Reads all frames of a video, RGB and upright, and its frame rate.
 
     Raises:
         MediaError: The file is missing or is not a video.
     """
     check_exists(path, "video")
     with _open_video(path) as container:
-        fps = float(container.streams.video[0].average_rate)
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or _DEFAULT_FPS)
+        frames, size = [], None
+        for frame in container.decode(stream):
+            size = size or displayed_size(frame, stream)
+            frames.append(to_rgb(frame, stream, size))
     if not frames:
         raise MediaError(f"{path}: the video has no frames")
     return np.stack(frames), fps
@@ -63,14 +67,27 @@ def probe_video(path: str | Path) -> VideoInfo:
     with _open_video(path) as container:
         for frame in container.decode(video=0):
             stream = container.streams.video[0]
-            height, width = _displayed_size(frame, stream)
+            height, width = displayed_size(frame, stream)
             fps = Fraction(stream.average_rate or _DEFAULT_FPS)
             return VideoInfo(height, width, bool(container.streams.audio), fps)
     raise MediaError(f"{path}: the video has no frames")
 
 
+def first_frame_time(path: str | Path) -> float | None:
+    """The time in the file at which a video's frames begin, in seconds; None if none can be decoded."""
+    try:
+        with _open_video(path) as container:
+            stream = container.streams.video[0]
+            for frame in container.decode(stream):
+                if not frame.is_corrupt and frame.time is not None:
+                    return frame.time
+    except MediaError:
+        pass
+    return None
+
+
 def stream_video(
-    path: str | Path, fps: int | float, size: tuple[int, int] | None = None
+    path: str | Path, fps: int | float, size: tuple[int, int] | None = None, start: float = 0.0
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
     """Yields the frames of a video one by one at a constant frame rate.
 
@@ -81,6 +98,7 @@ def stream_video(
         path: The file.
         fps: Frame rate of the result, in Hz.
         size: Height and width of the result, in pixels; by default those at which the video is displayed.
+        start: Seconds that are left out.
 
     Yields:
         The frame's own time, in seconds since the first frame, and the frame: RGB, upright.
@@ -92,25 +110,30 @@ def stream_video(
     with _open_video(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        count, last, step = 0, None, 1 / fps
+        first, count, last, step = round(start * fps), 0, None, 1 / fps
         for time, frame in _timed_frames(container, stream):
-            size = size or _displayed_size(frame, stream)
+            size = size or displayed_size(frame, stream)
             while last and count / fps < (last[0] + time) / 2 - _EPSILON:
-                yield last[0], _upright(last[1], size)
+                if count >= first:
+                    yield last[0], to_rgb(last[1], stream, size)
                 count += 1
             step = time - last[0] if last else step
             last = time, frame
         while last and count / fps < last[0] + step / 2 - _EPSILON:
-            yield last[0], _upright(last[1], size)
+            if count >= first:
+                yield last[0], to_rgb(last[1], stream, size)
             count += 1
 
 
-def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+def stream_frames(
+    path: str | Path, fps: int | float, start: float = 0.0
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """Yields the frames of a video as `stream_video` does, or the only frame of an image.
 
     Args:
         path: A video or an image; animated GIF and PNG files count as videos.
         fps: Frame rate of the result, in Hz.
+        start: Seconds of a video that are left out.
 
     Yields:
         RGB frames of one size, upright.
@@ -122,16 +145,16 @@ def stream_frames(path: str | Path, fps: int | float) -> Iterator[UInt8[np.ndarr
     if _is_still_image(path):
         yield np.array(read_image(path))
     else:
-        for _, frame in stream_video(path, fps):
+        for _, frame in stream_video(path, fps, start=start):
             yield frame
 
 
 def _is_still_image(path: str | Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             # Of the other formats with several pictures, phones write MPO, where one is a preview.
             return image.format not in ("GIF", "PNG") or not getattr(image, "is_animated", False)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGED_IMAGE:
         return False
 
 
@@ -149,24 +172,11 @@ def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
         yield time - start, frame
 
 
-def _displayed_size(frame: av.VideoFrame, stream) -> tuple[int, int]:
-    width = round(frame.width * float(stream.sample_aspect_ratio or 1))
-    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
-
-
-def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Scales a frame to a height and width after rotation, and rotates it by the file's display matrix."""
-    turns = round(frame.rotation / 90) % 4
-    height, width = size[::-1] if turns % 2 else size
-    array = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.ascontiguousarray(np.rot90(array, turns))
-
-
 @contextmanager
 def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     """Opens a file that has a video stream; decoding errors become a MediaError."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(file_url(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
             yield container

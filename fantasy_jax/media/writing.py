@@ -11,13 +11,16 @@ import numpy as np
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
-from fantasy_jax.media.audio import audio_seconds, stream_audio
+from fantasy_jax.media.audio import AudioPart, audio_seconds, stream_audio
 from fantasy_jax.typing import Float32, UInt8
 
 _AUDIO_RATE = 44_100
 """Sampling rate of the audio stream in a written video, in Hz."""
 _AUDIO_BLOCK = 1024
 """Samples that AAC encodes together."""
+_IDENTITY, _BT709 = 0, 1
+"""Matrices, primaries and transfer characteristics of ITU-T H.273, as FFmpeg numbers them."""
+_LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 def write_video(
@@ -25,11 +28,11 @@ def write_video(
     frames: Iterable[UInt8[np.ndarray, "H W 3"]],
     fps: int | Fraction,
     *,
-    audio: str | Path | None = None,
+    audio: str | Path | AudioPart | None = None,
     background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
-    """Writes an mp4 (H.264, AAC), atomically.
+    """Writes an mp4 (H.264 in BT.709, AAC), atomically.
 
     Frames and audio are read when they are needed; memory does not grow with the length.
 
@@ -38,7 +41,8 @@ def write_video(
         frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
-        audio: File whose audio is added, cut to the length of the video or padded with silence.
+        audio: File whose audio is added, or a part of one; cut to the length of the video or padded with
+            silence.
         background: File whose audio is mixed with that, likewise; where the sum is louder than a file can
             hold, all of it is made quieter.
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
@@ -54,24 +58,49 @@ def write_video(
     with atomic_write(path) as partial, _encoding(path):
         options = {"movflags": "+faststart"}
         with av.open(str(partial), "w", format="mp4", container_options=options) as container:
-            codec, pixels, quality = (
-                ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
-                if lossless
-                else ("libx264", "yuv420p", {"crf": "16"})
-            )
-            stream = container.add_stream(codec, rate=fps, options=quality)
-            stream.height, stream.width = _even_sides(first).shape[:2]
-            stream.pix_fmt = pixels
+            stream = _add_video(container, _even_sides(first).shape[:2], fps, lossless=lossless)
             sources = [x for x in (audio, background) if x is not None]
             track = _AudioTrack(container, sources) if sources else None
             for count, frame in enumerate(itertools.chain([first], remaining), 1):
-                shown = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
-                container.mux(stream.encode(shown))
+                container.mux(stream.encode(_converted(frame, stream)))
                 if track is not None:
                     track.write_until(float(count / fps))
             container.mux(stream.encode(None))
             if track is not None:
                 track.finish(float(count / fps))
+
+
+def _add_video(
+    container: av.container.OutputContainer, size: tuple[int, int], fps: int | Fraction, *, lossless: bool
+) -> av.VideoStream:
+    """Adds an H.264 stream of this height and width, tagged as what it is: BT.709, or RGB if lossless."""
+    codec, pixels, quality = (
+        ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
+        if lossless
+        else ("libx264", "yuv420p", {"crf": "16"})
+    )
+    stream = container.add_stream(codec, rate=fps, options=quality)
+    stream.height, stream.width = size
+    stream.pix_fmt = pixels
+    context = stream.codec_context
+    context.color_primaries = context.color_trc = _BT709
+    context.colorspace, context.color_range = (
+        (_IDENTITY, _FULL_RANGE) if lossless else (_BT709, _LIMITED_RANGE)
+    )
+    return stream
+
+
+def _converted(frame: UInt8[np.ndarray, "H W 3"], stream: av.VideoStream) -> av.VideoFrame:
+    """A frame in the stream's pixel format; YUV has the matrix and range of BT.709."""
+    rgb = av.VideoFrame.from_ndarray(_even_sides(frame), format="rgb24")
+    if stream.pix_fmt == "rgb24":
+        return rgb
+    return rgb.reformat(
+        format=stream.pix_fmt,
+        dst_colorspace=_BT709,
+        src_color_range=_FULL_RANGE,
+        dst_color_range=_LIMITED_RANGE,
+    )
 
 
 @contextmanager
@@ -90,7 +119,7 @@ def _even_sides(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]
 class _AudioTrack:
     """Audio of files, mixed and written to a video's container while its frames are written."""
 
-    def __init__(self, container: av.container.OutputContainer, paths: Sequence[str | Path]):
+    def __init__(self, container: av.container.OutputContainer, paths: Sequence[str | Path | AudioPart]):
         """Adds the stream, and reads the beginning of the files: MediaError if that is not possible."""
         self._sources = [_Samples(path) for path in paths]
         self._gain = 1 / max(_peak(paths), 1.0) if len(paths) > 1 else 1.0
@@ -124,8 +153,8 @@ class _AudioTrack:
 class _Samples:
     """The samples of a file, in any portions."""
 
-    def __init__(self, path: str | Path):
-        self._pieces = stream_audio(path, rate=_AUDIO_RATE, layout="stereo")
+    def __init__(self, path: str | Path | AudioPart):
+        self._pieces = stream_audio(path, _AUDIO_RATE)
         self._read = next(self._pieces)
 
     def close(self) -> None:
@@ -143,11 +172,11 @@ class _Samples:
         return taken
 
 
-def _peak(paths: Sequence[str | Path]) -> float:
+def _peak(paths: Sequence[str | Path | AudioPart]) -> float:
     """Largest absolute value of the sum of files; they are decoded, but not kept."""
     shortest, *others = sorted(paths, key=audio_seconds)
     sources, peak = [_Samples(path) for path in others], 0.0
-    for piece in stream_audio(shortest, rate=_AUDIO_RATE, layout="stereo"):
+    for piece in stream_audio(shortest, _AUDIO_RATE):
         mixed = sum((source.take(piece.shape[1]) for source in sources), piece)
         peak = max(peak, float(np.abs(mixed).max(initial=0)))
     return peak

@@ -91,23 +91,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="TPU slice to compile for, such as v5e:16x16 or v5p:4x4x4; v6e:2x4*2 is two slices",
     )
-    group.add_argument("--size", metavar="HxW", help="size of the clips in pixels (default: the config's)")
+    group.add_argument(
+        "--size",
+        metavar="HxW",
+        help="size of the clips in pixels, multiples of 16 (default: the config's); sample.py has it without "
+        "--compile_only, too",
+    )
     group.add_argument(
         "--only", metavar="NAME", help="compile the programs whose name begins so, such as 'guided step'"
     )
     group.add_argument("--json", metavar="FILE", help="also write the report as JSON")
 
 
-def is_requested(arguments: argparse.Namespace) -> bool:
+def is_requested(arguments: argparse.Namespace, *, also: Sequence[str] = ()) -> bool:
     """Returns whether `--compile_only` is given.
+
+    Args:
+        arguments: The command line.
+        also: Names of options that have an effect without it, too.
 
     Raises:
         ConfigError: Only options are given that belong to it.
     """
-    names = [name for name in _OPTIONS if getattr(arguments, name, None)]
+    names = [name for name in _OPTIONS if name not in also and getattr(arguments, name, None)]
     if names and not arguments.compile_only:
         raise ConfigError(f"--{names[0]} has no effect without --compile_only")
     return arguments.compile_only
+
+
+def parse_size(size: str | None) -> tuple[int, int] | None:
+    """Returns the height and width that `--size=HxW` gives; None without one.
+
+    Raises:
+        ConfigError: It has another form, or a side of more than four digits.
+    """
+    if size is None:
+        return None
+    if not (sides := re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)):
+        raise ConfigError(f"--size={size}: must be height x width in pixels, such as 720x1280")
+    return int(sides[1]), int(sides[2])
 
 
 def with_size(video: VideoConfig, size: str | None) -> VideoConfig:
@@ -116,12 +138,10 @@ def with_size(video: VideoConfig, size: str | None) -> VideoConfig:
     Raises:
         ConfigError: It is not two positive multiples of 16.
     """
-    if size is None:
+    if (sides := parse_size(size)) is None:
         return video
-    if not (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
-        raise ConfigError(f"--size={size}: must be height x width in pixels, such as 720x1280")
     try:
-        return video.for_size(*map(int, sides.groups()))
+        return video.for_size(*sides)
     except ConfigError as error:
         raise ConfigError(f"--size={size}: {error}") from None
 

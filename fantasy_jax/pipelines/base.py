@@ -23,7 +23,7 @@ from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines.config import PipelineConfig, read_pipeline
 from fantasy_jax.pipelines.latents import initial_noise
-from fantasy_jax.preprocessing.images import to_pixels
+from fantasy_jax.preprocessing.images import fit_picture, to_pixels
 from fantasy_jax.sharding import make_mesh, replicate
 from fantasy_jax.system import encoders
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
@@ -77,7 +77,7 @@ class VideoOutput:
         latents: Final latents, float32, `[1, F, h, w, C]`.
         num_frames: Frames T of the video; the latents can hold a few more.
         fps: Frames per second.
-        audio: The audio file, or the waveform in [-1, 1]; None for a silent clip.
+        audio: The audio file, a part of one, or the waveform in [-1, 1]; None for a silent clip.
         audio_seconds: Duration of the audio.
         audio_rate: Sampling rate of the waveform, in Hz.
     """
@@ -86,7 +86,7 @@ class VideoOutput:
     latents: Float[Array, "1 F h w C"]
     num_frames: int
     fps: int
-    audio: str | Path | np.ndarray | None = None
+    audio: str | Path | media.AudioPart | np.ndarray | None = None
     audio_seconds: float = 0.0
     audio_rate: int = SAMPLE_RATE
 
@@ -135,7 +135,9 @@ class VideoOutput:
 
 
 @contextmanager
-def audio_file(audio: AudioInput | None, rate: int) -> Iterator[str | Path | None]:
+def audio_file(
+    audio: AudioInput | media.AudioPart | None, rate: int
+) -> Iterator[str | Path | media.AudioPart | None]:
     """The file of a sound: its own or, for a waveform in [-1, 1] of `rate` Hz, a temporary WAV file."""
     if not isinstance(audio, np.ndarray):
         yield audio
@@ -235,6 +237,13 @@ class Pipeline:
             # The same sharded networks in every call, since they hold what is kept in memory.
             self._sharded = networks if self._sharded is None else self._sharded
             yield self._sharded
+
+    def _picture(
+        self, image: ImageInput, size: tuple[int, int] | None = None
+    ) -> tuple[Image.Image, Image.Image]:
+        """What is shown of a picture, and that in the size that is generated (`images.fit_picture`)."""
+        name = image if isinstance(image, str | Path) else "image"
+        return fit_picture(as_image(image), self.video.longest_edge, size, name=name)
 
     def _noise(self, noise: NoiseInput, seed: int, video: VideoConfig) -> Float[Array, "1 F h w C"]:
         shape = video.latent_shape(1, self.networks.config.vae.latent_channels)
@@ -361,6 +370,7 @@ def as_waveform(
     sampling_rate: int = SAMPLE_RATE,
     rate: int = SAMPLE_RATE,
     *,
+    start: float = 0.0,
     seconds: float = math.inf,
 ) -> Float[np.ndarray, " samples"]:
     """A mono waveform of `rate` Hz from a path, or from an array of `sampling_rate` Hz.
@@ -369,13 +379,14 @@ def as_waveform(
         audio: A path, or floats in [-1, 1], `[samples]` or `[samples, channels]`.
         sampling_rate: Samples per second of an array.
         rate: Samples per second of the result.
+        start: Seconds that are left out.
         seconds: What is needed of it; little more than this is read of a file.
 
     Raises:
         MediaError: It cannot be read, is no audio, or is empty.
     """
     if isinstance(audio, str | Path):
-        return media.read_audio(audio, rate, seconds=seconds)
+        return media.read_audio(audio, rate, start=start, seconds=seconds)
     if not isinstance(audio, np.ndarray) or audio.ndim not in (1, 2) or audio.dtype.kind != "f":
         shape = f" of {audio.dtype} {list(audio.shape)}" if isinstance(audio, np.ndarray) else ""
         raise MediaError(
@@ -384,6 +395,9 @@ def as_waveform(
         )
     if sampling_rate < 1 or not audio.size or not np.isfinite(audio).all():
         raise MediaError("audio: is empty, not finite, or its sampling_rate is not positive")
+    audio = audio[round(start * sampling_rate) :]
+    if not audio.size:
+        raise MediaError(f"audio: ends before {start:g} s, from which on it is used")
     mono = audio if audio.ndim == 1 else audio.mean(axis=1)
     return media.resample(mono.astype(np.float32), sampling_rate, rate)
 

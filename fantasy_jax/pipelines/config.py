@@ -51,7 +51,8 @@ class PipelineConfig(SamplerConfig):
         keep: Networks that stay in memory between clips.
         tile: Rows and columns of latents that are decoded at once, where one device decodes.
         tile_stride: Rows and columns from one tile to the next; overlaps are blended.
-        max_seconds: Seconds of sound, or of driving videos, that are used; None: all.
+        start: Seconds of sound, or of driving videos, that are left out at the beginning.
+        max_seconds: Seconds of sound, or of driving videos, that are used after that; None: all.
         overlap: Latent frames that neighbouring windows of a long clip share (`diffusion/windows.py`). More
             are smoother and cost more: with 5 of 21, 1.4 times the evaluations of a clip per second.
         anchor: What the first position of a later window holds.
@@ -66,6 +67,7 @@ class PipelineConfig(SamplerConfig):
     keep: Literal["all", "transformer", "none"] = "none"
     tile: tuple[int, int] = (30, 52)
     tile_stride: tuple[int, int] = (15, 26)
+    start: float = 0.0
     max_seconds: float | None = None
     overlap: int = 5
     anchor: Anchor = "picture"
@@ -73,6 +75,8 @@ class PipelineConfig(SamplerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.start < math.inf:
+            raise ConfigError(f"start is {self.start}; it must be a time of 0 s or more")
         if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None for all")
         if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):

@@ -53,14 +53,14 @@ class DubbedVideo:
     Attributes:
         plan: The source, and what of it is dubbed.
         scenes: The generated crops, in the order of the source.
-        audio: The new audio: a file, or a waveform of 16 kHz, in [-1, 1].
+        audio: The new audio: a file, a part of one, or a waveform of 16 kHz, in [-1, 1].
         audio_seconds: Its duration.
         background: File that is mixed with the audio.
     """
 
     plan: DubbingPlan
     scenes: Sequence[DubbedScene]
-    audio: str | Path | np.ndarray
+    audio: str | Path | media.AudioPart | np.ndarray
     audio_seconds: float
     background: str | Path | None = None
 

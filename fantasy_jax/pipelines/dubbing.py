@@ -4,6 +4,7 @@ The latents of the source are kept outside a mask of the lower face, at each ste
 pasted into the source with a soft edge.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +101,9 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
             strength=strength,
         )
         with timed("Video and audio"):
-            waveform = as_waveform(audio, sampling_rate)
+            used = math.inf if config.max_seconds is None else config.max_seconds
+            waveform = as_waveform(audio, sampling_rate, start=config.start, seconds=used)
+            waveform = waveform[: None if used == math.inf else round(used * SAMPLE_RATE)]
             if background is not None:
                 media.read_audio(background, seconds=0.1)  # an error now, rather than after sampling
             seconds = waveform.size / SAMPLE_RATE
@@ -134,7 +137,7 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
                     progress=progress,
                 )
                 scenes.append(DubbedScene(clip.speaker, clip.rates, decode, latents))
-        source = waveform if isinstance(audio, np.ndarray) else audio
+        source = waveform if isinstance(audio, np.ndarray) else media.audio_part(audio, config.start, used)
         return DubbedVideo(plan, scenes, source, seconds, background)
 
     def _clips(

@@ -21,7 +21,6 @@ from fantasy_jax.pipelines.base import (
     StepProgress,
     Timed,
     VideoOutput,
-    as_image,
     untimed,
 )
 from fantasy_jax.pipelines.config import PortraitSampleConfig
@@ -45,6 +44,7 @@ class FantasyPortraitPipeline(Pipeline):
         *,
         boxes: Sequence[Float[np.ndarray, "4"] | Sequence[float]] = (),
         people: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
         progress: bool = False,
     ) -> Scene:
         """Says who is driven by whom, which takes seconds, so that it can be checked before a clip is made.
@@ -57,6 +57,8 @@ class FantasyPortraitPipeline(Pipeline):
                 in which no detector finds the right faces; person n is the n-th box.
             people: The number of the person, from 1, that each driver drives. Without boxes people are
                 counted from the left.
+            size: Height and width of the clip, in pixels: the middle of the picture is shown, and boxes are
+                fractions of that. None: the whole picture, in the size of the pipeline.
             progress: Whether to show progress bars.
 
         Raises:
@@ -67,11 +69,14 @@ class FantasyPortraitPipeline(Pipeline):
         """
         several = [drivers] if isinstance(drivers, str | Path | np.ndarray) else list(drivers)
         seconds, fps = self.config.max_seconds, self.video.fps
+        shown, fitted = self._picture(image, size)
         scene = make_scene(
-            as_image(image),
+            shown,
             several,
+            fitted=fitted,
             video=self.video,
             config=self.config.driving,
+            start=self.config.start,
             max_frames=sys.maxsize if seconds is None else math.ceil(seconds * fps - 1e-6),
             boxes=[np.asarray(box, np.float64) for box in boxes],
             targets=people,
@@ -133,7 +138,8 @@ class FantasyPortraitPipeline(Pipeline):
             expression_guidance_scale=expression_guidance_scale,
         )
         if sound is not None:  # a file that cannot be read is found before the clip is made
-            media.read_audio(sound, seconds=self.video.seconds)
+            media.read_audio(sound, start=config.start, seconds=self.video.seconds)
+            sound = media.audio_part(sound, config.start)
         if isinstance(image, Scene):
             scene = image
             if drivers is not None or len(boxes) or len(people):
@@ -145,7 +151,7 @@ class FantasyPortraitPipeline(Pipeline):
         else:
             with timed("Driving videos"):
                 scene = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
-        sound = _sound(scene, self.video.seconds) if sound is None else sound
+        sound = _sound(scene, config.start, self.video.seconds) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
         windows = config.windows(video, self.video)
@@ -173,13 +179,13 @@ class FantasyPortraitPipeline(Pipeline):
         return VideoOutput(decode, latents, video.num_frames, video.fps, sound)
 
 
-def _sound(scene: Scene, seconds: float) -> str | None:
+def _sound(scene: Scene, start: float, seconds: float) -> str | media.AudioPart | None:
     """The first driver whose first seconds of audio can be read."""
     for driver in scene.drivers:
         if isinstance(driver.frames, DrivingVideo):
             try:
-                media.read_audio(driver.name, seconds=seconds)
+                media.read_audio(driver.name, start=start, seconds=seconds)
             except MediaError:  # a picture, or a silent video
                 continue
-            return driver.name
+            return media.audio_part(driver.name, start)
     return None

@@ -20,7 +20,6 @@ from fantasy_jax.preprocessing.driving import (
     open_detector,
     track_people,
 )
-from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.preprocessing.landmarks import FaceDetector
 from fantasy_jax.preprocessing.overlay import overlay_frames
 from fantasy_jax.preprocessing.people import box_growth, people_labels
@@ -120,8 +119,10 @@ def make_scene(
     image: Image.Image,
     drivers: Sequence[DriverInput],
     *,
+    fitted: Image.Image,
     video: VideoConfig,
     config: DrivingConfig,
+    start: float = 0.0,
     max_frames: int | None = None,
     boxes: Sequence[Float[np.ndarray, "4"]] = (),
     targets: Sequence[int] = (),
@@ -136,8 +137,10 @@ def make_scene(
     Args:
         image: RGB.
         drivers: Videos or pictures; a picture's expression is held.
-        video: Longest edge and frame rate of the clip, and its number of frames if all drivers are pictures.
+        fitted: The picture in the size that is generated.
+        video: Frame rate of the clip, and its number of frames if all drivers are pictures.
         config: Settings of detection and tracking.
+        start: Seconds of videos that are left out.
         max_frames: Frames that are used of videos; None: as many as `video` has.
         boxes: The people of the picture, as fractions of its sides (`boxes.parse_box`), in the order of their
             drivers; no face is detected in the picture then.
@@ -151,11 +154,11 @@ def make_scene(
     """
     if not drivers:
         raise ConfigError("there is no driver; name at least one video")
-    fitted = fit_image(image, video.longest_edge)
     max_frames = video.num_frames if max_frames is None else max_frames
     with open_detector(config) as detector:
         tracked = [
-            _track(driver, video.fps, max_frames, detector, config, progress=progress) for driver in drivers
+            _track(driver, video.fps, start, max_frames, detector, config, progress=progress)
+            for driver in drivers
         ]
         placed = people_of(fitted, image, detector, boxes)
     notes: list[str] = []
@@ -175,6 +178,7 @@ def make_scene(
 def _track(
     driver: DriverInput,
     fps: int,
+    start: float,
     max_frames: int,
     detector: FaceDetector,
     config: DrivingConfig,
@@ -182,9 +186,9 @@ def _track(
     progress: bool,
 ) -> Driver:
     if isinstance(driver, np.ndarray):
-        name, frames = "driver", driver[:max_frames]
+        name, frames = "driver", driver[round(start * fps) :][:max_frames]
     else:
-        name, frames = str(driver), DrivingVideo(driver, fps, max_frames)
+        name, frames = str(driver), DrivingVideo(driver, fps, max_frames, start)
     return Driver(name, frames, track_people(frames, detector, config, name=name, progress=progress))
 
 

@@ -22,7 +22,6 @@ from fantasy_jax.pipelines.base import (
     StepProgress,
     Timed,
     VideoOutput,
-    as_image,
     untimed,
 )
 from fantasy_jax.pipelines.config import SampleConfig, check_motion
@@ -30,7 +29,6 @@ from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.speakers import Speakers, find_speakers
 from fantasy_jax.pipelines.stream import Blocks, VideoStream
 from fantasy_jax.preprocessing.face_crop import find_face, points_in_box
-from fantasy_jax.preprocessing.images import fit_image
 from fantasy_jax.system import encoders
 from fantasy_jax.system.networks import Keep, Networks
 from fantasy_jax.typing import Array, Float
@@ -62,6 +60,7 @@ class FantasyTalkingPipeline(Pipeline):
         *,
         people: Sequence[int] = (),
         boxes: Sequence[Float[np.ndarray, "4"] | Sequence[float]] = (),
+        size: tuple[int, int] | None = None,
         voice: AudioInput | Sequence[AudioInput] | None = None,
         sampling_rate: int = SAMPLE_RATE,
         negative_prompt: str | None = None,
@@ -86,6 +85,8 @@ class FantasyTalkingPipeline(Pipeline):
                 sound: it belongs to the whole picture.
             boxes: Left, top, right and bottom of each person's face as fractions of the picture, for pictures
                 in which no detector finds the right faces; person n is the n-th box.
+            size: Height and width of the clip, in pixels: the middle of the picture is shown, and boxes are
+                fractions of that. None: the whole picture, in the size of the pipeline.
             voice: The separated voice of each sound. It conditions the model, and `audio` is played.
             sampling_rate: Samples per second of waveforms.
             negative_prompt: What it should not show; None, here and below: as in the pipeline's config.
@@ -111,8 +112,8 @@ class FantasyTalkingPipeline(Pipeline):
             audio_guidance_scale=audio_guidance_scale,
         )
         with timed("Image and audio"):
-            portrait, sounds = as_image(image), read_sounds(audio, voice, sampling_rate, config.max_seconds)
-            fitted = fit_image(portrait, self.video.longest_edge)
+            portrait, fitted = self._picture(image, size)
+            sounds = read_sounds(audio, voice, sampling_rate, config.max_seconds, config.start)
             window = self.video.for_size(fitted.height, fitted.width)
             video = window.for_seconds(sounds.seconds)
             windows = config.windows(video, window)
@@ -176,8 +177,7 @@ class FantasyTalkingPipeline(Pipeline):
             raise ConfigError("sample.mesh: a stream is sampled by one device; leave the mesh at 1")
         if windows_per_block < 1:
             raise ConfigError(f"windows_per_block is {windows_per_block}; it must be at least 1")
-        portrait = as_image(image)
-        fitted = fit_image(portrait, self.video.longest_edge)
+        portrait, fitted = self._picture(image)
         window = self.video.for_size(fitted.height, fitted.width)
         blocks = Blocks(window, self.config, windows_per_block)
         with self._on_mesh() as networks:

@@ -1,14 +1,19 @@
 """Everything that filters and records need to know of a clip, computed on first use."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fantasy_jax.config import as_json
 from fantasy_jax.data.records import Record
 from fantasy_jax.errors import MediaError
+from fantasy_jax.media import AudioTrack
 from fantasy_jax.prepare import measures
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.cutting import Segment
@@ -17,8 +22,11 @@ from fantasy_jax.preprocessing.landmarks import BodyDetector, FaceDetector, Face
 from fantasy_jax.preprocessing.lip_mask import lip_mask
 from fantasy_jax.preprocessing.motion import body_intensity, face_intensity
 from fantasy_jax.preprocessing.tracking import track_bodies, track_faces
-from fantasy_jax.typing import Bool, Float32, UInt8
+from fantasy_jax.typing import Bool, Float, Float32, UInt8
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, audio_samples
+
+_CLEARLY = 0.5
+"""Standard deviations of chance by which the correlation at another lag must exceed that in step."""
 
 
 class Dropped(Exception):
@@ -45,6 +53,15 @@ class PrepareTask:
     config: PrepareConfig
     video: VideoConfig
 
+    def as_json(self) -> dict[str, Any]:
+        """All settings, with the models of detection by content, since paths differ between machines."""
+        described = as_json(self)
+        landmarks = described["config"]["landmarks"]
+        for name in ("face_model", "pose_model"):
+            path = Path(landmarks[name])
+            landmarks[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else path.name
+        return described
+
 
 @dataclass(frozen=True)
 class Detectors:
@@ -70,9 +87,11 @@ class ClipAnalysis:
     def __init__(
         self,
         segment: Segment,
-        audio: Float32[np.ndarray, " samples"],
+        audio: AudioTrack,
         task: PrepareTask,
         detectors: Detectors,
+        offset: int = 0,
+        faces: Sequence[FaceTrack] | None = None,
     ):
         """Takes a clip that is not analysed yet.
 
@@ -81,6 +100,8 @@ class ClipAnalysis:
             audio: Audio of the whole video, 16 kHz.
             task: The settings.
             detectors: Detectors of faces and bodies.
+            offset: Frames by which the lips are late in the whole video, which is undone.
+            faces: All faces, if they have been tracked before.
 
         Raises:
             Dropped: The segment is too short.
@@ -91,28 +112,39 @@ class ClipAnalysis:
             )
         self.segment, self.task = segment, task
         self.measures: dict[str, float] = {}
-        self._audio, self._detectors = audio, detectors
+        if offset:
+            self.measures["offset"] = float(offset)
+        self._audio, self._detectors, self._offset, self._faces = audio, detectors, offset, faces
 
-    @cached_property
-    def audio(self) -> Float32[np.ndarray, " samples"]:
-        """Audio of the clip, which may end too early."""
-        start = audio_samples(self.segment.first, self.task.video.fps)
-        return self._audio[start : start + self.task.video.num_samples]
+    @property
+    def _start(self) -> int:
+        """The sample of the video's audio at which the clip begins; negative before the audio does."""
+        fps = self.task.video.fps
+        return audio_samples(self.segment.first, fps) - round(self._offset / fps * SAMPLE_RATE)
 
     @property
     def missing_seconds(self) -> float:
-        """Seconds of audio missing at the end."""
-        return (self.task.video.num_samples - self.audio.size) / SAMPLE_RATE
+        """Seconds of the clip in which the file has no audio, or none that can be decoded."""
+        start = self._start / SAMPLE_RATE
+        end = start + self.task.video.num_samples / SAMPLE_RATE
+        there = self._audio.waveform.size / SAMPLE_RATE
+        spans = [(start, min(end, 0.0)), (max(start, there), end), *self._audio.missing.tolist()]
+        return sum(max(min(end, after) - max(start, before), 0.0) for before, after in spans)
 
     @cached_property
     def waveform(self) -> Float32[np.ndarray, " samples"]:
         """Audio of the clip, padded with zeros to its length."""
-        return np.pad(self.audio, (0, self.task.video.num_samples - self.audio.size))
+        length = self.task.video.num_samples
+        before = min(max(-self._start, 0), length)
+        audio = self._audio.waveform[max(self._start, 0) :][: length - before]
+        return np.pad(audio, (before, length - before - audio.size))
 
     @cached_property
     def faces(self) -> Sequence[FaceTrack]:
         """All faces, the largest first."""
-        faces = track_faces(self._detectors.faces, self.segment.video, self.task.config.landmarks)
+        faces = self._faces
+        if faces is None:
+            faces = track_faces(self._detectors.faces, self.segment.video, self.task.config.landmarks)
         self.measures["faces"] = float(len(faces))
         return faces
 
@@ -124,8 +156,15 @@ class ClipAnalysis:
     @property
     def note(self) -> str:
         """Message about a clip that is kept; empty if there is nothing to say."""
-        several = self.task.config.face is None and len(self.faces) > 1
-        return f"{len(self.faces)} faces; the largest is used, --face=N selects another" if several else ""
+        notes = []
+        if self.task.config.face is None and len(self.faces) > 1:
+            notes.append(f"{len(self.faces)} faces; the largest is used, --face=N selects another")
+        if self._offset:
+            late = "late" if self._offset < 0 else "early"
+            notes.append(
+                f"the audio is {abs(self._offset)} frames {late} in the whole video, which is undone"
+            )
+        return "; ".join(notes)
 
     @property
     def confident(self) -> Bool[np.ndarray, " T"]:
@@ -149,12 +188,32 @@ class ClipAnalysis:
         """The face in these frames."""
         return self._cropped[1]
 
+    def lag_correlations(self) -> Float[np.ndarray, " lags"]:
+        """Correlations of lips and audio (`measures.lag_correlations`)."""
+        config, length = self.task.config, self.segment.num_frames
+        furthest = max(min(config.max_offset, length // 3), config.max_lag)
+        rms = measures.frame_rms(self.waveform, length)
+        return measures.lag_correlations(measures.lip_opening(self.uncropped_face), rms, furthest)
+
     def sync(self) -> float:
-        """Measures how well the lips follow the audio; notes the lag."""
-        rms = measures.frame_rms(self.waveform, len(self.video))
-        value, lag = measures.best_lag(measures.lip_opening(self.face), rms, self.task.config.max_lag)
-        self.measures["lag"] = float(lag)
-        return value
+        """Measures how well the lips follow the audio; notes the lag.
+
+        Raises:
+            Dropped: They follow it clearly better at another lag.
+        """
+        correlations, max_lag = self.lag_correlations(), self.task.config.max_lag
+        lag = measures.find_lag(correlations, max_lag)
+        clearly = lag.gain > _CLEARLY * measures.chance(self.segment.num_frames)
+        best = lag.elsewhere if clearly else lag.top
+        self.measures["lag"] = float(best)
+        if abs(best) > max_lag:
+            late, value = "early" if best > 0 else "late", correlations[best + correlations.size // 2]
+            raise Dropped(
+                "sync",
+                f"the audio is {abs(best)} frames {late}: its correlation with the lips is {value:.2f} "
+                f"there, and {lag.value:.2f} in step",
+            )
+        return lag.value
 
     def record(self) -> Record:
         """Makes the clip's record, without its prompt; measures the motion intensities.

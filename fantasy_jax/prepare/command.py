@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def _write(
         folder, clips = run.write(arguments.beam.split(), dataset_metadata(task, encoders))
         _report(videos, clips, settings, output, lambda clip: None)
         return folder
-    work = output / "work" / _short_digest(asdict(task))
+    work = output / "work" / _short_digest(task.as_json())
     clips = _prepare(work, videos.sources, task, open_detectors, arguments.processes)
     kept = _report(videos, clips, settings, output, partial(read_thumbnail, work))
     if arguments.clips_only:

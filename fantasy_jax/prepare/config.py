@@ -26,7 +26,8 @@ class PrepareConfig:
             brightness from one frame to the next, of 255. Its default.
         max_gap: Largest difference between the time of a frame and its own time in the file, in seconds.
             Larger ones are gaps in the file: a variable frame rate that stalls, or damage.
-        max_missing_sound: Seconds of audio that may be missing at a clip's end; encoders cut some hundredths.
+        max_missing_sound: Seconds of a clip's audio that may be silent because the file ends before, has a
+            hole, or is damaged there; encoders cut some hundredths at the end.
         min_speech: Fraction of windows of 30 ms in which WebRTC's voice activity detector finds speech.
         speech_strictness: Mode of that detector, from 0 to 3.
         min_face_confidence: Frames with a lower confidence count as having no face; the paper's value.
@@ -38,8 +39,10 @@ class PrepareConfig:
             largest one and notes it in the log and the report.
         min_sharpness: Variance of the Laplacian of the face, scaled to 112 pixels, brightness from 0 to 255;
             median over frames.
-        min_sync: Correlation of the lips' opening with the audio's RMS at the best lag.
-        max_lag: Largest lag between lips and audio, in frames.
+        min_sync: Correlation of the lips' opening with the audio's RMS at the best lag within `max_lag`.
+        max_lag: Lag between lips and audio, in frames, that counts as being in step.
+        max_offset: Largest constant offset of a video's audio that is searched and undone, in frames; a third
+            of a clip at most. Clips that correlate clearly better at such a lag than in step are dropped.
         test_fraction: Fraction of the videos whose clips are held out; at least one of two or more.
         batch_size: Clips that are encoded at once. One fills a device at 512 pixels.
         landmarks: Settings of the detection of faces and bodies.
@@ -58,7 +61,8 @@ class PrepareConfig:
     face: int | None = None
     min_sharpness: float = 40.0
     min_sync: float = 0.25
-    max_lag: int = 4
+    max_lag: int = 1
+    max_offset: int = 25
     test_fraction: float = 0.02
     batch_size: int = 1
     landmarks: LandmarkConfig = LandmarkConfig()

@@ -35,8 +35,9 @@ from fantasy_jax.weights.store import record_hashes
 DATASET = "encoded_clips"
 ENCODERS = ("vae", "text_encoder", "image_encoder", "speech_encoder", "face_encoder")
 """Slots of the networks that records depend on."""
-_SCHEMA = 4
-"""Version of the records: 1 had no face and no motion, 2 was float32, 3 had `sound` for `waveform`."""
+_SCHEMA = 5
+"""Version of the records: 1 had no face and no motion, 2 was float32, 3 had `sound` for `waveform`, and 4 did
+not place sound by its timestamps, undo its offset or convert colours."""
 _PROMPTS = 64
 """Prompts that are encoded at once, before the text encoder is released."""
 
@@ -125,10 +126,10 @@ class EncodedClips:
 
     @property
     def _folder(self) -> Path:
-        """Folder named by everything that decides an encoded clip beside its video, number and prompt."""
-        config = self.task.config
-        clip = [self.task.video, config.cut_threshold, config.face, config.landmarks]
-        return self.folder / _digest([_SCHEMA, as_json([self.encoders, *clip])])
+        """Folder named by what decides an encoded clip beside its video, number, prompt and offset."""
+        task = self.task.as_json()
+        clip = [task["video"], *(task["config"][name] for name in ("cut_threshold", "face", "landmarks"))]
+        return self.folder / _digest([_SCHEMA, as_json(self.encoders), *clip])
 
     def _encode_texts(self, prompts: Sequence[str]) -> Callable[[str], np.ndarray]:
         """Encodes each prompt once, before other networks are built; returns what reads the tokens."""
@@ -226,7 +227,7 @@ def dataset_metadata(task: PrepareTask, encoders: Encoders) -> dict[str, Any]:
             "vae": encoders.hashes["vae"],
             "model": encoders.model,
             "hashes": encoders.hashes,
-            "prepare": task.config,
+            "prepare": task.as_json()["config"],
         }
     )
 
@@ -239,7 +240,9 @@ def clips_metadata(
 
 
 def _described(clips: Sequence[PreparedClip], prompts: Mapping[str, str]) -> list[list[Any]]:
-    return [[clip.digest, clip.number, prompts[clip.source]] for clip in clips]
+    return [
+        [clip.digest, clip.number, prompts[clip.source], clip.measures.get("offset", 0.0)] for clip in clips
+    ]
 
 
 def _digest(content: Any) -> str:

@@ -43,8 +43,8 @@ FILTERS = {
     ),
     "missing_sound": Filter(
         "max_missing_sound",
-        "audio missing at the end, s",
-        "the audio ends {value:.2f} s before the clip; at most {threshold:.2f} s are allowed",
+        "missing audio, s",
+        "{value:.2f} s of the audio are missing; at most {threshold:.2f} s are allowed",
         lambda clip: clip.missing_seconds,
     ),
     "speech": Filter(

@@ -1,6 +1,8 @@
 """Measurements of clips: speech, faces, sharpness, and synchrony of lips and audio."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -81,10 +83,10 @@ def frame_rms(waveform: Float[np.ndarray, " samples"], num_frames: int) -> Float
     return np.array([np.sqrt(np.square(piece).mean()) for piece in pieces], np.float32)
 
 
-def best_lag(
+def lag_correlations(
     opening: Float[np.ndarray, " T"], rms: Float[np.ndarray, " T"], max_lag: int
-) -> tuple[float, int]:
-    """Returns the highest correlation of lips and audio over all lags, and its lag.
+) -> Float[np.ndarray, " lags"]:
+    """Returns the correlation of lips and audio at all lags from `-max_lag` to `max_lag`.
 
     Both are averaged over three frames first, because lips do not follow faster changes.
 
@@ -94,7 +96,7 @@ def best_lag(
         max_lag: Largest lag in either direction, in frames.
 
     Returns:
-        The correlation, and the lag in frames, positive if the lips are late.
+        One for each lag in frames, which is positive if the lips are late.
     """
     length = len(opening)
     opening, rms = (uniform_filter1d(x.astype(np.float64), 3, mode="nearest") for x in (opening, rms))
@@ -104,4 +106,40 @@ def best_lag(
         audio = rms[max(-lag, 0) : length - max(lag, 0)]
         return correlation(lips, audio)
 
-    return max((at(lag), lag) for lag in range(-max_lag, max_lag + 1))
+    return np.array([at(lag) for lag in range(-max_lag, max_lag + 1)])
+
+
+@dataclass(frozen=True)
+class Lag:
+    """The lag between lips and audio.
+
+    Attributes:
+        value: Correlation in step: the highest within `max_lag`.
+        in_step: Its lag, in frames.
+        top: Lag of the local maximum that the correlations rise to from there.
+        elsewhere: Lag of the highest correlation of all.
+        gain: By how much that is higher.
+    """
+
+    value: float
+    in_step: int
+    top: int
+    elsewhere: int
+    gain: float
+
+
+def find_lag(correlations: Float[np.ndarray, " lags"], max_lag: int) -> Lag:
+    """Compares the correlation of lips and audio in step with that at other lags (`lag_correlations`)."""
+    lags = np.arange(correlations.size) - correlations.size // 2
+    near = np.where(np.abs(lags) <= max_lag, correlations, -np.inf)
+    value, best = near.max(), correlations.max()
+    top = start = int(near.argmax())
+    while (higher := top + int(correlations[max(top - 1, 0) : top + 2].argmax()) - (top > 0)) != top:
+        top = higher
+    elsewhere = int(lags[correlations.argmax()])
+    return Lag(float(value), int(lags[start]), int(lags[top]), elsewhere, float(best - value))
+
+
+def chance(num_frames: int) -> float:
+    """Standard deviation of the correlation of independent lips and audio, of this many frames in all."""
+    return math.sqrt(3 / num_frames)  # three neighbours are averaged

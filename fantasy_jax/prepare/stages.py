@@ -4,9 +4,10 @@ Local worker processes and workers of Apache Beam run the same function.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import cv2
@@ -14,14 +15,15 @@ import numpy as np
 
 from fantasy_jax.data.records import Record
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.media import probe_video, read_audio_track
+from fantasy_jax.media import AudioTrack, probe_video, read_audio_track
 from fantasy_jax.prepare.analysis import ClipAnalysis, Detectors, Dropped, PrepareTask
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.cutting import Segment, covering, cut
 from fantasy_jax.prepare.filters import apply_filters
+from fantasy_jax.prepare.offset import find_offset
 from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.preprocessing.mediapipe_detectors import MediaPipeBodies, MediaPipeFaces
-from fantasy_jax.typing import Float32, UInt8
+from fantasy_jax.typing import UInt8
 
 _THUMBNAIL = 168
 """Longer side of the images in the report, in pixels."""
@@ -90,19 +92,23 @@ def prepare_video(source: SourceVideo, task: PrepareTask, detectors: Detectors) 
     number = 0
     try:
         size, audio = _open(source, task)
-        segments = cut(
+        segments = partial(
+            cut,
             source.path,
             fps=task.video.fps,
             num_frames=task.video.num_frames,
             size=size,
             threshold=task.config.cut_threshold,
         )
-        for segment in segments:
+        offset = find_offset(segments(), audio, task, detectors)
+        for segment in segments():
             seconds = tuple(
                 index / task.video.fps for index in (segment.first, segment.first + segment.num_frames)
             )
             clip = PreparedClip(source.name, source.digest, number, seconds, "", "")
-            yield _examine(clip, segment, audio, task, detectors)
+            faces = offset.faces.pop(segment.first, None)
+            make = partial(ClipAnalysis, segment, audio, task, detectors, offset.frames, faces)
+            yield _examine(clip, segment, make)
             number += 1
     except Dropped as dropped:
         yield PreparedClip.whole_video(source, dropped.reason, str(dropped))
@@ -116,7 +122,7 @@ def prepare_video(source: SourceVideo, task: PrepareTask, detectors: Detectors) 
         yield PreparedClip.whole_video(source, "error", _unexpected(source, error))
 
 
-def _open(source: SourceVideo, task: PrepareTask) -> tuple[tuple[int, int], Float32[np.ndarray, " samples"]]:
+def _open(source: SourceVideo, task: PrepareTask) -> tuple[tuple[int, int], AudioTrack]:
     """Returns the size that frames are scaled to, and the audio."""
     info = probe_video(source.path)
     size = covering(info.height, info.width, task.video.size)
@@ -132,17 +138,11 @@ def _open(source: SourceVideo, task: PrepareTask) -> tuple[tuple[int, int], Floa
     return size, read_audio_track(source.path)
 
 
-def _examine(
-    clip: PreparedClip,
-    segment: Segment,
-    audio: Float32[np.ndarray, " samples"],
-    task: PrepareTask,
-    detectors: Detectors,
-) -> PreparedClip:
+def _examine(clip: PreparedClip, segment: Segment, make: Callable[[], ClipAnalysis]) -> PreparedClip:
     """Applies the filters to a clip, and makes its record if it passes all of them."""
     analysis = None
     try:
-        analysis = ClipAnalysis(segment, audio, task, detectors)
+        analysis = make()
         apply_filters(analysis)
         record = analysis.record()
         return replace(

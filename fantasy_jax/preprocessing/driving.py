@@ -107,11 +107,13 @@ class DrivingVideo:
         path: A video, or an image, which is a driving video of one frame.
         fps: Frame rate of the frames, in Hz; each is the frame of the file whose time is nearest.
         num_frames: Maximum number of frames.
+        start: Seconds of a video that are left out.
     """
 
     path: str | Path
     fps: int | float
     num_frames: int
+    start: float = 0.0
 
     def __post_init__(self):
         if self.fps <= 0:
@@ -125,7 +127,7 @@ class DrivingVideo:
         Raises:
             MediaError: The file is missing, neither a video nor an image, or damaged.
         """
-        return itertools.islice(media.stream_frames(self.path, self.fps), self.num_frames)
+        return itertools.islice(media.stream_frames(self.path, self.fps, self.start), self.num_frames)
 
 
 def kept_frames(num_frames: int) -> int:

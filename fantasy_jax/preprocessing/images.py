@@ -1,14 +1,21 @@
 """Preprocessing of images, equal to that of the original implementations."""
 
+import logging
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.typing import Array, Float, Float32, UInt8
+from fantasy_jax.video import PIXELS_PER_TOKEN
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_MAX_ASPECT = 4
+"""Longer over shorter side of what is generated; more leaves the face a few tokens."""
 
 
 def fit_image(image: Image.Image, longest_edge: int, *, multiple: int = 16) -> Image.Image:
@@ -28,6 +35,53 @@ def fit_image(image: Image.Image, longest_edge: int, *, multiple: int = 16) -> I
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     rounded_up = tuple(-(-side // multiple) * multiple for side in image.size)
     return image.resize(rounded_up)
+
+
+def fit_picture(
+    image: Image.Image, longest_edge: int, size: tuple[int, int] | None = None, *, name: str | Path = "image"
+) -> tuple[Image.Image, Image.Image]:
+    """Returns the part of a picture that is shown, and that part in the size that is generated.
+
+    Without a size that is the whole picture (`fit_image`); with one it is the largest part around the middle
+    that has its shape. A size is rounded to multiples of 16, which is logged, and so is what is cut off.
+
+    Args:
+        image: RGB.
+        longest_edge: In pixels, without a size.
+        size: Height and width in pixels.
+        name: Name of the picture in messages.
+
+    Raises:
+        ConfigError: The size is not positive.
+        MediaError: One side of what is shown is over four times as long as the other.
+    """
+    log = logging.getLogger(__name__)
+    if size is None:
+        _check_shape(*image.size, name)
+        return image, fit_image(image, longest_edge)
+    if min(size) < 1:
+        raise ConfigError(f"size is {size[0]} x {size[1]}; both sides must be positive")
+    height, width = (max(round(side / PIXELS_PER_TOKEN), 1) * PIXELS_PER_TOKEN for side in size)
+    if (height, width) != tuple(size):
+        log.warning(
+            "size: %d x %d is rounded to multiples of %d: %d x %d", *size, PIXELS_PER_TOKEN, height, width
+        )
+    _check_shape(width, height, "size")
+    scale = min(image.width / width, image.height / height)
+    shown = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (image.width - shown[0]) // 2, (image.height - shown[1]) // 2
+    if shown != image.size:
+        log.warning("%s: of %d x %d pixels the %d x %d in the middle are shown", name, *image.size, *shown)
+    part = image.crop((left, top, left + shown[0], top + shown[1]))
+    return part, part.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _check_shape(width: int, height: int, name: str | Path) -> None:
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise MediaError(
+            f"{name}: {width} x {height} pixels; one side may be {_MAX_ASPECT} times as long as the other; "
+            "crop it, or give a size"
+        )
 
 
 def to_pixels(image: Image.Image) -> Float[np.ndarray, "H W 3"]:
