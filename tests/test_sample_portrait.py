@@ -105,7 +105,7 @@ def test_a_picture_and_drivers_become_a_video(folder, capsys):
         ("--output=a", "folder"),
         ("--output=.", "folder"),
         ("--output=text.mp4/x.mp4", "written"),
-        (f"--output={240 * 'x'}.mp4", "written"),
+        (f"--output={252 * 'x'}.mp4", "written"),
         ("--overlay=text.mp4/x.mp4", "written"),
         ("--config.sample.driving.min_found=2", "min_found"),
         ("--config.sample.expression_guidance_scales=2", "expression_guidance_scale"),

@@ -9,13 +9,15 @@ from fantasy_jax.media.audio import (
     write_audio,
 )
 from fantasy_jax.media.images import ContactSheet, encode_jpeg, read_image
+from fantasy_jax.media.paths import video_format
 from fantasy_jax.media.reading import VideoInfo, probe_video, read_video, stream_frames, stream_video
-from fantasy_jax.media.writing import write_video
+from fantasy_jax.media.writing import check_audio, write_video
 
 __all__ = [
     "ContactSheet",
     "VideoInfo",
     "audio_seconds",
+    "check_audio",
     "encode_jpeg",
     "probe_video",
     "read_audio",
@@ -26,6 +28,7 @@ __all__ = [
     "stream_audio",
     "stream_frames",
     "stream_video",
+    "video_format",
     "write_audio",
     "write_video",
 ]

@@ -14,7 +14,7 @@ import soxr
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
-from fantasy_jax.media.paths import check_exists
+from fantasy_jax.media.paths import check_exists, file_url
 from fantasy_jax.typing import Float, Float32, Int16
 from fantasy_jax.video import SAMPLE_RATE
 
@@ -64,7 +64,7 @@ def read_audio_track(path: str | Path, rate: int = SAMPLE_RATE) -> Float32[np.nd
         MediaError: As `read_audio`.
     """
     waveform = read_audio(path, rate)
-    with av.open(str(path)) as container:
+    with av.open(file_url(path)) as container:
         starts = [
             float((stream.start_time or 0) * stream.time_base)
             for stream in (container.streams.audio[0], *container.streams.video[:1])
@@ -106,7 +106,7 @@ def _open_audio(path: str | Path) -> Iterator[av.container.InputContainer]:
     if os.path.getsize(path) == 0:
         raise MediaError(f"{path}: the file is empty; use an audio file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(file_url(path)) as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: has no audio; use a file that has an audio stream")
             yield container

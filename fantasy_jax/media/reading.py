@@ -13,7 +13,7 @@ from PIL import Image
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.media.images import read_image
-from fantasy_jax.media.paths import check_exists
+from fantasy_jax.media.paths import check_exists, file_url
 from fantasy_jax.typing import UInt8
 
 _DEFAULT_FPS = Fraction(25)
@@ -166,7 +166,7 @@ def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> UInt8[np.ndarray, "
 def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     """Opens a file that has a video stream; decoding errors become a MediaError."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(file_url(path)) as container:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
             yield container

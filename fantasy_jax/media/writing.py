@@ -1,8 +1,10 @@
 """Writing of videos with audio."""
 
+import errno
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,12 +14,15 @@ import numpy as np
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
 from fantasy_jax.media.audio import audio_seconds, stream_audio
+from fantasy_jax.media.paths import video_format
 from fantasy_jax.typing import Float32, UInt8
 
 _AUDIO_RATE = 44_100
 """Sampling rate of the audio stream in a written video, in Hz."""
 _AUDIO_BLOCK = 1024
 """Samples that AAC encodes together."""
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+"""Errors of a disk that is full or damaged."""
 
 
 def write_video(
@@ -29,12 +34,12 @@ def write_video(
     background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
-    """Writes an mp4 (H.264, AAC), atomically.
+    """Writes an mp4 or mov file (H.264, AAC), atomically.
 
     Frames and audio are read when they are needed; memory does not grow with the length.
 
     Args:
-        path: Output file; an existing file is replaced.
+        path: Output file; an existing file is replaced. The suffix of its name decides the format.
         frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
@@ -44,16 +49,17 @@ def write_video(
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: There are no frames, the folder is not writable, the audio is not readable, or the frames
-            are too large for H.264.
+        MediaError: The name has another suffix, there are no frames, the folder is not writable, the audio is
+            not readable, or the frames are too large for H.264.
     """
+    container_format = video_format(path)
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: the video has no frames; nothing is written")
     with atomic_write(path) as partial, _encoding(path):
         options = {"movflags": "+faststart"}
-        with av.open(str(partial), "w", format="mp4", container_options=options) as container:
+        with av.open(str(partial), "w", format=container_format, container_options=options) as container:
             codec, pixels, quality = (
                 ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"})
                 if lossless
@@ -74,12 +80,32 @@ def write_video(
                 track.finish(float(count / fps))
 
 
+def check_audio(path: str | Path, seconds: float = math.inf) -> None:
+    """Decodes a sound as `write_video` does, so that what it cannot read is found before frames are made.
+
+    Args:
+        path: An audio or video file.
+        seconds: What is used of it; little more than this is decoded.
+
+    Raises:
+        MediaError: As `stream_audio`.
+    """
+    decoded = 0
+    with closing(stream_audio(path, rate=_AUDIO_RATE, layout="stereo")) as pieces:
+        for piece in pieces:
+            decoded += piece.shape[1]
+            if decoded > seconds * _AUDIO_RATE:
+                return
+
+
 @contextmanager
 def _encoding(path: str | Path) -> Iterator[None]:
     """Errors of encoding, such as that of frames that are too wide, become a MediaError."""
     try:
         yield
     except av.FFmpegError as error:
+        if error.errno in _DISK:
+            raise MediaError(f"{path}: cannot be written ({error.strerror})") from error
         raise MediaError(f"{path}: cannot be encoded ({error.strerror})") from error
 
 

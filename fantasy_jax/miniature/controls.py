@@ -15,12 +15,12 @@ from fantasy_jax import cli
 from fantasy_jax.data.records import Record
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.motion import motion
-from fantasy_jax.files import check_writable
 from fantasy_jax.miniature import lip_sync
 from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    check_json,
     figure,
     load_held_out,
     write_figures,
@@ -132,8 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_arguments(parser, min_clips=2)
     arguments, config = cli.parse(parser, argv)
-    if arguments.json:
-        check_writable(arguments.json)
+    check_json(arguments, config)
     for slot in ("identity_adapter", "motion_adapter"):
         if config.model.get(slot) is None:
             raise ConfigError(f"model.{slot}: is missing; the controls need it")

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from fantasy_jax.cli import timed
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.performance.chips import GIB, Chip, chip_of
 from fantasy_jax.performance.collectives import Collective, UnknownTripCountError, collectives
 from fantasy_jax.performance.program import Program
@@ -108,8 +108,12 @@ def is_requested(arguments: argparse.Namespace) -> bool:
     """Returns whether `--compile_only` is given.
 
     Raises:
-        ConfigError: Only options are given that belong to it.
+        ConfigError: Only options are given that belong to it, or with it others, which have no effect then.
     """
+    own = {"config", "compile_only", *_OPTIONS}
+    others = [name for name, value in vars(arguments).items() if value and name not in own]
+    if others and arguments.compile_only:
+        raise ConfigError(f"--{others[0]} has no effect with --compile_only")
     names = [name for name in _OPTIONS if getattr(arguments, name, None)]
     if names and not arguments.compile_only:
         raise ConfigError(f"--{names[0]} has no effect without --compile_only")
@@ -188,8 +192,7 @@ def compile_programs(
     """
     if not topology:
         raise ConfigError("--topology is required: the TPU slice to compile for, such as v5p:4x4x4")
-    if json_path:
-        check_writable(json_path)
+    check_outputs([json_path])
     mesh = make_mesh(**mesh_config.axes, devices=slice_devices(topology))
     reports, names = [], []
     with jax.set_mesh(mesh):

@@ -200,8 +200,9 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
         )
         with timed("Video and audio"):
             waveform = as_waveform(audio, sampling_rate)
-            if background is not None:
-                media.read_audio(background, seconds=0.1)  # an error now, rather than after sampling
+            for sound in (audio, background):
+                if isinstance(sound, str | Path):
+                    media.check_audio(sound)
             seconds = waveform.size / SAMPLE_RATE
             plan = plan_dubbing(
                 video,

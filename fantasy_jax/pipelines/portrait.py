@@ -133,7 +133,7 @@ class FantasyPortraitPipeline(Pipeline):
             expression_guidance_scale=expression_guidance_scale,
         )
         if sound is not None:  # a file that cannot be read is found before the clip is made
-            media.read_audio(sound, seconds=self.video.seconds)
+            media.check_audio(sound, config.max_seconds or math.inf)
         if isinstance(image, Scene):
             scene = image
             if drivers is not None or len(boxes) or len(people):
@@ -145,7 +145,7 @@ class FantasyPortraitPipeline(Pipeline):
         else:
             with timed("Driving videos"):
                 scene = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
-        sound = _sound(scene, self.video.seconds) if sound is None else sound
+        sound = _sound(scene, scene.num_frames / self.video.fps) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
         windows = config.windows(video, self.video)
@@ -178,7 +178,7 @@ def _sound(scene: Scene, seconds: float) -> str | None:
     for driver in scene.drivers:
         if isinstance(driver.frames, DrivingVideo):
             try:
-                media.read_audio(driver.name, seconds=seconds)
+                media.check_audio(driver.name, seconds)
             except MediaError:  # a picture, or a silent video
                 continue
             return driver.name

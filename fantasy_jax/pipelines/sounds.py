@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.pipelines.base import AudioInput, as_waveform
@@ -99,7 +100,10 @@ def read_sounds(
         num_samples = round(max_seconds * SAMPLE_RATE)
     if len(sounds) > 1:
         return Sounds(conditions, num_samples, mix(sounds, sampling_rate, seconds), MIX_RATE)
-    return Sounds(conditions, num_samples, sounds[0] if isinstance(sounds[0], str | Path) else waveforms[0])
+    if isinstance(sounds[0], str | Path):
+        media.check_audio(sounds[0], num_samples / SAMPLE_RATE)
+        return Sounds(conditions, num_samples, sounds[0])
+    return Sounds(conditions, num_samples, waveforms[0])
 
 
 def mix(
