@@ -156,7 +156,7 @@ def _running(path: str) -> Iterator[None]:
         raise
     except SyntaxError as error:
         raise ConfigError(f"{path}: line {error.lineno} is not valid Python: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         file = os.path.abspath(path)
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
@@ -257,11 +257,14 @@ def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, path: str) -> T
     if hasattr(kind, "from_config"):
         return kind.from_config(dict(values), path)
     hints = get_type_hints(kind)
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise ConfigError(_unknown(path, name, fields))
+            raise ConfigError(_unknown(path, name, list(fields)))
     converted = {name: _convert(hints[name], values[name], f"{path}.{name}") for name in values}
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path}.{name}: is missing; {kind.__name__} needs it")
     try:
         return kind(**converted)
     except ValueError as error:  # messages of a dataclass about its settings begin with their names
