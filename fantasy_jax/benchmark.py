@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from fantasy_jax import cli
-from fantasy_jax.config import build, section
+from fantasy_jax.config import section
 from fantasy_jax.data.encoded import batch_spec, features
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split, write_dataset
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
+from fantasy_jax.miniature.trainer import MiniatureConfig
 from fantasy_jax.performance import torch_wan
 from fantasy_jax.performance.ahead import with_size
 from fantasy_jax.performance.program import Program
@@ -78,13 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.against and "forward" not in only:
         raise ConfigError("--against compares the forward pass; add forward to --only")
     check_outputs([arguments.json], cli.config_files(arguments.config, config))
-    # The section of the miniature also has settings of its encoders' training, which are not timed.
-    stages = {field.name: config.train[field.name] for field in fields(StagesConfig)}
     settings = _Settings(
         section(ModelConfig, config, "model"),
         with_size(section(VideoConfig, config, "video"), arguments.size),
         section(SampleConfig, config, "sample"),
-        build(StagesConfig, stages, "train"),
+        section(MiniatureConfig if config.get("task") == "miniature" else StagesConfig, config, "train"),
     )
     reference = None
     if arguments.against:  # before JAX takes the device's memory

@@ -214,6 +214,8 @@ def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--config.{path}: has no value; use --config.{path}=VALUE")
+        if not all(path.split(".")):
+            raise ConfigError(f"--config.{path}: is not the name of a setting")
         *parents, name = path.split(".")
         section = config
         for depth, parent in enumerate(parents):

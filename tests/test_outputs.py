@@ -108,6 +108,7 @@ def test_what_is_write_protected_is_not_replaced(monkeypatch):
         (["link/file"], ["store/net"]),
         (["folder/file"], ["store/net"]),
         (["hard"], ["a"]),
+        (["x/y", "x/z/../y"], []),
     ],
 )
 def test_no_output_is_an_input_or_another_output(outputs, inputs):
@@ -117,8 +118,9 @@ def test_no_output_is_an_input_or_another_output(outputs, inputs):
     os.link("a", "hard")
     Path("link").symlink_to("store/net/file" if outputs == ["link"] else "store/net")
     Path("folder").symlink_to("store/net")
-    with pytest.raises(ConfigError, match="overwrite"):
-        check_outputs(outputs, [None, "", *inputs])
+    for names in (outputs, [os.path.abspath(path) for path in outputs]):
+        with pytest.raises(ConfigError, match="overwrite"):
+            check_outputs(names, [None, "", *inputs])
     check_outputs(["store/net/other", None, ""], ["store/net", "a"])
 
 

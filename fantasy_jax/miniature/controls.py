@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fantasy_jax import cli
+from fantasy_jax.config import section
 from fantasy_jax.data.records import Record
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.motion import motion
@@ -28,6 +29,7 @@ from fantasy_jax.miniature.held_out import (
 from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.preprocessing.face_crop import crop_face, points_in_box
 from fantasy_jax.system.encoders import encode_faces
+from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.typing import Float, UInt8
 
 EXAMPLES = """\
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
     for slot in ("identity_adapter", "motion_adapter"):
-        if config.model.get(slot) is None:
+        if slot not in section(ModelConfig, config, "model").networks:
             raise ConfigError(f"model.{slot}: is missing; the controls need it")
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)
     figures, results = identity(held_out), motions(held_out)

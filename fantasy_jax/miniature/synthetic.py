@@ -256,8 +256,9 @@ def write_clips(config: SyntheticConfig, video: VideoConfig, directory: str | Pa
 
 def write_example(config: SyntheticConfig, video: VideoConfig, index: int, folder: Path) -> None:
     """Writes a test clip as `portrait.png` (its first frame), `speech.wav` and `clip.mp4`."""
+    for name in ("portrait.png", "speech.wav", "clip.mp4"):
+        check_writable(folder / name)
     (clip,) = render_clips(video, [plan_clip(config, video, "test", index)])
-    check_writable(folder / "portrait.png")
     Image.fromarray(clip["video"][0]).save(folder / "portrait.png")
     media.write_audio(folder / "speech.wav", clip["waveform"], SAMPLE_RATE)
     media.write_video(folder / "clip.mp4", clip["video"], video.fps, audio=folder / "speech.wav")

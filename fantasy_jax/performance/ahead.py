@@ -154,6 +154,7 @@ def compile_and_report(
         ConfigError: `--topology` or `--size` is missing or invalid, or the mesh does not fit the slice.
         MediaError: The file of `--json` cannot be written.
     """
+    check_outputs([arguments.json], [arguments.config.partition(":")[0]])
     reports = compile_programs(
         make_programs,
         with_size(video, arguments.size),

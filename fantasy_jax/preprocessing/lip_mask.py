@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     media.video_format(arguments.output)
     check_outputs([arguments.output], [arguments.video, arguments.face_model])
+    media.probe_video(arguments.video)
     config = replace(LandmarkConfig(), face_model=arguments.face_model)
     with MediaPipeFaces(config) as detector:
         video, fps = media.read_video(arguments.video)

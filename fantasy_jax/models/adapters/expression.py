@@ -55,8 +55,8 @@ class ExpressionAdapterConfig(Settings):
     mouth_queries: Width = 16
     emotion_queries: Width = 4
     mask_padding: bool = False
-    width: Width = 5120
-    num_heads: Width = 40
+    width: Annotated[int, Range(0, 2**20)] = 5120
+    num_heads: Annotated[int, Range(0, 2**20)] = 40
     num_layers: Annotated[int, Range(0, 1024)] = 40
 
     @property
