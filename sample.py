@@ -145,6 +145,8 @@ def _check_files(arguments: argparse.Namespace, config: ConfigDict, requests: Se
     check_outputs(written, [*used, *given, *read])
     for path in filter(None, videos):
         media.video_format(path)
+    for request in requests:
+        media.check_sheet(request.outputs[1])
     saved = arguments.save_latents
     if saved and not is_stream(saved) and Path(saved).suffix != ".safetensors":
         raise ConfigError(f"--save_latents={saved}: the name must end in .safetensors")

@@ -245,17 +245,19 @@ def _is_sections(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, ConfigDict) for item in value)
 
 
-def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, path: str) -> T:
+def build(kind: type[T], values: Any, path: str) -> T:
     """Builds a frozen dataclass, and those inside it, from a section of a config.
 
     Args:
         kind: The dataclass, or a class with a class method `from_config(values, path)`.
-        values: Its settings; omitted ones take their defaults.
+        values: Its settings, a mapping or a ConfigDict; omitted ones take their defaults.
         path: Path of the section, for messages.
 
     Raises:
         ConfigError: A setting does not exist, has the wrong type or an invalid value.
     """
+    if not isinstance(values, _SECTION):
+        raise ConfigError(f"{path}: must hold the settings of {kind.__name__}, not {values!r}")
     if hasattr(kind, "from_config"):
         return kind.from_config(dict(values), path)
     hints = get_type_hints(kind)
@@ -277,7 +279,7 @@ def section(kind: type[T], config: ConfigDict, name: str) -> T:
     """Builds the section of this name of a whole config (`build`); ConfigError, too, if there is none."""
     if name not in config:
         raise ConfigError(f"{name}: is missing; the config needs such a section")
-    return _convert(kind, config[name], name)
+    return build(kind, config[name], name)
 
 
 def _is_section_type(kind: Any) -> bool:
@@ -287,8 +289,6 @@ def _is_section_type(kind: Any) -> bool:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """Converts a value to its annotated type; integers pass as floats, lists as tuples."""
     if _is_section_type(kind):
-        if not isinstance(value, _SECTION):
-            raise ConfigError(f"{path}: must hold the settings of {kind.__name__}, not {value!r}")
         return build(kind, value, path)
     if get_origin(kind) in (Union, types.UnionType):
         return _convert_union(kind, value, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fantasy_jax import cli, media
@@ -139,6 +140,20 @@ def test_videos_and_sounds_have_any_name(name):
     assert media.read_video(name)[0].shape == FRAMES.shape
     assert media.probe_video(name).has_audio
     assert media.read_audio(name).size > 4000
+
+
+def test_a_sheet_replaces_sheets_only():
+    video = VideoOutput(lambda: iter(FRAMES), jnp.zeros((1, 3, 8, 8, 16)), 9, 25)
+    media.check_sheet("v.png")
+    for _ in range(2):
+        video.save("v.mp4", sheet="v.png")
+        media.check_sheet("v.png")
+    media.check_sheet("/dev/null")
+    Image.fromarray(FRAMES[0]).save("mine.png")
+    Path("text.png").write_text("no picture")
+    for name in ("mine.png", "text.png"):
+        with pytest.raises(MediaError, match="sheet"):
+            media.check_sheet(name)
 
 
 def test_the_suffix_of_a_video_is_its_format():

@@ -1,7 +1,7 @@
 """Wrong and unusual inputs of all commands: exit code 2, one line, and every file is as it was.
 
-The rows are in `data/wrong_inputs.txt`, under the name of their command: further arguments, which come after the
-command's usual ones, and a word of the message, with `|` between them.
+The rows are in `data/wrong_inputs.txt`, under the name of their command: further arguments, which come after
+the command's usual ones, and a word of the message, with `|` between them.
 """
 
 import json
@@ -197,6 +197,7 @@ def _write_batches():
         "overwrite_2": ["face.png,a.wav,out/x.mp4", "out/x.png,a.wav,out/y.mp4"],
         "overwrite_3": ["face.png,a.wav,a.wav"],
         "overwrite_4": ["face.png,a.wav,overwrite_4.csv"],
+        "sheet": ["face.png,a.wav,out/x.mp4", "face.png,a.wav,nobody.mp4"],
         "suffix": ["face.png,a.wav,out/x.mp4", "face.png,a.wav,out/y.mkv"],
     }
     for name, lines in texts.items():

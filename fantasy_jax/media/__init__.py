@@ -8,7 +8,7 @@ from fantasy_jax.media.audio import (
     stream_audio,
     write_audio,
 )
-from fantasy_jax.media.images import ContactSheet, encode_jpeg, read_image
+from fantasy_jax.media.images import ContactSheet, check_sheet, encode_jpeg, read_image
 from fantasy_jax.media.paths import video_format
 from fantasy_jax.media.reading import VideoInfo, probe_video, read_video, stream_frames, stream_video
 from fantasy_jax.media.writing import check_audio, write_video
@@ -18,6 +18,7 @@ __all__ = [
     "VideoInfo",
     "audio_seconds",
     "check_audio",
+    "check_sheet",
     "encode_jpeg",
     "probe_video",
     "read_audio",

@@ -1,6 +1,7 @@
 """Reading of images, and writing of JPEG bytes and contact sheets."""
 
 import io
+import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -8,11 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
 from fantasy_jax.media.paths import check_exists
 from fantasy_jax.typing import UInt8
+
+_SHEET = ("Software", "fantasy_jax contact sheet")
+"""Text of a PNG file that says what it is."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -109,4 +114,26 @@ class ContactSheet:
         tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % self._columns)
         rows = [np.hstack(tiles[i : i + self._columns]) for i in range(0, len(tiles), self._columns)]
         with atomic_write(path) as partial:
-            Image.fromarray(np.vstack(rows)).save(partial, format="PNG")
+            information = PngInfo()
+            information.add_text(*_SHEET)
+            Image.fromarray(np.vstack(rows)).save(partial, format="PNG", pnginfo=information)
+
+
+def check_sheet(path: str | Path) -> None:
+    """Checks that nothing but a contact sheet would be replaced by one.
+
+    Raises:
+        MediaError: There is a file at this path that is no contact sheet.
+    """
+    if not os.path.lexists(path) or not os.path.isfile(path):
+        return
+    key, value = _SHEET
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get(key) == value
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        ours = False
+    if not ours:
+        raise MediaError(
+            f"{path}: is no contact sheet, but one would replace it; choose another --output, or move it"
+        )

@@ -90,12 +90,8 @@ def check_audio(path: str | Path, seconds: float = math.inf) -> None:
     Raises:
         MediaError: As `stream_audio`.
     """
-    decoded = 0
-    with closing(stream_audio(path, rate=_AUDIO_RATE, layout="stereo")) as pieces:
-        for piece in pieces:
-            decoded += piece.shape[1]
-            if decoded > seconds * _AUDIO_RATE:
-                return
+    with closing(_Samples(path)) as source:
+        source.drop(seconds * _AUDIO_RATE)
 
 
 @contextmanager
@@ -157,6 +153,12 @@ class _Samples:
     def close(self) -> None:
         """Closes the file."""
         self._pieces.close()
+
+    def drop(self, samples: float) -> None:
+        """Decodes this many samples, or all, and drops them piece by piece."""
+        dropped = self._read.shape[1]
+        while dropped <= samples and (piece := next(self._pieces, None)) is not None:
+            dropped += piece.shape[1]
 
     def take(self, samples: int) -> Float32[np.ndarray, "2 {samples}"]:
         """The next samples, and silence after the end."""

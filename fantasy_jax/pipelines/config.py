@@ -250,5 +250,8 @@ def read_pipeline(
         WeightsError: The file is damaged, or the store was made for another pipeline.
     """
     content = check_pipeline(directory, pipeline)
-    video = build(VideoConfig, content.get("video", {}), "video")
-    return video, build(config_type, content.get("sample", {}), "sample")
+    try:
+        video = build(VideoConfig, content.get("video", {}), "video")
+        return video, build(config_type, content.get("sample", {}), "sample")
+    except ConfigError as error:
+        raise WeightsError(f"{Path(directory) / PIPELINE_FILE}: {error}") from error

@@ -163,6 +163,9 @@ def write(
     if not content["other_dtypes"]:
         del content["other_dtypes"]
     started = partial / _STARTED
+    others = [] if not folder.is_dir() else [x.name for x in folder.iterdir() if x.is_file()]
+    if foreign := sorted(set(others) - {RECORD, _STARTED}):
+        raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
     try:
         if not (resume and started.is_file() and json.loads(started.read_text()) == content):
             shutil.rmtree(partial, ignore_errors=True)
