@@ -81,8 +81,9 @@ def config_files(location: str, config: ConfigDict) -> list[str]:
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     """Runs a command; an expected error prints one line and exits with code 2, an interruption with 130."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`

@@ -9,9 +9,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import DATA, run_convert_weights
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import fantasy_jax
 from fantasy_jax import cli, media
 from fantasy_jax.errors import ConfigError, MediaError, WeightsError
 from fantasy_jax.files import atomic_write, check_outputs
@@ -254,6 +256,30 @@ def test_saved_latents_are_decoded_by_a_command(capsys):
     assert media.read_video("out/a.mp4")[0].shape == (1, 32, 32, 3)
     assert media.probe_video("out/a.mp4").has_audio
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.mp4", "a.png"]
+
+
+def test_a_store_needs_a_name_in_utf8(capsys, tmp_path):
+    folder = Path(os.fsdecode(b"\xff"))
+    folder.mkdir()
+    (folder / "vae").symlink_to(Path(fantasy_jax.__file__).parent / "assets/tiny/vae")
+    for command in (
+        ["export", f"--weights={folder}", "--component=vae", "--output=x.safetensors"],
+        ["import", f"--output={folder}", f"--wav2vec2={DATA / 'wav2vec2'}"],
+    ):
+        code, _, error = run_convert_weights(capsys, *command)
+        assert (code, error.splitlines()[-1].count("UTF-8")) == (2, 1)
+    assert [path.name for path in folder.iterdir()] == ["vae"]
+
+
+def test_a_folder_of_other_files_is_no_store(capsys):
+    Path("model/speech_encoder").mkdir(parents=True)
+    Path("model/speech_encoder/model.safetensors").write_text("mine")
+    code, _, error = run_convert_weights(
+        capsys, "import", "--output=model", f"--wav2vec2={DATA / 'wav2vec2'}"
+    )
+    assert code == 2
+    assert "holds model.safetensors" in error
+    assert [path.name for path in Path("model").rglob("*.*")] == ["model.safetensors"]
 
 
 def test_an_error_of_memory_is_one_line(capsys):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.config import Depth, Settings, Width
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
@@ -36,6 +37,11 @@ class Wav2Vec2Config(Settings):
     num_conv_pos_embedding_groups: Width = 16
     feat_extract_norm: Literal["group", "layer"] = "group"
     do_stable_layer_norm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not len(self.conv_dim) == len(self.conv_stride) == len(self.conv_kernel) > 0:
+            raise ConfigError("conv_dim, conv_stride and conv_kernel need equal lengths, at least 1")
 
 
 WAV2VEC2_LARGE = Wav2Vec2Config(

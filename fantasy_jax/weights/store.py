@@ -158,6 +158,7 @@ def write(
         WeightsError: It cannot be written.
     """
     folder = Path(folder).absolute()
+    _check_name(folder)
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
     content = as_json(record)
     if not content["other_dtypes"]:
@@ -204,6 +205,7 @@ def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
         WeightsError: It is missing, incomplete or damaged.
     """
     path = Path(folder) / RECORD
+    _check_name(path.absolute())
     if not path.is_file():
         raise WeightsError(f"{folder}: holds no complete weights (no {RECORD}); import them first")
     try:
@@ -284,6 +286,14 @@ def record_hashes(weights: Path) -> dict[str, str]:
         for slot in slots()
         if (weights / slot / RECORD).exists()
     }
+
+
+def _check_name(folder: Path) -> None:
+    """Raises a WeightsError unless the path is one that Orbax can open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{folder}: is no path in UTF-8, as stores need; choose another folder") from None
 
 
 def _restore_arguments(spec: Any) -> ocp.RestoreArgs:
