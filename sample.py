@@ -265,6 +265,7 @@ def _write(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequ
         print(f"Wrote {arguments.save_latents}: the latents")
     video, sheet = request.outputs
     saved = arguments.save_latents or arguments.latents
+    saved = None if saved and is_stream(saved) else saved
     with (
         cli.timed("Latents to video"),
         keep_latents(video, output.latents, output.num_frames, saved=saved),
