@@ -11,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from fantasy_jax import cli
-from fantasy_jax.config import build, load_config
+from fantasy_jax.config import load_config, section
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.files import atomic_write, check_outputs
+from fantasy_jax.parity.reference import reference_files
 from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
 from fantasy_jax.system.model import ModelConfig
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 def _download(arguments: argparse.Namespace) -> int:
     networks = None
     if arguments.config:
-        networks = build(ModelConfig, load_config(arguments.config).model, "model").networks
+        networks = section(ModelConfig, load_config(arguments.config), "model").networks
     download(arguments.output, networks)
     return 0
 
@@ -167,8 +168,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    for path in filter(None, (arguments.json, arguments.markdown)):
-        check_writable(path)
+    read = [path for folder in arguments.reference for path in reference_files(folder)]
+    check_outputs([arguments.json, arguments.markdown], read)
     rows = [row for folder in arguments.reference for row in verify(folder, dtype=jnp.dtype(arguments.dtype))]
     print(table(rows))
     if arguments.json:
@@ -186,7 +187,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _write(path: str, text: str) -> None:
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
 
 
 def _parser() -> cli.ArgumentParser:

@@ -14,17 +14,18 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from fantasy_jax import cli, media
-from fantasy_jax.config import build
+from fantasy_jax.config import section
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import check_separate, check_writable
+from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.base import Pipeline, VideoOutput
 from fantasy_jax.pipelines.batch import ClipRequest, read_batch, run_batch
 from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.pipelines.dubbing import FantasyDubbingPipeline
-from fantasy_jax.pipelines.latents import read_noise, save_latents
+from fantasy_jax.pipelines.latents import keep_latents, read_latents, read_noise, save_latents
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
+from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.preprocessing.boxes import parse_box
 from fantasy_jax.preprocessing.face_masks import MASK_MODES
@@ -32,6 +33,7 @@ from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_paths
 
 EXAMPLES = """\
 examples:
@@ -64,6 +66,9 @@ examples:
   python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
       --image=woman.png --audio=woman.wav --prompt="A woman is talking." --output=out/woman.mp4 \\
       --noise=noise.safetensors --save_latents=out/latents.safetensors
+  the video of latents that were saved, or that were kept because the disk was full:
+  python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
+      --latents=out/latents.safetensors --audio=woman.wav --output=out/woman.mp4
   the same path with small random weights:
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
@@ -107,16 +112,25 @@ OPTIONS = {
 }
 """Options that not every pipeline has."""
 
+REPLACED = {
+    "latents": (
+        *("image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
+        *("video", "mask", "background", "driver", "overlay"),
+    ),
+    "noise": ("seed",),
+}
+"""Options that have no effect with another one."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and samples clips, or compiles the programs that would."""
     arguments, config = cli.parse(_parser(), argv)
-    if config.get("task") not in PIPELINES:
+    if str(config.get("task")) not in PIPELINES:
         raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(PIPELINES)}")
     pipeline_type = _pipeline_type(config, arguments)
-    model = build(ModelConfig, config.model, "model")
-    video = build(VideoConfig, config.video, "video")
-    settings = build(pipeline_type.config_type, config.sample, "sample")
+    model = section(ModelConfig, config, "model")
+    video = section(VideoConfig, config, "video")
+    settings = section(pipeline_type.config_type, config, "sample")
     piece = {"start": arguments.start, "max_seconds": arguments.seconds}
     settings = replace(settings, **{name: x for name, x in piece.items() if x is not None})
     if ahead.is_requested(arguments, also=("size",)):
@@ -124,15 +138,37 @@ def main(argv: list[str] | None = None) -> int:
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
-    outputs = _given(arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs))
-    read = [*arguments.driver, *arguments.voice, *(x for r in requests for x in (r.image, *r.audio))]
-    given = (arguments.batch, arguments.noise, arguments.sound, arguments.background)
-    check_separate(_given(*given, *read), outputs)
-    for path in outputs:
-        check_writable(path)
+    _check_files(arguments, config, requests)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
-    sample = SAMPLERS[pipeline_type]
+    sample = _decode if arguments.latents else SAMPLERS[pipeline_type]
     return run_batch(requests, partial(sample, pipeline, arguments))
+
+
+def _check_files(arguments: argparse.Namespace, config: ConfigDict, requests: Sequence[ClipRequest]) -> None:
+    """Checks all outputs before any work: none is an input, and each can be written as what its name says."""
+    read = [*arguments.driver, *arguments.voice, *(x for r in requests for x in (r.image, *r.audio))]
+    given = [arguments.batch, arguments.noise, arguments.latents, arguments.sound, arguments.background]
+    used = [*cli.config_files(arguments.config, config), *store_paths(_weights(arguments, config))]
+    videos = [arguments.overlay, *(r.output for r in requests)]
+    written = [arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs)]
+    check_outputs(written, [*used, *given, *read])
+    for path in filter(None, videos):
+        media.video_format(path)
+    for request in requests:
+        media.check_sheet(request.outputs[1])
+    saved = arguments.save_latents
+    if saved and not is_stream(saved) and Path(saved).suffix != ".safetensors":
+        raise ConfigError(f"--save_latents={saved}: the name must end in .safetensors")
+
+
+def _decode(pipeline: Pipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
+    """Decodes saved latents and writes the clip."""
+    latents, num_frames = read_latents(arguments.latents, pipeline.networks.config.vae.latent_channels)
+    sound = {}
+    if played := [*request.audio, *filter(None, [arguments.sound])]:
+        sounds = read_sounds(played, max_seconds=pipeline.config.max_seconds)
+        sound = {"audio": sounds.played, "audio_seconds": sounds.seconds, "audio_rate": sounds.rate}
+    _write(pipeline.decode(latents, num_frames, progress=True, **sound), arguments, request)
 
 
 def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
@@ -222,22 +258,32 @@ def _pipeline_type(config: ConfigDict, arguments: argparse.Namespace) -> type[Pi
     refused += [name for names in OPTIONS.values() for name in names if name not in OPTIONS[pipeline_type]]
     if given := [name for name in refused if getattr(arguments, name)]:
         raise ConfigError(f"--{given[0]} does not go with {task}")
+    for option, names in REPLACED.items():
+        if given := [
+            x for x in names if getattr(arguments, option) and getattr(arguments, x) not in (None, [])
+        ]:
+            raise ConfigError(f"--{given[0]} has no effect with --{option}")
     return pipeline_type
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
     """The arguments that every pipeline takes."""
     noise: Callable | None = partial(read_noise, arguments.noise) if arguments.noise else None
-    return {"seed": arguments.seed, "noise": noise, "timed": cli.timed, "progress": True}
+    return {"seed": arguments.seed or 0, "noise": noise, "timed": cli.timed, "progress": True}
 
 
 def _write(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequest) -> None:
     """Writes a clip, its contact sheet and, where they are asked for, its latents."""
     if arguments.save_latents:
-        save_latents(arguments.save_latents, output.latents)
+        save_latents(arguments.save_latents, output.latents, output.num_frames)
         print(f"Wrote {arguments.save_latents}: the latents")
     video, sheet = request.outputs
-    with cli.timed("Latents to video"):
+    saved = arguments.save_latents or arguments.latents
+    saved = None if saved and is_stream(saved) else saved
+    with (
+        cli.timed("Latents to video"),
+        keep_latents(video, output.latents, output.num_frames, saved=saved),
+    ):
         output.save(video, sheet=sheet)
     size = f"{output.width} x {output.height}"
     print(f"Wrote {video}: {output.num_frames} frames of {size} at {output.fps} frames per second")
@@ -248,6 +294,7 @@ def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> S
     """The clips of the command line: one, or those of a batch file."""
     shown = "video" if pipeline_type is FantasyDubbingPipeline else "image"
     needed = (shown, "driver" if pipeline_type is FantasyPortraitPipeline else "audio", "output")
+    needed = ("output",) if arguments.latents else needed
     if arguments.batch:
         single = (*needed, "voice", "person", "box", "noise", "save_latents")
         if given := [name for name in single if getattr(arguments, name)]:
@@ -258,12 +305,12 @@ def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> S
             raise ConfigError(f"--{name} is needed; sample.py --help shows examples")
     if not Path(arguments.output).name:
         raise ConfigError(f"--output={arguments.output}: is a folder; give the name of a file")
-    return [ClipRequest(getattr(arguments, shown), tuple(arguments.audio), "", Path(arguments.output))]
+    return [ClipRequest(getattr(arguments, shown) or "", tuple(arguments.audio), "", Path(arguments.output))]
 
 
-def _given(*paths: str | Path | None) -> list[str | Path]:
-    """Those that are not empty."""
-    return [path for path in paths if path]
+def _weights(arguments: argparse.Namespace, config: ConfigDict) -> str:
+    """The store of weights; empty for random ones."""
+    return str(config.get("weights", "") if arguments.weights is None else arguments.weights)
 
 
 def _pipeline(
@@ -275,8 +322,7 @@ def _pipeline(
     settings: PipelineConfig,
 ) -> Pipeline:
     """A pipeline with the weights of a store, or with random ones."""
-    weights = config.get("weights", "") if arguments.weights is None else arguments.weights
-    if weights:
+    if weights := _weights(arguments, config):
         return pipeline_type.from_pretrained(
             weights, model=model, video=video, config=settings, keep=settings.keep
         )
@@ -296,7 +342,10 @@ def _parser() -> cli.ArgumentParser:
         help="the store of weights (default: the config's; with '' they are random)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)"
+        "--seed",
+        type=cli.integer(0, 2**64 - 1),
+        metavar="N",
+        help="seed of the initial noise, of at most 64 bits (default: 0)",
     )
     parser.add_argument(
         "--start",
@@ -320,6 +369,11 @@ def _parser() -> cli.ArgumentParser:
         metavar="FILE",
         help="write the final latents as a safetensors file: the tensor `latents`, with the same layout",
     )
+    parser.add_argument(
+        "--latents",
+        metavar="FILE",
+        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is played",
+    )
     _add_people(parser.add_argument_group("several people in the picture"))
     _add_talking(parser.add_argument_group("FantasyTalking"))
     _add_dubbing(parser.add_argument_group("Dubbing, with FantasyTalking"))
@@ -333,7 +387,7 @@ def _add_people(group: argparse._ArgumentGroup) -> None:
         "--person",
         action="append",
         default=[],
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="who speaks a sound, or whom a driver drives, counted from 1, from the left; once for each "
         "--audio or --driver; others keep still",
@@ -346,7 +400,9 @@ def _add_people(group: argparse._ArgumentGroup) -> None:
         help="a person's face, as fractions of the picture, where detection fails; once for each person, who "
         "are then counted in this order",
     )
-    group.add_argument("--people", type=int, metavar="N", help="people of the clip, for --compile_only")
+    group.add_argument(
+        "--people", type=cli.integer(1, 1024), metavar="N", help="people of the clip, for --compile_only"
+    )
 
 
 def _add_talking(group: argparse._ArgumentGroup) -> None:

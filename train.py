@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fantasy_jax import cli
-from fantasy_jax.config import build
+from fantasy_jax.config import section
 from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.synthetic import SyntheticConfig
@@ -50,17 +50,19 @@ TASKS = {"talking": StagesConfig, "miniature": MiniatureConfig}
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains, or compiles."""
     arguments, config = cli.parse(_parser(), argv)
-    if config.get("task") not in TASKS:
+    if str(config.get("task")) not in TASKS:
         raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(TASKS)}")
     miniature = config.task == "miniature"
     if arguments.distributed:
         if miniature:
             raise ConfigError(f"{arguments.config}: trains in one process; leave --distributed out")
         init_distributed()
-    model = build(ModelConfig, config.model, "model")
-    video = build(VideoConfig, config.video, "video")
-    sampling = build(SampleConfig, config.sample, "sample")
-    training = build(TASKS[config.task], config.train, "train")
+    if miniature and (given := [name for name in ("records", "weights") if getattr(arguments, name)]):
+        raise ConfigError(f"--{given[0]} has no effect with {arguments.config}, which makes its own clips")
+    model = section(ModelConfig, config, "model")
+    video = section(VideoConfig, config, "video")
+    sampling = section(SampleConfig, config, "sample")
+    training = section(TASKS[config.task], config, "train")
     if ahead.is_requested(arguments):
         programs = partial(training_programs, model, training)
         return ahead.compile_and_report(arguments, video, training.mesh, programs)
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     workdir = Path(arguments.workdir)
     settings = {"model": model, "video": video, "sampling": sampling, "config": training}
     if miniature:
-        data = build(SyntheticConfig, config.data, "data")
+        data = section(SyntheticConfig, config, "data")
         run = MiniatureTrainer(workdir, data=data, **settings).run
     else:
         store = Path(arguments.weights or config.weights)

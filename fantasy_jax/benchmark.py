@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from fantasy_jax import cli
-from fantasy_jax.config import build
+from fantasy_jax.config import section
 from fantasy_jax.data.encoded import batch_spec, features
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split, write_dataset
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.files import atomic_write, check_outputs
+from fantasy_jax.miniature.trainer import MiniatureConfig
 from fantasy_jax.performance import torch_wan
 from fantasy_jax.performance.ahead import with_size
 from fantasy_jax.performance.program import Program
@@ -77,17 +78,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--only={arguments.only}: no such part {unknown[0]!r}; use {', '.join(PARTS)}")
     if arguments.against and "forward" not in only:
         raise ConfigError("--against compares the forward pass; add forward to --only")
-    if arguments.repeats < 2:
-        raise ConfigError(f"--repeats={arguments.repeats}: must be at least 2")
-    if arguments.json:
-        check_writable(arguments.json)
-    # The section of the miniature also has settings of its encoders' training, which are not timed.
-    stages = {field.name: config.train[field.name] for field in fields(StagesConfig)}
+    check_outputs([arguments.json], cli.config_files(arguments.config, config))
     settings = _Settings(
-        build(ModelConfig, config.model, "model"),
-        with_size(build(VideoConfig, config.video, "video"), arguments.size),
-        build(SampleConfig, config.sample, "sample"),
-        build(StagesConfig, stages, "train"),
+        section(ModelConfig, config, "model"),
+        with_size(section(VideoConfig, config, "video"), arguments.size),
+        section(SampleConfig, config, "sample"),
+        section(MiniatureConfig if config.get("task") == "miniature" else StagesConfig, config, "train"),
     )
     reference = None
     if arguments.against:  # before JAX takes the device's memory
@@ -112,7 +108,9 @@ def _parser() -> cli.ArgumentParser:
     cli.add_config_argument(parser)
     parser.add_argument("--size", metavar="HxW", help="size of the clips in pixels (default: the config's)")
     parser.add_argument("--only", metavar="PART,PART", help=f"parts of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=cli.integer(2), default=10, metavar="N", help="timed calls (default: %(default)s)"
+    )
     parser.add_argument(
         "--against",
         choices=["torch"],

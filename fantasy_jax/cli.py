@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from fantasy_jax.config import load_config, override
+from fantasy_jax.config import Range, load_config, override
 from fantasy_jax.errors import FantasyError, Stopped
 
 EXPECTED = (FantasyError, FloatingPointError, OSError)
@@ -54,10 +54,40 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.
     return arguments, override(load_config(arguments.config), settings)
 
 
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type of command-line arguments: integers of a range."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        try:
+            Range(low, high).check(value, "the number")
+        except FantasyError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    convert.__name__ = "int"  # named by argparse where `int` fails
+    return convert
+
+
+def config_files(location: str, config: ConfigDict) -> list[str]:
+    """The config file and the files that its settings name, such as models: inputs of the command."""
+    found, rest = [location.partition(":")[0]], list(config.values())
+    while rest:
+        value = rest.pop()
+        if isinstance(value, ConfigDict):
+            rest += value.values()
+        elif isinstance(value, list | tuple):
+            rest += value
+        elif isinstance(value, str) and os.path.isfile(value):
+            found.append(value)
+    return found
+
+
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     """Runs a command; an expected error prints one line and exits with code 2, an interruption with 130."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _interruptible():
             status = main()
@@ -67,6 +97,12 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         sys.exit(0)
     except EXPECTED as error:
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # JAX's error of a device without enough memory is a RuntimeError; its class is not imported here.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{prog}: error: not enough memory, use smaller sizes ({_one_line(error)})", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fantasy_jax.config import Range, Settings
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, Int, Leaf
 
@@ -70,7 +71,7 @@ The dimensions before them, such as the axis of stacked layers, are not sharded.
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """Mesh axis sizes; one may be -1 to take the remaining devices.
 
     Attributes:
@@ -82,11 +83,17 @@ class MeshConfig:
             the strategy that sends least and fits.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    context: int = 1
-    tensor: int = 1
+    data: Annotated[int, Range(-1, 2**20)] = 1
+    fsdp: Annotated[int, Range(-1, 2**20)] = -1
+    context: Annotated[int, Range(-1, 2**20)] = 1
+    tensor: Annotated[int, Range(-1, 2**20)] = 1
     context_parallelism: ContextParallelism = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, size in self.axes.items():
+            if size == 0:
+                raise ConfigError(f"{name} is 0; it must be at least 1, or -1 for the remaining devices")
 
     @property
     def axes(self) -> dict[str, int]:

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+from fantasy_jax.config import Range, Settings
 from fantasy_jax.errors import ConfigError
 
 Frame = TypeVar("Frame")
@@ -62,7 +63,7 @@ def check_num_frames(num_frames: int) -> None:
 
 
 @dataclass(frozen=True)
-class VideoConfig:
+class VideoConfig(Settings):
     """Size, length and frame rate of clips; the defaults are those of FantasyTalking's official script.
 
     Attributes:
@@ -74,19 +75,19 @@ class VideoConfig:
         fps: Frames per second.
     """
 
-    height: int = 512
-    width: int = 512
-    num_frames: int = 81
-    fps: int = 23
+    height: Annotated[int, Range(16, 8192)] = 512
+    width: Annotated[int, Range(16, 8192)] = 512
+    num_frames: Annotated[int, Range(5, 2**24 + 1)] = 81
+    fps: Annotated[int, Range(1, 1000)] = 23
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("height", "width"):
-            side = getattr(self, name)
-            if side < PIXELS_PER_TOKEN or side % PIXELS_PER_TOKEN:
-                raise ConfigError(f"{name} is {side}; it must be a positive multiple of {PIXELS_PER_TOKEN}")
+            if getattr(self, name) % PIXELS_PER_TOKEN:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it must be a multiple of {PIXELS_PER_TOKEN}"
+                )
         check_num_frames(self.num_frames)
-        if self.fps < 1:
-            raise ConfigError(f"fps is {self.fps}; it must be at least 1")
 
     @property
     def longest_edge(self) -> int:

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fantasy_jax.benchmark import main
-from fantasy_jax.errors import ConfigError
 from fantasy_jax.performance.chips import CHIPS
 from fantasy_jax.performance.program import Program
 from fantasy_jax.performance.timing import (
@@ -109,9 +107,3 @@ def test_all_parts_and_pytorch_are_timed(tmp_path):
     assert "times ours" in timings["forward, PyTorch eager, without audio"]["note"]
     assert timings["forward, PyTorch compiled, without audio"]["note"] == "disabled"
     assert "| first frame to latents |" in result.stdout
-
-
-@pytest.mark.parametrize("option", ["--only=forward,encoder", "--repeats=1", "--size=100x100"])
-def test_invalid_options_are_refused(option):
-    with pytest.raises(ConfigError, match=option):
-        main(["--config=configs/fantasy_talking_14b.py:debug", option])

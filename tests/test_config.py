@@ -1,28 +1,37 @@
 """Settings: what config files hold, what the command line overrides, and what is refused."""
 
-from dataclasses import dataclass, field
+import importlib
+import math
+import pkgutil
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from ml_collections import ConfigDict
 
-from fantasy_jax.config import as_json, build, load_config, override, to_config_dict
+import fantasy_jax
+from fantasy_jax.config import (
+    NonNegativeFloat,
+    Settings,
+    as_json,
+    build,
+    load_config,
+    override,
+    section,
+    to_config_dict,
+)
 from fantasy_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(Settings):
     """A section within a section."""
 
-    rate: float = 0.1
+    rate: NonNegativeFloat = 0.1
     shape: Literal["linear", "cosine"] = "linear"
-
-    def __post_init__(self):
-        if self.rate < 0:
-            raise ConfigError(f"rate is {self.rate}; it must not be negative")
 
 
 class Custom:
@@ -177,6 +186,15 @@ def test_json_of_settings():
         ("def get_config(:\n", "c.py"),
         ("x = 1\n", "c.py"),
         ("def get_config():\n    return 1\n", "c.py:big"),
+        ("", "c.py"),
+        ("get_config = 3\n", "c.py"),
+        ("def get_config():\n    pass\n", "c.py"),
+        ("def get_config():\n    return {'task': 'talking'}\n", "c.py"),
+        ("def get_config():\n    return 1 / 0\n", "c.py"),
+        ("import nothing_of_this_name\n", "c.py"),
+        ("raise SystemExit(3)\n", "c.py"),
+        ("def get_config(size):\n    return size\n", "c.py"),
+        ("x = '\0'\n", "c.py"),
     ],
 )
 def test_config_error_for_config_files(tmp_path, text, location):
@@ -208,3 +226,77 @@ def test_the_miniature_builds_and_takes_a_schedule():
     assert build(ModelConfig, config.model, "model").transformer.num_layers == 5
     sample = build(SampleConfig, config.sample, "sample")
     assert sample.audio_guidance_scale == ScaleSchedule(1.0, 5.0, "cosine")
+
+
+def test_the_line_of_a_config_file_that_raises_is_named(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"c\.py: line 2 raises ZeroDivisionError"):
+        load_config(str(tmp_path / "c.py"))
+
+
+def test_a_section_that_is_missing_is_named():
+    config = ConfigDict({"video": 3})
+    with pytest.raises(ConfigError, match=r"^model: "):
+        section(Inner, config, "model")
+    with pytest.raises(ConfigError, match=r"^video: "):
+        section(Inner, config, "video")
+
+
+def all_settings():
+    """Every section's class of the package."""
+    for module in pkgutil.walk_packages(fantasy_jax.__path__, "fantasy_jax."):
+        if not module.name.endswith((".beam", "__main__")):  # the first needs Apache Beam
+            importlib.import_module(module.name)
+    found = [Settings]
+    for kind in found:
+        found += [x for x in kind.__subclasses__() if x.__module__.startswith("fantasy_jax")]
+    return found[1:]
+
+
+def numbers(hint):
+    """Makes values of a setting of a number: the setting itself, or tuples of it."""
+    if get_origin(hint) is Annotated:
+        return [lambda number: number]
+    if get_origin(hint) is tuple:
+        inner = [x for x in get_args(hint) if x is not Ellipsis]
+        return [
+            lambda number, i=i, make=make: (
+                (0,) * i + (make(number),) if get_args(hint)[-1] is not Ellipsis else (make(number),)
+            )
+            for i, x in enumerate(inner)
+            for make in numbers(x)
+        ]
+    return [make for x in get_args(hint) for make in numbers(x)]
+
+
+def test_every_number_of_every_section_has_a_range():
+    kinds = all_settings()
+    assert len(kinds) > 30
+    needed = {"start": 1.0, "end": 1.0, "num_steps": 1, "batch_size": 1, "optimizer": {}}
+    checked = 0
+    for kind in kinds:
+        needs = {x.name: needed[x.name] for x in fields(kind) if x.default is x.default_factory}
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            for make in numbers(hint):
+                checked += 1
+                for value in (math.nan, math.inf, -math.inf, -(10**9), 10**400):
+                    with pytest.raises(ConfigError) as caught:
+                        build(kind, needs | {name: make(value)}, "x")
+                    assert str(caught.value).startswith(f"x.{name}"), kind
+                    assert "\n" not in str(caught.value)
+    assert checked > 150
+
+
+def test_settings_of_the_package_are_checked():
+    """No dataclass of settings is left out: whatever a section holds is a section, too."""
+    for kind in all_settings():
+        for each in fields(kind):
+            for hint in (each.type, *get_args(each.type)):
+                if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+                    assert issubclass(hint, Settings), (kind, each.name)
+
+
+def test_a_number_without_a_range_cannot_be_declared():
+    for hint in (int, float, int | None, tuple[float, ...], Annotated[int, "many"]):
+        with pytest.raises(TypeError, match="size"):
+            type("Unchecked", (Settings,), {"__annotations__": {"size": hint}})

@@ -11,7 +11,7 @@ from drawn_faces import clip, open_squares
 from helpers import randomise
 
 from configs.fantasy_talking_14b import small_model
-from fantasy_jax import FantasyDubbingPipeline, cli, media
+from fantasy_jax import FantasyDubbingPipeline, media
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines import dubbing, dubbing_plan
@@ -299,53 +299,6 @@ def test_a_background_is_mixed_with_the_audio(tmp_path):
     power = [abs(np.vdot(tone[: written.size], written)) / written.size * 2 for tone in tones.values()]
     assert power[0] == pytest.approx(power[1], rel=0.05)
     assert power[0] == pytest.approx(0.5, abs=0.1)  # 0.61 each would exceed 1 together
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["--image=a.png"], "--image does not go with --video"),
-        (["--noise=a.safetensors"], "--noise does not go with --video"),
-        (["--batch=a.csv"], "--batch does not go with --video"),
-        (["--driver=a.mp4"], "--driver does not go with --video"),
-        (["--mask=lips"], "--mask"),
-        (["--audio=none.wav"], "--audio is given several times"),
-        (["--video=none.mp4"], "none.mp4: no such video"),
-        (["--background=none.wav"], "none.wav: no such audio file"),
-        (["--box=1,2"], "--box"),
-        (["--config.sample.strength=2"], "strength"),
-        (["--output=v.mp4"], "v.mp4"),
-        (["--size=64x64"], "--size does not go with --video"),
-        (["--start=2"], "nothing is left from 2 s on"),
-        ([], "2 people"),
-        (["--person=3"], "--person=3"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, changes, message):
-    monkeypatch.chdir(tmp_path)
-    write("v.mp4", clip((10, 60), (20, 200), frames=8))
-    media.write_audio("a.wav", np.zeros(RATE, np.int16), RATE)
-    arguments = [TINY, "--video=v.mp4", "--audio=a.wav", "--output=out/dubbed.mp4", *changes]
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: main(arguments), "sample.py")
-    *bars, error = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    assert error.startswith("sample.py: error: ")
-    assert message in error
-    assert all(line.startswith("Faces: ") for line in bars if line)
-    assert not list(tmp_path.glob("out/*"))
-
-
-@pytest.mark.parametrize("option", ["--video=v.mp4", "--mask=face", "--background=a.wav"])
-def test_options_of_dubbing_do_not_go_with_fantasyportrait(option):
-    config = f"--config={ROOT / 'configs/fantasy_portrait_14b.py'}"
-    with pytest.raises(ConfigError, match="does not go with the task portrait"):
-        main([config, "--image=a.png", "--driver=b.mp4", "--output=c.mp4", option])
-
-
-def test_a_mask_needs_a_video():
-    with pytest.raises(ConfigError, match="--mask does not go with the task"):
-        main([TINY, "--image=a.png", "--audio=b.wav", "--output=c.mp4", "--mask=face"])
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from fantasy_jax import cli
 from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.synthetic import SyntheticConfig, records
@@ -29,7 +28,6 @@ from fantasy_jax.miniature.trainer import MiniatureConfig
 from fantasy_jax.miniature.vae import MiniatureVAE, MiniatureVAEConfig
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
-from train import main
 
 ROOT = Path(__file__).parent.parent
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
@@ -186,35 +184,3 @@ def test_miniature_config_builds():
 def test_vae_stage_config_error():
     with pytest.raises(ConfigError, match="num_frames"):
         VAEStageConfig(num_frames=8)
-
-
-@pytest.mark.parametrize(
-    ("setting", "named"),
-    [
-        ("train.vae.num_frames=8", "train.vae.num_frames"),
-        ("train.vae.num_frames=21", "train.vae.num_frames"),
-        ("train.vae.crop_size=128", "train.vae.crop_size"),
-        ("train.vae.crop_size=20", "train.vae.crop_size"),
-        ("train.speech.num_steps=0", "train.speech.num_steps"),
-        ("train.stages.1.lip_mask_probability=2", "lip_mask_probability"),
-        ("train.stages.0.audio_attention=song", "audio_attention"),
-        ("train.stages.2.num_steps=3", "train.stages.2"),
-        ("train.loop.num_workers=-1", "num_workers"),
-        ("train.mesh.fsdp=-2", "fsdp"),
-        ("train.mesh.fsdp=3", "32"),
-        ("video.width=48", "video"),
-    ],
-)
-def test_config_errors_are_one_line_before_any_work(setting, named, tmp_path, capsys):
-    command = [
-        f"--config={ROOT / 'configs/tiny.py'}",
-        f"--workdir={tmp_path / 'w'}",
-        f"--config.{setting}",
-    ]
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: main(command), "train.py")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert named in error
-    assert len(error.splitlines()) == 1
-    assert not (tmp_path / "w").exists()

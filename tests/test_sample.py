@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers import DATA
 from PIL import Image
 from safetensors.numpy import load_file, save
 
@@ -78,63 +77,6 @@ def test_an_image_and_audio_become_a_video(inputs, tmp_path, monkeypatch, capsys
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first.mp4", "first.png"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("--image=none.png", "none.png"),
-        ("--audio=none.wav", "none.wav"),
-        ("--config=none.py", "none.py"),
-        (f"--config={FULL}:small", "fantasy_talking_14b.py:small"),
-        (f"--config={FULL}", "fantasy_talking_14b"),
-        ("--weights=none", "none"),
-        (f"--weights={DATA}", "transformer"),
-        ("--noise=none.safetensors", "none.safetensors"),
-        ("--config.sample.num_inference_stepz=3", "num_inference_steps"),
-        ("--config.sample.num_inference_steps=many", "sample.num_inference_steps"),
-        ("--config.sample.num_inference_steps=0", "sample.num_inference_steps"),
-        ("--config.video.num_frames=16", "video.num_frames"),
-        ("--config.video.height=50", "video.height"),
-        ("--config.model.dtype=float99", "model.dtype"),
-        ("--config.model.vae.component=nothing", "model.vae.component"),
-        ("--config.model.transformer.num_heads=7", "num_heads"),
-        ("--config.model.transformer.dim=80", "transformer.dim (80)"),
-        ("--seed=x", "--seed"),
-        ("--colour=red", "--colour=red"),
-        ("--batch=pairs.csv", "--batch"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(inputs, tmp_path, monkeypatch, capsys, change, message):
-    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), change])
-    assert message in error
-    assert not list(tmp_path.rglob("*.mp4"))
-
-
-def test_an_output_that_cannot_be_written_is_found_before_any_work(inputs, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    error = refused(tmp_path, monkeypatch, capsys, common(inputs, output="file/first.mp4"))
-    assert "cannot be written" in error
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"noise": np.zeros((1, 32, 14, 8, 9), np.float32)}, "1 x 32 x 14 x 8 x 9"),
-        ({"noise": np.zeros((1, 32, 14, 8, 8), np.int32)}, "int32"),
-        ({"noise": np.full((1, 32, 14, 8, 8), np.nan, np.float32)}, "finite"),
-        ({"latents": np.zeros((1, 32, 14, 8, 8), np.float32)}, "latents"),
-        (None, "damaged"),
-    ],
-)
-def test_noise_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch, capsys, tensors, message):
-    path = tmp_path / "noise.safetensors"
-    path.write_bytes(save(tensors or {"noise": np.zeros((1, 32, 14, 8, 8), np.float32)}))
-    if tensors is None:
-        path.write_bytes(path.read_bytes()[:-100])
-    error = refused(tmp_path, monkeypatch, capsys, [*common(inputs), f"--noise={path}"])
-    assert "noise.safetensors: " in error
-    assert message in error
-
-
 def test_noise_and_latents_are_laid_out_as_pytorch_has_them(tmp_path):
     noise = np.random.default_rng(0).standard_normal((1, 16, 3, 4, 6), np.float32)
     (tmp_path / "noise.safetensors").write_bytes(save({"noise": noise}))
@@ -184,23 +126,6 @@ def test_a_batch_goes_on_after_a_bad_row(inputs, tmp_path, monkeypatch, capsys):
     assert "audio" in errors[1]
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["a.mp4", "a.png", "d.mp4", "d.png"]
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (None, "pairs.csv"),
-        ("", "image"),
-        ("image,audio\na.png,b.wav", "output"),
-        ("image,audio,prompt,output\n", "rows"),
-        ("image,audio,output\na.png,b.wav,x.mp4\nc.png,d.wav,x.mp4", "x.mp4"),
-    ],
-)
-def test_a_batch_file_that_cannot_be_used_is_refused(tmp_path, monkeypatch, capsys, content, named):
-    if content is not None:
-        (tmp_path / "pairs.csv").write_text(content)
-    config = f"--config={ROOT / 'configs/tiny.py'}"
-    assert named in refused(tmp_path, monkeypatch, capsys, [config, "--batch=pairs.csv"])
 
 
 @pytest.mark.slow

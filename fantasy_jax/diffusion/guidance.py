@@ -15,12 +15,13 @@ from typing import Literal
 
 import numpy as np
 
+from fantasy_jax.config import Factor, Settings
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, Float, Float32
 
 
 @dataclass(frozen=True)
-class ScaleSchedule:
+class ScaleSchedule(Settings):
     """A guidance scale that changes over the steps.
 
     Attributes:
@@ -29,16 +30,17 @@ class ScaleSchedule:
         shape: `linear`, or `cosine`, which changes slowly at both ends.
     """
 
-    start: float
-    end: float
+    start: Factor
+    end: Factor
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.shape not in ("linear", "cosine"):
             raise ConfigError(f"shape is {self.shape!r}; it must be 'linear' or 'cosine'")
 
 
-Scale = float | ScaleSchedule
+Scale = Factor | ScaleSchedule
 
 
 @dataclass(frozen=True)

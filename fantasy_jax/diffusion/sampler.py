@@ -9,18 +9,18 @@ noise level to the next.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from fantasy_jax.config import PositiveFloat, PositiveInt, Range, Settings
 from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
 from fantasy_jax.diffusion.held import HeldLatents, first_step, hold, noised
 from fantasy_jax.diffusion.windows import Windows, WindowSchedule, windowed
-from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.sharding import axis_size
 from fantasy_jax.system.conditioning import AdapterOptions, Conditions, condition, velocity
@@ -63,7 +63,7 @@ def euler(
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Settings):
     """How latents are sampled; the defaults are the official script's.
 
     Attributes:
@@ -74,18 +74,10 @@ class SamplerConfig:
         windows_per_device: Windows of a long clip that a device evaluates as one batch.
     """
 
-    num_inference_steps: int = 30
-    shift: float = 5.0
+    num_inference_steps: Annotated[int, Range(1, 10_000)] = 30
+    shift: PositiveFloat = 5.0
     batch_branches: bool = True
-    windows_per_device: int = 1
-
-    def __post_init__(self):
-        if self.num_inference_steps < 1:
-            raise ConfigError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
-        if self.shift <= 0:
-            raise ConfigError(f"shift is {self.shift}; it must be positive")
-        if self.windows_per_device < 1:
-            raise ConfigError(f"windows_per_device is {self.windows_per_device}; it must be at least 1")
+    windows_per_device: PositiveInt = 1
 
     def window_group(self, count: int) -> int:
         """How many of `count` windows are evaluated as one batch on the current mesh."""

@@ -14,7 +14,7 @@ from fantasy_jax import cli, media
 from fantasy_jax.evaluation.metrics import correlation, psnr, windowed_rms
 from fantasy_jax.evaluation.motion import motion
 from fantasy_jax.evaluation.mouth import mouth_opening
-from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.preprocessing.boxes import parse_box, place_boxes
 from fantasy_jax.preprocessing.images import fit_image
 
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
-    if arguments.json:
-        check_writable(arguments.json)
+    check_outputs([arguments.json], [arguments.video, arguments.image])
     video, fps = media.read_video(arguments.video)
     energy = windowed_rms(media.read_audio(arguments.video), len(video), fps)
     box = place_boxes([parse_box(arguments.face, option="--face")], *video.shape[1:3], option="--face")[0]

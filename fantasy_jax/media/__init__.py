@@ -11,9 +11,10 @@ from fantasy_jax.media.audio import (
     stream_audio,
     write_audio,
 )
-from fantasy_jax.media.images import ContactSheet, encode_jpeg, read_image
+from fantasy_jax.media.images import ContactSheet, check_sheet, encode_jpeg, read_image
+from fantasy_jax.media.paths import video_format
 from fantasy_jax.media.reading import VideoInfo, probe_video, read_video, stream_frames, stream_video
-from fantasy_jax.media.writing import write_video
+from fantasy_jax.media.writing import check_audio, write_video
 
 __all__ = [
     "AudioPart",
@@ -22,6 +23,8 @@ __all__ = [
     "VideoInfo",
     "audio_part",
     "audio_seconds",
+    "check_audio",
+    "check_sheet",
     "encode_jpeg",
     "probe_video",
     "read_audio",
@@ -32,6 +35,7 @@ __all__ = [
     "stream_audio",
     "stream_frames",
     "stream_video",
+    "video_format",
     "write_audio",
     "write_video",
 ]

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pillow_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
@@ -30,6 +32,8 @@ _READABLE = 512_000_000
 """Pixels of a file at most; progressive JPEG takes up to 6 bytes for each, however small it is decoded."""
 DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error)
 """What Pillow and its plugins raise for damaged files."""
+_SHEET = ("Software", "fantasy_jax contact sheet")
+"""Text of a PNG file that says what it is."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -170,4 +174,26 @@ class ContactSheet:
         tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % self._columns)
         rows = [np.hstack(tiles[i : i + self._columns]) for i in range(0, len(tiles), self._columns)]
         with atomic_write(path) as partial:
-            Image.fromarray(np.vstack(rows)).save(partial, format="PNG")
+            information = PngInfo()
+            information.add_text(*_SHEET)
+            Image.fromarray(np.vstack(rows)).save(partial, format="PNG", pnginfo=information)
+
+
+def check_sheet(path: str | Path) -> None:
+    """Checks that nothing but a contact sheet would be replaced by one.
+
+    Raises:
+        MediaError: There is a file at this path that is no contact sheet.
+    """
+    if not os.path.lexists(path) or not os.path.isfile(path):
+        return
+    key, value = _SHEET
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get(key) == value
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        ours = False
+    if not ours:
+        raise MediaError(
+            f"{path}: is no contact sheet, but one would replace it; choose another --output, or move it"
+        )

@@ -1,8 +1,10 @@
 """Writing of videos with audio."""
 
+import errno
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 from fantasy_jax.errors import MediaError
 from fantasy_jax.files import atomic_write
 from fantasy_jax.media.audio import AudioPart, audio_seconds, stream_audio
+from fantasy_jax.media.paths import video_format
 from fantasy_jax.typing import Float32, UInt8
 
 _AUDIO_RATE = 44_100
@@ -21,6 +24,8 @@ _AUDIO_BLOCK = 1024
 _IDENTITY, _BT709 = 0, 1
 """Matrices, primaries and transfer characteristics of ITU-T H.273, as FFmpeg numbers them."""
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+"""Errors of a disk that is full or damaged."""
 
 
 def write_video(
@@ -32,12 +37,12 @@ def write_video(
     background: str | Path | None = None,
     lossless: bool = False,
 ) -> None:
-    """Writes an mp4 (H.264 in BT.709, AAC), atomically.
+    """Writes an mp4 or mov file (H.264 in BT.709, AAC), atomically.
 
     Frames and audio are read when they are needed; memory does not grow with the length.
 
     Args:
-        path: Output file; an existing file is replaced.
+        path: Output file; an existing file is replaced. The suffix of its name decides the format.
         frames: RGB frames of one size, as an array `[T, H, W, 3]` or one by one. Odd sides are extended by
             one repeated row or column, because H.264 needs even sides.
         fps: Frames per second.
@@ -48,16 +53,17 @@ def write_video(
         lossless: Keeps every pixel: `read_video` returns the same bytes, but few players support the file.
 
     Raises:
-        MediaError: There are no frames, the folder is not writable, the audio is not readable, or the frames
-            are too large for H.264.
+        MediaError: The name has another suffix, there are no frames, the folder is not writable, the audio is
+            not readable, or the frames are too large for H.264.
     """
+    container_format = video_format(path)
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: the video has no frames; nothing is written")
     with atomic_write(path) as partial, _encoding(path):
         options = {"movflags": "+faststart"}
-        with av.open(str(partial), "w", format="mp4", container_options=options) as container:
+        with av.open(str(partial), "w", format=container_format, container_options=options) as container:
             stream = _add_video(container, _even_sides(first).shape[:2], fps, lossless=lossless)
             sources = [x for x in (audio, background) if x is not None]
             track = _AudioTrack(container, sources) if sources else None
@@ -103,12 +109,28 @@ def _converted(frame: UInt8[np.ndarray, "H W 3"], stream: av.VideoStream) -> av.
     )
 
 
+def check_audio(path: str | Path | AudioPart, seconds: float = math.inf) -> None:
+    """Decodes a sound as `write_video` does, so that what it cannot read is found before frames are made.
+
+    Args:
+        path: An audio or video file, or a part of one.
+        seconds: What is used of it; little more than this is decoded.
+
+    Raises:
+        MediaError: As `stream_audio`.
+    """
+    with closing(_Samples(path)) as source:
+        source.drop(seconds * _AUDIO_RATE)
+
+
 @contextmanager
 def _encoding(path: str | Path) -> Iterator[None]:
     """Errors of encoding, such as that of frames that are too wide, become a MediaError."""
     try:
         yield
     except av.FFmpegError as error:
+        if error.errno in _DISK:
+            raise MediaError(f"{path}: cannot be written ({error.strerror})") from error
         raise MediaError(f"{path}: cannot be encoded ({error.strerror})") from error
 
 
@@ -160,6 +182,12 @@ class _Samples:
     def close(self) -> None:
         """Closes the file."""
         self._pieces.close()
+
+    def drop(self, samples: float) -> None:
+        """Decodes this many samples, or all, and drops them piece by piece."""
+        dropped = self._read.shape[1]
+        while dropped <= samples and (piece := next(self._pieces, None)) is not None:
+            dropped += piece.shape[1]
 
     def take(self, samples: int) -> Float32[np.ndarray, "2 {samples}"]:
         """The next samples, and silence after the end."""

@@ -12,15 +12,16 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fantasy_jax import cli
+from fantasy_jax.config import section
 from fantasy_jax.data.records import Record
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.motion import motion
-from fantasy_jax.files import check_writable
 from fantasy_jax.miniature import lip_sync
 from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    check_json,
     figure,
     load_held_out,
     write_figures,
@@ -28,6 +29,7 @@ from fantasy_jax.miniature.held_out import (
 from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.preprocessing.face_crop import crop_face, points_in_box
 from fantasy_jax.system.encoders import encode_faces
+from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.typing import Float, UInt8
 
 EXAMPLES = """\
@@ -132,10 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_arguments(parser, min_clips=2)
     arguments, config = cli.parse(parser, argv)
-    if arguments.json:
-        check_writable(arguments.json)
+    check_json(arguments, config)
     for slot in ("identity_adapter", "motion_adapter"):
-        if config.model.get(slot) is None:
+        if slot not in section(ModelConfig, config, "model").networks:
             raise ConfigError(f"model.{slot}: is missing; the controls need it")
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)
     figures, results = identity(held_out), motions(held_out)

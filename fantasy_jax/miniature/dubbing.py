@@ -17,11 +17,11 @@ from fantasy_jax import cli
 from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.evaluation.metrics import psnr
-from fantasy_jax.files import check_writable
 from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    check_json,
     figure,
     load_held_out,
     write_figures,
@@ -175,11 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_arguments(parser, min_clips=2)
     parser.add_argument(
-        "--noises", type=int, default=2, metavar="N", help="starting noises (default: %(default)s)"
+        "--noises", type=cli.integer(1), default=2, metavar="N", help="starting noises (default: %(default)s)"
     )
     arguments, config = cli.parse(parser, argv)
-    if arguments.json:
-        check_writable(arguments.json)
+    check_json(arguments, config)
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)
     seeds = [arguments.seed + 1000 * i for i in range(arguments.noises)]
     results = [measure(held_out, mask, strength, seeds) for mask, strength in SETTINGS]

@@ -4,8 +4,8 @@ Shared by `lip_sync` and `controls`, which compare what is generated with the gr
 """
 
 import json
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fantasy_jax import cli
-from fantasy_jax.config import as_json, build
+from fantasy_jax.config import as_json, section
 from fantasy_jax.data.encoded import encode_records
 from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.evaluation.metrics import correlation
 from fantasy_jax.evaluation.mouth import mouth_opening
-from fantasy_jax.files import atomic_write
+from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.miniature.synthetic import SyntheticConfig, records
 from fantasy_jax.models.vae import WanVAE
 from fantasy_jax.pipelines.config import SampleConfig
@@ -37,6 +37,7 @@ from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_paths
 from fantasy_jax.weights.loading import stored_networks
 
 _BATCH_SIZE = 16
@@ -188,11 +189,11 @@ def load_held_out(
         ConfigError: A setting is wrong.
         WeightsError: The store does not hold these networks.
     """
-    video = build(VideoConfig, config.video, "video")
-    data = build(SyntheticConfig, config.data, "data")
-    sampling = build(SampleConfig, config.sample, "sample")
-    model = build(ModelConfig, config.model, "model")
-    networks = stored_networks(weights or config.weights, model)
+    video = section(VideoConfig, config, "video")
+    data = section(SyntheticConfig, config, "data")
+    sampling = section(SampleConfig, config, "sample")
+    model = section(ModelConfig, config, "model")
+    networks = stored_networks(weights or config.get("weights", ""), model)
     return HeldOutClips(networks, video, sampling, list(records(data, video, "test", num_clips)), seed=seed)
 
 
@@ -202,27 +203,31 @@ def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
     parser.add_argument("--weights", metavar="DIR", help="weight store (default: `weights` of the config)")
     parser.add_argument(
         "--clips",
-        type=_at_least(min_clips),
+        type=cli.integer(min_clips),
         default=64,
         metavar="N",
         help="number of clips (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)"
+        "--seed",
+        type=cli.integer(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="seed of the initial noise (default: %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """A type of command-line arguments: integers of at least `least`."""
+def check_json(arguments: Namespace, config: ConfigDict, *inputs: str | None) -> None:
+    """Checks `--json` before any work; `inputs` are read besides the config and the weights.
 
-    def convert(text: str) -> int:
-        if int(text) < least:
-            raise ArgumentTypeError(f"must be at least {least}")
-        return int(text)
-
-    convert.__name__ = "int"  # named by argparse where `int` fails
-    return convert
+    Raises:
+        ConfigError: The file is one that is read.
+        MediaError: It cannot be written.
+    """
+    read = cli.config_files(arguments.config, config)
+    weights = store_paths(arguments.weights or config.get("weights", ""))
+    check_outputs([arguments.json], [*read, *weights, *inputs])
 
 
 def write_figures(figures: Mapping[str, Any], path: str | Path) -> None:

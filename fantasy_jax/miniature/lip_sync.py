@@ -17,11 +17,11 @@ from fantasy_jax.data.records import Record
 from fantasy_jax.errors import MediaError
 from fantasy_jax.evaluation.metrics import psnr, windowed_rms
 from fantasy_jax.evaluation.mouth import mouth_opening
-from fantasy_jax.files import check_writable
 from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    check_json,
     figure,
     load_held_out,
     write_figures,
@@ -214,8 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--speech", metavar="FILE", help="also measure the synthetic faces with this speech")
     arguments, config = cli.parse(parser, argv)
-    if arguments.json:
-        check_writable(arguments.json)
+    check_json(arguments, config, arguments.speech)
     speech = media.read_audio(arguments.speech) if arguments.speech else None
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)
     figures = lip_sync(held_out)

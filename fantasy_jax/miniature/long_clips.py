@@ -15,18 +15,18 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fantasy_jax import cli
-from fantasy_jax.config import build
+from fantasy_jax.config import section
 from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import Windows, WindowSchedule
 from fantasy_jax.evaluation.metrics import correlation
 from fantasy_jax.evaluation.mouth import mouth_opening
-from fantasy_jax.files import check_writable
 from fantasy_jax.miniature.controls import embed_faces
 from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    check_json,
     figure,
     load_held_out,
     write_figures,
@@ -303,16 +303,17 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument(
         "--frames",
-        type=int,
+        type=cli.integer(5),
         action="append",
         help="frames of the clips, 4k + 1; may be repeated (65 and 257)",
     )
     parser.add_argument("--only", action="append", choices=WAYS, help="a way; may be repeated (default: all)")
-    parser.add_argument("--noises", type=int, default=1, metavar="N", help="starting noises (%(default)s)")
+    parser.add_argument(
+        "--noises", type=cli.integer(1), default=1, metavar="N", help="starting noises (%(default)s)"
+    )
     arguments, config = cli.parse(parser, argv)
-    if arguments.json:
-        check_writable(arguments.json)
-    window, results = build(VideoConfig, config.video, "video"), {}
+    check_json(arguments, config)
+    window, results = section(VideoConfig, config, "video"), {}
     for frames in arguments.frames or (65, 257):
         held_out = load_long(config, arguments.weights, frames, arguments.clips)
         figures = measure(held_out, window, arguments.only or list(WAYS), arguments.noises)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from fantasy_jax.errors import ConfigError
+from fantasy_jax.config import PositiveInt, Settings
 from fantasy_jax.training.optim import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class EncoderStageConfig:
+class EncoderStageConfig(Settings):
     """Training of one encoder.
 
     Attributes:
@@ -16,11 +16,10 @@ class EncoderStageConfig:
         optimizer: The optimizer.
     """
 
-    num_steps: int
-    batch_size: int
+    num_steps: PositiveInt
+    batch_size: PositiveInt
     optimizer: OptimizerConfig
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 1")
+        super().__post_init__()
         self.optimizer.check_batch_size(self.batch_size)

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fantasy_jax import cli, media
-from fantasy_jax.config import build
+from fantasy_jax.config import PositiveInt, Seed, Settings, section
 from fantasy_jax.data.records import Record, write_dataset
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_writable
@@ -66,7 +66,7 @@ _BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
+class SyntheticConfig(Settings):
     """A synthetic dataset; `VideoConfig` gives size, length and frame rate of its clips.
 
     Attributes:
@@ -75,13 +75,9 @@ class SyntheticConfig:
         seed: Seed of all random draws.
     """
 
-    train_clips: int = 4096
-    test_clips: int = 64
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.train_clips < 1 or self.test_clips < 1:
-            raise ConfigError("train_clips and test_clips must be at least 1")
+    train_clips: PositiveInt = 4096
+    test_clips: PositiveInt = 64
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -260,8 +256,9 @@ def write_clips(config: SyntheticConfig, video: VideoConfig, directory: str | Pa
 
 def write_example(config: SyntheticConfig, video: VideoConfig, index: int, folder: Path) -> None:
     """Writes a test clip as `portrait.png` (its first frame), `speech.wav` and `clip.mp4`."""
+    for name in ("portrait.png", "speech.wav", "clip.mp4"):
+        check_writable(folder / name)
     (clip,) = render_clips(video, [plan_clip(config, video, "test", index)])
-    check_writable(folder / "portrait.png")
     Image.fromarray(clip["video"][0]).save(folder / "portrait.png")
     media.write_audio(folder / "speech.wav", clip["waveform"], SAMPLE_RATE)
     media.write_video(folder / "clip.mp4", clip["video"], video.fps, audio=folder / "speech.wav")
@@ -278,13 +275,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
         "--example",
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="write portrait, speech and video of test clip N instead of the dataset",
     )
     arguments, config = cli.parse(parser, argv)
-    data = build(SyntheticConfig, config.data, "data")
-    video = build(VideoConfig, config.video, "video")
+    data = section(SyntheticConfig, config, "data")
+    video = section(VideoConfig, config, "video")
     if arguments.example is not None:
         write_example(data, video, arguments.example, Path(arguments.output))
         print(f"Wrote {arguments.output}: portrait.png, speech.wav and clip.mp4")

@@ -5,14 +5,15 @@ two frames of a clip are contrasted with the other clips of the batch instead.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.config import Fraction, PositiveFloat, PositiveInt, Range
 from fantasy_jax.data.records import Record
-from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.stage import EncoderStageConfig
 from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.preprocessing.face_crop import crop_face, points_in_box
@@ -35,17 +36,12 @@ class FaceStageConfig(EncoderStageConfig):
         light: Standard deviation of the relative brightness.
     """
 
-    num_steps: int = 400
-    batch_size: int = 48
+    num_steps: PositiveInt = 400
+    batch_size: Annotated[int, Range(2, 2**20)] = 48
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
-    temperature: float = 0.1
-    jitter: float = 0.04
-    light: float = 0.15
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size < 2:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 2")
+    temperature: PositiveFloat = 0.1
+    jitter: Fraction = 0.04
+    light: Fraction = 0.15
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.config import PositiveInt
 from fantasy_jax.data.records import Record
 from fantasy_jax.miniature.stage import EncoderStageConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
@@ -32,8 +33,8 @@ class SpeechStageConfig(EncoderStageConfig):
         optimizer: The optimizer.
     """
 
-    num_steps: int = 1200
-    batch_size: int = 32
+    num_steps: PositiveInt = 1200
+    batch_size: PositiveInt = 32
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
 
 

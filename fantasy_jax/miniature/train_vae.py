@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.config import Fraction, NonNegativeFloat, PositiveInt, Range, Width
 from fantasy_jax.data.records import Record
 from fantasy_jax.miniature.stage import EncoderStageConfig
 from fantasy_jax.miniature.vae import MiniatureVAE, to_blocks
@@ -37,16 +39,16 @@ class VAEStageConfig(EncoderStageConfig):
             decoder robust to errors of the transformer.
     """
 
-    num_steps: int = 2000
-    batch_size: int = 8
+    num_steps: PositiveInt = 2000
+    batch_size: PositiveInt = 8
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
-    crop_size: int = 32
-    num_frames: int = 9
-    mouth_fraction: float = 0.5
-    lips_weight: float = 20.0
-    gradient_weight: float = 0.5
-    kl_weight: float = 1e-4
-    noise: float = 0.15
+    crop_size: Width = 32
+    num_frames: Annotated[int, Range(5, 2**20)] = 9
+    mouth_fraction: Fraction = 0.5
+    lips_weight: NonNegativeFloat = 20.0
+    gradient_weight: NonNegativeFloat = 0.5
+    kl_weight: NonNegativeFloat = 1e-4
+    noise: NonNegativeFloat = 0.15
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Width
 from fantasy_jax.miniature.convolution import convolve
 from fantasy_jax.models.halo import Rows
 from fantasy_jax.models.vae import Carried, Linear, VAEConfig, WanVAE
@@ -24,7 +25,7 @@ class MiniatureVAEConfig(VAEConfig):
         patch: Rows and columns of pixels that become channels before the encoder.
     """
 
-    patch: int = 2
+    patch: Width = 2
 
     @property
     def pixel_channels(self) -> int:

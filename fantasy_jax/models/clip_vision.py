@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
 from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
@@ -18,7 +19,7 @@ _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig:
+class CLIPVisionConfig(Settings):
     """Sizes of the tower; the defaults are ViT-H/14's.
 
     Attributes:
@@ -30,12 +31,12 @@ class CLIPVisionConfig:
         num_layers: Blocks of the whole tower; the last one is not built.
     """
 
-    image_size: int = 224
-    patch_size: int = 14
-    dim: int = 1280
-    mlp_ratio: int = 4
-    num_heads: int = 16
-    num_layers: int = 32
+    image_size: Width = 224
+    patch_size: Width = 14
+    dim: Width = 1280
+    mlp_ratio: Width = 4
+    num_heads: Width = 16
+    num_layers: Depth = 32
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, DType, Float
 
@@ -19,7 +20,7 @@ _MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class FaceEncoderConfig:
+class FaceEncoderConfig(Settings):
     """Sizes of the network; the defaults are IResNet-100's.
 
     Attributes:
@@ -29,16 +30,15 @@ class FaceEncoderConfig:
         image_size: Height and width of the crop, in pixels.
     """
 
-    depths: tuple[int, ...] = (3, 13, 30, 3)
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    embedding: int = 512
-    image_size: int = 112
+    depths: tuple[Depth, ...] = (3, 13, 30, 3)
+    widths: tuple[Width, ...] = (64, 128, 256, 512)
+    embedding: Width = 512
+    image_size: Width = 112
 
     def __post_init__(self):
-        if len(self.depths) != len(self.widths) or min(self.depths, default=0) < 1:
-            raise ConfigError(
-                f"depths {self.depths} and widths {self.widths} need equal lengths, and depths of at least 1"
-            )
+        super().__post_init__()
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise ConfigError(f"depths {self.depths} and widths {self.widths} need equal lengths, at least 1")
         if self.image_size % 2 ** len(self.depths):
             raise ConfigError(
                 f"image_size is {self.image_size}; it must be a multiple of {2 ** len(self.depths)}"

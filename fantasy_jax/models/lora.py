@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from fantasy_jax.config import PositiveFloat, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, DType, Float
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Settings):
     """Rank and scale of a LoRA.
 
     Attributes:
@@ -32,14 +33,8 @@ class LoRAConfig:
         alpha: The product is multiplied by `alpha / rank`.
     """
 
-    rank: int = 32
-    alpha: float = 32.0
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}; it must be at least 1")
-        if self.alpha <= 0:
-            raise ConfigError(f"alpha is {self.alpha}; it must be positive")
+    rank: Width = 32
+    alpha: PositiveFloat = 32.0
 
     @property
     def scale(self) -> float:
@@ -56,7 +51,7 @@ class LoRASizes(LoRAConfig):
             including the axis of a stack.
     """
 
-    layers: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    layers: tuple[tuple[str, tuple[Width, ...]], ...] = ()
 
 
 class LowRankDot(nnx.Module):

@@ -7,11 +7,13 @@ float32, as it does there.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Range, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, DType, Float, Float32, Leaf
 
@@ -21,7 +23,7 @@ _STRIDE = 4
 
 
 @dataclass(frozen=True)
-class MotionEncoderConfig:
+class MotionEncoderConfig(Settings):
     """Sizes of the network; the defaults are PD-FGC's.
 
     Attributes:
@@ -35,25 +37,24 @@ class MotionEncoderConfig:
         image_size: Height and width of the crop, in pixels.
     """
 
-    width: int = 256
-    feature_dim: int = 512
-    pose_dim: int = 6
-    eye_dim: int = 6
-    emotion_dim: int = 30
-    landmarks: int = 68
-    depth: int = 4
-    image_size: int = 224
+    width: Width = 256
+    feature_dim: Width = 512
+    pose_dim: Width = 6
+    eye_dim: Width = 6
+    emotion_dim: Width = 30
+    landmarks: Width = 68
+    depth: Annotated[int, Range(1, 16)] = 4
+    image_size: Width = 224
 
     def __post_init__(self):
-        if self.width < 8 or self.width % 8:
+        super().__post_init__()
+        if self.width % 8:
             raise ConfigError(f"width is {self.width}; it must be a multiple of 8")
         if self.feature_dim <= self.pose_dim + self.eye_dim:
             raise ConfigError(
                 f"feature_dim is {self.feature_dim}; it must be larger than pose_dim + eye_dim "
                 f"({self.pose_dim + self.eye_dim})"
             )
-        if self.depth < 1:
-            raise ConfigError(f"depth is {self.depth}; it must be at least 1")
         if self.image_size % (2 * _STRIDE) or self.image_size < _STRIDE * 2**self.depth:
             raise ConfigError(
                 f"image_size is {self.image_size}; it must be a multiple of {2 * _STRIDE}, and at least "

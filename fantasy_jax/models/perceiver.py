@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
 from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
@@ -19,7 +20,7 @@ _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class ResamplerConfig:
+class ResamplerConfig(Settings):
     """Sizes of a resampler; the defaults are FantasyPortrait's.
 
     Attributes:
@@ -30,11 +31,11 @@ class ResamplerConfig:
         mlp_ratio: Hidden width of the MLPs over `dim`.
     """
 
-    dim: int = 1280
-    depth: int = 4
-    num_heads: int = 20
-    head_dim: int = 64
-    mlp_ratio: int = 4
+    dim: Width = 1280
+    depth: Depth = 4
+    num_heads: Width = 20
+    head_dim: Width = 64
+    mlp_ratio: Width = 4
 
 
 class PerceiverBlock(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.layers import RMSNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float, Int
@@ -16,16 +17,16 @@ _EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class UMT5Config:
+class UMT5Config(Settings):
     """Sizes of the encoder; the defaults are UMT5-XXL's."""
 
-    vocab_size: int = 256384
-    dim: int = 4096
-    dim_attn: int = 4096
-    dim_ffn: int = 10240
-    num_heads: int = 64
-    num_layers: int = 24
-    num_buckets: int = 32
+    vocab_size: Width = 256384
+    dim: Width = 4096
+    dim_attn: Width = 4096
+    dim_ffn: Width = 10240
+    num_heads: Width = 64
+    num_layers: Depth = 24
+    num_buckets: Width = 32
 
 
 class UMT5Block(nnx.Module):

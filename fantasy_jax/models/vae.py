@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Factor, PositiveFloat, Settings, Width
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.halo import Rows, halo_exchange
 from fantasy_jax.typing import Array, DType, Float
@@ -39,7 +40,7 @@ class LatentStatistic(nnx.Variable):
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Settings):
     """Sizes of the VAE; the defaults are Wan2.1's.
 
     Attributes:
@@ -52,16 +53,16 @@ class VAEConfig:
         latent_std: Its standard deviation.
     """
 
-    dim: int = 96
-    latent_channels: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    dim: Width = 96
+    latent_channels: Width = 16
+    dim_mult: tuple[Width, ...] = (1, 2, 4, 4)
+    num_res_blocks: Depth = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latent_mean: tuple[float, ...] = (
+    latent_mean: tuple[Factor, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
     )  # fmt: skip
-    latent_std: tuple[float, ...] = (
+    latent_std: tuple[PositiveFloat, ...] = (
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from fantasy_jax.config import Depth, NonNegativeFloat, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.condition import Condition, KVProjection
@@ -27,7 +28,7 @@ NUM_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class WanConfig:
+class WanConfig(Settings):
     """Sizes of the transformer; the defaults are Wan2.1-I2V-14B's.
 
     Attributes:
@@ -45,26 +46,25 @@ class WanConfig:
         epsilon: Epsilon of all norms except those of the image projection.
     """
 
-    latent_channels: int = 16
-    condition_channels: int = 20
-    dim: int = 5120
-    ffn_dim: int = 13824
-    frequency_dim: int = 256
-    text_dim: int = 4096
-    text_length: int = 512
-    image_dim: int = 1280
-    num_heads: int = 40
-    num_layers: int = 40
-    patch: tuple[int, int] = (2, 2)
-    epsilon: float = 1e-6
+    latent_channels: Width = 16
+    condition_channels: Width = 20
+    dim: Width = 5120
+    ffn_dim: Width = 13824
+    frequency_dim: Width = 256
+    text_dim: Width = 4096
+    text_length: Width = 512
+    image_dim: Width = 1280
+    num_heads: Width = 40
+    num_layers: Depth = 40
+    patch: tuple[Width, Width] = (2, 2)
+    epsilon: NonNegativeFloat = 1e-6
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
             raise ConfigError(
                 f"num_heads is {self.num_heads}; it must divide dim {self.dim} into even head widths"
             )
-        if self.num_layers < 1:
-            raise ConfigError(f"num_layers is {self.num_layers}; it must be at least 1")
 
 
 class SelfAttention(nnx.Module):

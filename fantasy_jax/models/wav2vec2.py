@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
 from fantasy_jax.typing import Array, DType, Float
@@ -33,29 +35,34 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "rel
 
 
 @dataclass(frozen=True)
-class Wav2Vec2Config:
+class Wav2Vec2Config(Settings):
     """Sizes of the network, named as in transformers; the defaults are those of wav2vec2-base-960h.
 
     `do_normalize` is a setting of transformers' preprocessor: whether the network takes waveforms of zero
     mean and unit variance, or as they are.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    conv_dim: tuple[int, ...] = (512,) * 7
-    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    hidden_size: Width = 768
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 12
+    intermediate_size: Width = 3072
+    conv_dim: tuple[Width, ...] = (512,) * 7
+    conv_stride: tuple[Width, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_kernel: tuple[Width, ...] = (10, 3, 3, 3, 3, 2, 2)
     conv_bias: bool = False
-    num_conv_pos_embeddings: int = 128
-    num_conv_pos_embedding_groups: int = 16
+    num_conv_pos_embeddings: Width = 128
+    num_conv_pos_embedding_groups: Width = 16
     feat_extract_norm: Literal["group", "layer"] = "group"
     do_stable_layer_norm: bool = False
     hidden_act: Activation = "gelu"
     feat_extract_activation: Activation = "gelu"
     layer_norm_eps: float = 1e-5
     do_normalize: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not len(self.conv_dim) == len(self.conv_stride) == len(self.conv_kernel) > 0:
+            raise ConfigError("conv_dim, conv_stride and conv_kernel need equal lengths, at least 1")
 
 
 WAV2VEC2_LARGE = Wav2Vec2Config(

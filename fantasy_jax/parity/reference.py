@@ -16,6 +16,12 @@ from fantasy_jax.weights.detect import detect
 
 Outputs = Iterator[tuple[str, np.ndarray | Array]]
 """Name and value of each output."""
+_ACTIVATIONS, _WEIGHTS = "activations.safetensors", "weights.safetensors"
+
+
+def reference_files(folder: str | Path) -> list[Path]:
+    """The files that a reference consists of."""
+    return [Path(folder) / name for name in ("config.json", _ACTIVATIONS, _WEIGHTS)]
 
 
 class Reference:
@@ -41,9 +47,9 @@ class Reference:
         """
         self.folder, self.dtype = Path(folder), dtype
         self.config = read_config(self.folder)
-        if "component" not in self.config:
+        if not isinstance(self.config, Mapping) or not isinstance(self.config.get("component"), str):
             raise WeightsError(f"{self.folder}: has no config.json that names a component")
-        file = open_weights(self.folder / "activations.safetensors")
+        file = open_weights(self.folder / _ACTIVATIONS)
         self.activations = {key: file.read(key) for key in file.specs}
 
     @cached_property
@@ -55,7 +61,7 @@ class Reference:
     @cached_property
     def weights(self) -> WeightsFile:
         """The tensors of weights.safetensors."""
-        return open_weights(self.folder / "weights.safetensors")
+        return open_weights(self.folder / _WEIGHTS)
 
     @cached_property
     def modules(self) -> Mapping[str, nnx.Module]:

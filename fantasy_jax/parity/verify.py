@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fantasy_jax.errors import WeightsError
+from fantasy_jax.errors import FantasyError, WeightsError
 from fantasy_jax.parity.reference import Outputs, Reference
 from fantasy_jax.parity.runners import RUNNERS
 from fantasy_jax.typing import DType
+
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, IndexError, TypeError, ValueError, cv2.error)
+"""Errors of JAX, NumPy and OpenCV about arrays of wrong sizes."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,16 @@ def verify(folder: str | Path, *, dtype: DType = jnp.float32) -> list[Row]:
 
 
 def _outputs(reference: Reference, computed: Outputs) -> Iterator[tuple[str, Any]]:
-    """Yields the outputs of a runner; an input or setting that is missing becomes a WeightsError."""
+    """Yields the outputs of a runner; inputs and settings that are missing or wrong become a WeightsError."""
     try:
         yield from computed
+    except FantasyError:
+        raise
+    except _MISFITS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{reference.folder}: its inputs or settings do not fit its network ({reason})"
+        ) from error
     except KeyError as error:
         raise WeightsError(
             f"{reference.folder}: lacks {error.args[0]!r}, which its outputs depend on"
@@ -104,4 +115,4 @@ def _compare(
     difference = value.astype(np.float64) - expected.astype(np.float64)
     norm = np.linalg.norm(expected.astype(np.float64))
     relative = float(np.linalg.norm(difference) / norm) if norm else float(np.linalg.norm(difference))
-    return Row(reference, output, expected.shape, float(np.abs(difference).max()), relative, limit)
+    return Row(reference, output, expected.shape, float(np.abs(difference).max(initial=0)), relative, limit)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from fantasy_jax import LIBTPU_ENVIRONMENT
 from fantasy_jax.cli import timed
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import atomic_write, check_writable
+from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.performance.chips import GIB, Chip, chip_of
 from fantasy_jax.performance.collectives import Collective, UnknownTripCountError, collectives
 from fantasy_jax.performance.program import Program
@@ -111,8 +111,12 @@ def is_requested(arguments: argparse.Namespace, *, also: Sequence[str] = ()) -> 
         also: Names of options that have an effect without it, too.
 
     Raises:
-        ConfigError: Only options are given that belong to it.
+        ConfigError: Only options are given that belong to it, or with it others, which have no effect then.
     """
+    own = {"config", "compile_only", *_OPTIONS}
+    others = [name for name, value in vars(arguments).items() if value and name not in own]
+    if others and arguments.compile_only:
+        raise ConfigError(f"--{others[0]} has no effect with --compile_only")
     names = [name for name in _OPTIONS if name not in also and getattr(arguments, name, None)]
     if names and not arguments.compile_only:
         raise ConfigError(f"--{names[0]} has no effect without --compile_only")
@@ -164,6 +168,7 @@ def compile_and_report(
         ConfigError: `--topology` or `--size` is missing or invalid, or the mesh does not fit the slice.
         MediaError: The file of `--json` cannot be written.
     """
+    check_outputs([arguments.json], [arguments.config.partition(":")[0]])
     reports = compile_programs(
         make_programs,
         with_size(video, arguments.size),
@@ -202,8 +207,7 @@ def compile_programs(
     """
     if not topology:
         raise ConfigError("--topology is required: the TPU slice to compile for, such as v5p:4x4x4")
-    if json_path:
-        check_writable(json_path)
+    check_outputs([json_path])
     mesh = make_mesh(**mesh_config.axes, devices=slice_devices(topology))
     reports, names = [], []
     with jax.set_mesh(mesh):

@@ -32,7 +32,9 @@ from fantasy_jax.system.networks import Keep, Networks
 from fantasy_jax.system.streaming import StreamingDecoder
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import PIXELS_PER_LATENT, SAMPLE_RATE, VideoConfig, video_frames
+from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.store import LORA
 
 ImageInput = str | Path | Image.Image | np.ndarray
 AudioInput = str | Path | np.ndarray
@@ -163,6 +165,8 @@ class Pipeline:
         video: Size and length of clips.
         config: Settings of sampling, which a call can override.
         mesh: Mesh of the devices.
+        origins: Where the weights of each network come from (`weights.inspect.store_origins`); empty if they
+            are not from a store.
     """
 
     required: ClassVar[Sequence[str]] = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -190,6 +194,8 @@ class Pipeline:
         self.networks = networks.keeping(config.keep if keep is None else keep)
         self.video, self.config = video, config
         self.mesh = make_mesh(**config.mesh.axes)
+        self.origins: dict[str, str] = {}
+        self._said_origins = False
         self._sharded: Networks | None = None
 
     @classmethod
@@ -224,7 +230,17 @@ class Pipeline:
         defaults = read_pipeline(directory, cls.stored_as or cls.__name__, cls.config_type)
         video, config = video or defaults[0], config or defaults[1]
         networks = stored_networks(directory, model, dtype=dtype, merge_lora=config.merge_lora)
-        return cls(networks, video, config, keep=keep)
+        pipeline = cls(networks, video, config, keep=keep)
+        used = (*networks.config.networks, LORA)
+        pipeline.origins = {slot: x for slot, x in store_origins(directory).items() if slot in used}
+        return pipeline
+
+    def _print_origins(self) -> None:
+        """Prints, once, where the weights come from."""
+        if not self._said_origins:
+            for slot, origin in self.origins.items():
+                print(f"{slot + ' ':.<20} {origin}", flush=True)
+        self._said_origins = True
 
     def _changed(self, **changes: Any) -> Any:
         """The settings with some of them overridden; None leaves a setting as it is."""
@@ -305,6 +321,7 @@ class Pipeline:
         """Noise to latents; returns a function that decodes them, and the latents (`VideoOutput`)."""
         if progress:
             seconds = video_frames(noise.shape[1]) / self.video.fps
+            self._print_origins()
             print(_plan(seconds, windows.count if windows else 1, config), flush=True)
         with timed("Transformer"):
             latents = sample(
@@ -320,6 +337,32 @@ class Pipeline:
                 callback=_progress(callback, config.num_inference_steps),
             )
         return partial(self._decode, latents, config, progress=progress), latents
+
+    def decode(
+        self,
+        latents: Float[Array, "1 F h w C"],
+        num_frames: int | None = None,
+        *,
+        audio: AudioInput | None = None,
+        audio_seconds: float = 0.0,
+        audio_rate: int = SAMPLE_RATE,
+        progress: bool = False,
+    ) -> VideoOutput:
+        """The clip of latents that were sampled before, such as those of `latents.read_latents`.
+
+        Args:
+            latents: The latents.
+            num_frames: Frames of the video; None: all that the latents hold.
+            audio: The audio file, or the waveform in [-1, 1]; None for a silent clip.
+            audio_seconds: Duration of the audio.
+            audio_rate: Sampling rate of the waveform, in Hz.
+            progress: Whether to show a progress bar.
+        """
+        if progress:
+            self._print_origins()
+        frames = video_frames(latents.shape[1]) if num_frames is None else num_frames
+        decode = partial(self._decode, latents, self.config, progress=progress)
+        return VideoOutput(decode, latents, frames, self.video.fps, audio, audio_seconds, audio_rate)
 
     def _decode(
         self, latents: Float[Array, "1 F h w C"], config: PipelineConfig, *, progress: bool

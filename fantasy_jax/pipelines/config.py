@@ -1,12 +1,11 @@
 """Settings of sampling, and the file in a store that holds a pipeline's defaults."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fantasy_jax.config import as_json, build
+from fantasy_jax.config import Factor, Fraction, PositiveFloat, PositiveInt, as_json, build
 from fantasy_jax.diffusion.guidance import GuidanceBranch, Scale, guidance_branches
 from fantasy_jax.diffusion.sampler import SamplerConfig
 from fantasy_jax.diffusion.windows import Anchor, WindowSchedule
@@ -65,22 +64,18 @@ class PipelineConfig(SamplerConfig):
     mesh: MeshConfig = MeshConfig(fsdp=1)
     merge_lora: bool = True
     keep: Literal["all", "transformer", "none"] = "none"
-    tile: tuple[int, int] = (30, 52)
-    tile_stride: tuple[int, int] = (15, 26)
-    start: float = 0.0
-    max_seconds: float | None = None
-    overlap: int = 5
+    tile: tuple[PositiveInt, PositiveInt] = (30, 52)
+    tile_stride: tuple[PositiveInt, PositiveInt] = (15, 26)
+    start: NonNegativeFloat = 0.0
+    max_seconds: PositiveFloat | None = None
+    overlap: PositiveInt = 5
     anchor: Anchor = "picture"
     moving: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.start < math.inf:
-            raise ConfigError(f"start is {self.start}; it must be a time of 0 s or more")
-        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
-            raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None for all")
-        if not all(0 < stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
-            raise ConfigError(f"tile_stride {self.tile_stride} must be positive and at most tile {self.tile}")
+        if not all(stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
+            raise ConfigError(f"tile_stride {self.tile_stride} must be at most tile {self.tile}")
 
     def windows(self, clip: VideoConfig, window: VideoConfig) -> WindowSchedule | None:
         """The windows of a clip; None if it is a single one.
@@ -135,25 +130,15 @@ class SampleConfig(PipelineConfig):
 
     audio_guidance_scale: Scale = 5.0
     audio_attention: AudioAttention = "frame"
-    audio_attention_scale: float = 1.0
-    identity_scale: float = IDENTITY_SCALE
-    motion_scale: float = 1.0
-    face_motion: float = NEUTRAL
-    body_motion: float = NEUTRAL
+    audio_attention_scale: Factor = 1.0
+    identity_scale: Factor = IDENTITY_SCALE
+    motion_scale: Factor = 1.0
+    face_motion: Fraction = NEUTRAL
+    body_motion: Fraction = NEUTRAL
     landmarks: LandmarkConfig = LandmarkConfig()
-    face_box: tuple[float, float, float, float] | None = None
-    face: int | None = None
-    strength: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"strength is {self.strength}; it must be between 0 and 1")
-        if self.face is not None and self.face < 1:
-            raise ConfigError(f"face is {self.face}; faces are counted from 1")
-        for name in ("face_motion", "body_motion"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+    face_box: tuple[Fraction, Fraction, Fraction, Fraction] | None = None
+    face: PositiveInt | None = None
+    strength: Fraction = 1.0
 
     def windows(self, clip: VideoConfig, window: VideoConfig) -> WindowSchedule | None:
         """As of every pipeline; ConfigError, too, if a long clip would attend to all of its audio at once."""
@@ -195,7 +180,7 @@ class PortraitSampleConfig(PipelineConfig):
     text_guidance_scale: Scale = 1.0  # no negative prompt: two branches
     negative_prompt: str = NEGATIVE_PROMPT_SEVERAL
     expression_guidance_scale: Scale = 4.0
-    expression_attention_scale: float = 1.0
+    expression_attention_scale: Factor = 1.0
     driving: DrivingConfig = DrivingConfig()
 
     @property
@@ -271,5 +256,8 @@ def read_pipeline(
         WeightsError: The file is damaged, or the store was made for another pipeline.
     """
     content = check_pipeline(directory, pipeline)
-    video = build(VideoConfig, content.get("video", {}), "video")
-    return video, build(config_type, content.get("sample", {}), "sample")
+    try:
+        video = build(VideoConfig, content.get("video", {}), "video")
+        return video, build(config_type, content.get("sample", {}), "sample")
+    except ConfigError as error:
+        raise WeightsError(f"{Path(directory) / PIPELINE_FILE}: {error}") from error

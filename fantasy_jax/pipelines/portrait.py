@@ -138,8 +138,8 @@ class FantasyPortraitPipeline(Pipeline):
             expression_guidance_scale=expression_guidance_scale,
         )
         if sound is not None:  # a file that cannot be read is found before the clip is made
-            media.read_audio(sound, start=config.start, seconds=self.video.seconds)
             sound = media.audio_part(sound, config.start)
+            media.check_audio(sound, config.max_seconds or math.inf)
         if isinstance(image, Scene):
             scene = image
             if drivers is not None or len(boxes) or len(people):
@@ -151,7 +151,8 @@ class FantasyPortraitPipeline(Pipeline):
         else:
             with timed("Driving videos"):
                 scene = self.scene(image, drivers, boxes=boxes, people=people, progress=progress)
-        sound = _sound(scene, config.start, self.video.seconds) if sound is None else sound
+        seconds = scene.num_frames / self.video.fps
+        sound = _sound(scene, config.start, seconds) if sound is None else sound
         size = scene.picture.height, scene.picture.width
         video = replace(self.video, num_frames=scene.num_frames).for_size(*size)
         windows = config.windows(video, self.video)
@@ -184,7 +185,7 @@ def _sound(scene: Scene, start: float, seconds: float) -> str | media.AudioPart 
     for driver in scene.drivers:
         if isinstance(driver.frames, DrivingVideo):
             try:
-                media.read_audio(driver.name, start=start, seconds=seconds)
+                media.check_audio(media.audio_part(driver.name, start), seconds)
             except MediaError:  # a picture, or a silent video
                 continue
             return media.audio_part(driver.name, start)

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.media import AudioPart, audio_part
+from fantasy_jax.media import AudioPart
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Model
 from fantasy_jax.pipelines.base import AudioInput, as_waveform
 from fantasy_jax.system import encoders
@@ -114,7 +115,9 @@ def read_sounds(
         return Sounds(conditions, num_samples, mixed, MIX_RATE)
     if not isinstance(sounds[0], str | Path):
         return Sounds(conditions, num_samples, waveforms[0])
-    return Sounds(conditions, num_samples, audio_part(sounds[0], start))
+    played = media.audio_part(sounds[0], start)
+    media.check_audio(played, num_samples / SAMPLE_RATE)
+    return Sounds(conditions, num_samples, played)
 
 
 def mix(

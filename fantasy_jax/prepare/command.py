@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from fantasy_jax import cli
-from fantasy_jax.config import build
+from fantasy_jax.config import section
 from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import atomic_write, lock_folder
+from fantasy_jax.files import atomic_write, check_outputs, lock_folder
 from fantasy_jax.prepare.analysis import OpenDetectors, PrepareTask
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.encode import EncodedClips, Encoders, dataset_metadata, write_encoded
@@ -46,6 +45,8 @@ The same command resumes an interrupted run. Then train:
 length and frame rate of clips in the section video.
 """
 
+_REPORT = "report.html"
+
 
 @dataclass(frozen=True)
 class InputVideos:
@@ -67,13 +68,15 @@ class InputVideos:
 def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = mediapipe_detectors) -> int:
     """Runs the command line; `open_detectors` replaces MediaPipe's detectors."""
     arguments, config = cli.parse(_parser(), argv)
-    if missing := {"model", "video", "prepare"} - set(config):
-        raise ConfigError(f"{arguments.config}: has no section {min(missing)}")
-    model = ModelConfig.from_config(config.model, "model")
-    settings = build(PrepareConfig, config.prepare, "prepare")
+    if arguments.beam is not None and arguments.processes:
+        raise ConfigError("--processes has no effect with --beam, whose options say how many there are")
+    model = section(ModelConfig, config, "model")
+    settings = section(PrepareConfig, config, "prepare")
     if arguments.face is not None:
         settings = replace(settings, face=arguments.face)
-    task = PrepareTask(settings, build(VideoConfig, config.video, "video"))
+    inputs = [*cli.config_files(arguments.config, config), arguments.captions]
+    check_outputs([Path(arguments.output) / _REPORT], inputs)
+    task = PrepareTask(settings, section(VideoConfig, config, "video"))
     weights = config.get("weights", "") if arguments.weights is None else arguments.weights
     networks = partial(_networks, weights, model)
     check_installed()  # everything that is missing is reported before any work
@@ -186,7 +189,7 @@ def _report(
     everything = sorted(
         [*videos.dropped, *clips], key=lambda clip: (clip.source, clip.number < 0, clip.number)
     )
-    report = output / "report.html"
+    report = output / _REPORT
     with atomic_write(report) as partial_file:
         page = render_report(everything, videos.about_captions, settings, thumbnails)
         partial_file.write_text(page, encoding="utf-8")
@@ -231,12 +234,14 @@ def _parser() -> cli.ArgumentParser:
         "--weights", metavar="DIR", help="weight store of the encoders (default: the config's)"
     )
     parser.add_argument(
-        "--face", type=int, metavar="N", help="face to use, counted from the left (default: the largest)"
+        "--face",
+        type=cli.integer(1),
+        metavar="N",
+        help="face to use, counted from the left (default: the largest)",
     )
     parser.add_argument(
         "--processes",
-        type=int,
-        default=os.cpu_count(),
+        type=cli.integer(1, 1024),
         metavar="N",
         help="processes that analyse videos (default: the number of cores)",
     )

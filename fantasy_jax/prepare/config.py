@@ -1,19 +1,15 @@
 """Settings of the preparation, with the thresholds of all filters."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from fantasy_jax.errors import ConfigError
+from fantasy_jax.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, Settings
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
 from fantasy_jax.preprocessing.scenes import CUT_THRESHOLD
 
-_FRACTIONS = (
-    *("min_speech", "min_face_confidence", "min_face_frames", "min_face_side", "min_face_inside"),
-    *("min_sync", "test_fraction"),
-)
-
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """How clips are cut from videos, and which of them are kept.
 
     The paper drops videos with a face confidence below 0.9 and clips out of sync (arXiv 2504.04842, 4.1) and
@@ -48,32 +44,21 @@ class PrepareConfig:
         landmarks: Settings of the detection of faces and bodies.
     """
 
-    max_enlargement: float = 1.25
-    cut_threshold: float = CUT_THRESHOLD
-    max_gap: float = 0.1
-    max_missing_sound: float = 0.2
-    min_speech: float = 0.4
-    speech_strictness: int = 2
-    min_face_confidence: float = 0.9
-    min_face_frames: float = 0.95
-    min_face_side: float = 0.15
-    min_face_inside: float = 0.95
-    face: int | None = None
-    min_sharpness: float = 40.0
-    min_sync: float = 0.25
-    max_lag: int = 1
-    max_offset: int = 25
-    test_fraction: float = 0.02
-    batch_size: int = 1
+    max_enlargement: PositiveFloat = 1.25
+    cut_threshold: Annotated[float, Range(0, 255)] = CUT_THRESHOLD
+    max_gap: NonNegativeFloat = 0.1
+    max_missing_sound: NonNegativeFloat = 0.2
+    min_speech: Fraction = 0.4
+    speech_strictness: Annotated[int, Range(0, 3)] = 2
+    min_face_confidence: Fraction = 0.9
+    min_face_frames: Fraction = 0.95
+    min_face_side: Fraction = 0.15
+    min_face_inside: Fraction = 0.95
+    face: PositiveInt | None = None
+    min_sharpness: NonNegativeFloat = 40.0
+    min_sync: Fraction = 0.25
+    max_lag: Annotated[int, Range(0, 1000)] = 1
+    max_offset: Annotated[int, Range(0, 1000)] = 25
+    test_fraction: Fraction = 0.02
+    batch_size: PositiveInt = 1
     landmarks: LandmarkConfig = LandmarkConfig()
-
-    def __post_init__(self):
-        for name in _FRACTIONS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.face is not None and self.face < 1:
-            raise ConfigError(f"face is {self.face}; it must be at least 1, the first face from the left")
-        if not 0 <= self.speech_strictness <= 3:
-            raise ConfigError(f"speech_strictness is {self.speech_strictness}; it must lie between 0 and 3")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from fantasy_jax import media
+from fantasy_jax.config import Fraction, Settings
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.preprocessing.alignment import apply_affine, fit_similarity
 from fantasy_jax.preprocessing.boxes import box_center
@@ -50,7 +51,7 @@ Source: fantasy-portrait, `diffsynth/models/pdf.py`, `warp_face_pd_fgc`.
 
 
 @dataclass(frozen=True)
-class DrivingConfig:
+class DrivingConfig(Settings):
     """Settings of the preparation of driving videos.
 
     Attributes:
@@ -65,15 +66,14 @@ class DrivingConfig:
     detection_model: str = ""
     landmark_model: str = ""
     smooth: bool = True
-    min_found: float = 0.1
+    min_found: Fraction = 0.1
     landmarks: LandmarkConfig = field(default_factory=LandmarkConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.detection_model) != bool(self.landmark_model):
             given, missing = ("detection_model", "landmark_model")[:: 1 if self.detection_model else -1]
             raise ConfigError(f"{missing} is empty, but {given} is given; give both files or none")
-        if not 0 <= self.min_found <= 1:
-            raise ConfigError(f"min_found is {self.min_found}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ or `BodyDetector`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 
-from fantasy_jax.errors import ConfigError
+from fantasy_jax.config import Fraction, NonNegativeInt, PositiveInt, Range, Settings
 from fantasy_jax.typing import Bool, Float, Float32, UInt8
 
 JOINTS = (
@@ -166,7 +166,7 @@ class BodyDetector(Protocol):
 
 
 @dataclass(frozen=True)
-class LandmarkConfig:
+class LandmarkConfig(Settings):
     """Settings of detection and tracking.
 
     Attributes:
@@ -185,21 +185,12 @@ class LandmarkConfig:
 
     face_model: str = "models/face_landmarker.task"
     pose_model: str = "models/pose_landmarker.task"
-    max_faces: int = 4
-    min_confidence: float = 0.5
-    min_side: int = 512
-    max_gap: int = 5
-    min_frames: int = 5
-    body_step: int = 3
-
-    def __post_init__(self):
-        for name in ("max_faces", "min_side", "min_frames", "body_step"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_gap < 0:
-            raise ConfigError(f"max_gap is {self.max_gap}; it must be at least 0")
-        if not 0 <= self.min_confidence <= 1:
-            raise ConfigError(f"min_confidence is {self.min_confidence}; it must lie between 0 and 1")
+    max_faces: Annotated[int, Range(1, 1000)] = 4
+    min_confidence: Fraction = 0.5
+    min_side: Annotated[int, Range(1, 8192)] = 512
+    max_gap: NonNegativeInt = 5
+    min_frames: PositiveInt = 5
+    body_step: PositiveInt = 3
 
 
 def five_points(points: Float[np.ndarray, "*n P C"], layout: FaceLayout) -> Float[np.ndarray, "*n 5 2"]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fantasy_jax import cli, media
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.files import check_writable
+from fantasy_jax.files import check_outputs
 from fantasy_jax.preprocessing.landmarks import FaceTrack, LandmarkConfig
 from fantasy_jax.preprocessing.mediapipe_detectors import MediaPipeFaces
 from fantasy_jax.preprocessing.tracking import track_faces
@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         help="MediaPipe's FaceLandmarker (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
-    check_writable(arguments.output)
+    media.video_format(arguments.output)
+    check_outputs([arguments.output], [arguments.video, arguments.face_model])
+    media.probe_video(arguments.video)
     config = replace(LandmarkConfig(), face_model=arguments.face_model)
     with MediaPipeFaces(config) as detector:
         video, fps = media.read_video(arguments.video)

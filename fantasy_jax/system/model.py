@@ -98,12 +98,14 @@ class ModelConfig:
         for slot, section in values.items():
             if slot == "dtype" or section is None:
                 continue
+            if not isinstance(section, Mapping | ConfigDict):
+                raise ConfigError(f"{path}.{slot}: must hold the sizes of a network, not {section!r}")
             sizes = dict(section)
             name = sizes.pop("component", None)
             if name is None:
                 raise ConfigError(f"{path}.{slot}.component: is missing; name the network's format")
             try:
-                component = find_component(name, f"{path}.{slot}.component")
+                component = find_component(str(name), f"{path}.{slot}.component")
             except WeightsError as error:
                 raise ConfigError(str(error)) from None
             networks[slot] = build(component.config_type, sizes, f"{path}.{slot}")

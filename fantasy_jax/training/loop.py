@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fantasy_jax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, Settings
 from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError, Stopped
 from fantasy_jax.files import lock_folder
@@ -31,7 +32,7 @@ from fantasy_jax.typing import UInt8
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """Logging, checkpoints, samples and the data loader of a run.
 
     Attributes:
@@ -49,24 +50,16 @@ class LoopConfig:
         seed: Seed of initial weights, data order, noise and dropout.
     """
 
-    log_every: int = 20
-    save_every: int = 500
-    keep_last: int = 2
-    keep_every: int = 0
-    sample_every: int = 500
+    log_every: PositiveInt = 20
+    save_every: PositiveInt = 500
+    keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    sample_every: NonNegativeInt = 500
     sample_videos: bool = False
-    validate_every: int = 500
-    grace_seconds: float = 30.0
-    num_workers: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("log_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("keep_every", "sample_every", "validate_every", "grace_seconds", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+    validate_every: NonNegativeInt = 500
+    grace_seconds: NonNegativeFloat = 30.0
+    num_workers: Annotated[int, Range(0, 1024)] = 1
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

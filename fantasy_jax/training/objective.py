@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fantasy_jax.config import Factor, Fraction, PositiveFloat, PositiveInt, Settings
 from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.flow import add_noise, draw_sigmas, velocity_target
 from fantasy_jax.diffusion.losses import velocity_loss
@@ -34,7 +35,7 @@ _GROUPS = ("image", "audio", "text")
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Settings):
     """One stage of the transformer's training.
 
     Attributes:
@@ -61,28 +62,23 @@ class StageConfig:
     """
 
     audio_attention: AudioAttention = "clip"
-    num_steps: int = 1000
-    batch_size: int = 16
-    lip_mask_probability: float = 0.0
-    outside_lips: float = 0.0
+    num_steps: PositiveInt = 1000
+    batch_size: PositiveInt = 16
+    lip_mask_probability: Fraction = 0.0
+    outside_lips: Fraction = 0.0
     lips_by_area: bool = True
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    timestep_mean: float = 0.0
-    timestep_std: float = 1.0
-    shift: float = 3.0
+    timestep_mean: Factor = 0.0
+    timestep_std: PositiveFloat = 1.0
+    shift: PositiveFloat = 3.0
     optimizer: OptimizerConfig = OptimizerConfig()
     parameters: ParameterRules = ALL_TRAINED
     remat_save_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         self.optimizer.check_batch_size(self.batch_size)
-        for name in ("lip_mask_probability", "outside_lips", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         for pattern, _ in self.parameters:
             try:
                 re.compile(pattern)

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 import jax
 import optax
 
+from fantasy_jax.config import (
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+)
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Leaf
 
@@ -14,7 +23,7 @@ _DECAYED = r"\b(kernel|embedding|lora_[ab])\b"
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """Settings of the optimizer, of gradient accumulation and of the moving average of parameters.
 
     The paper gives a learning rate of 1e-4 and nothing else; the rest are common values.
@@ -37,25 +46,16 @@ class OptimizerConfig:
             themselves are used.
     """
 
-    learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    grad_accum_steps: int = 1
-    ema_decay: float = 0.995
-
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if self.grad_accum_steps < 1:
-            raise ConfigError(f"grad_accum_steps is {self.grad_accum_steps}; it must be at least 1")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 100
+    final_fraction: Fraction = 0.1
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    epsilon: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_norm: PositiveFloat = 1.0
+    grad_accum_steps: PositiveInt = 1
+    ema_decay: Decay = 0.995
 
     def check_batch_size(self, batch_size: int) -> None:
         """Raises a ConfigError unless `batch_size` is a positive multiple of `grad_accum_steps`."""

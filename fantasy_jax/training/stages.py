@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fantasy_jax import cli
+from fantasy_jax.config import Settings
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split
 from fantasy_jax.diffusion.sampler import sample
@@ -46,7 +47,7 @@ NUM_SAMPLES = 4
 
 
 @dataclass(frozen=True)
-class StagesConfig:
+class StagesConfig(Settings):
     """Training of the transformer.
 
     Attributes:
@@ -65,6 +66,7 @@ class StagesConfig:
     lora: LoRAConfig = LoRAConfig()
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.stages:
             raise ConfigError("stages is empty; at least one stage is needed")
 

@@ -10,8 +10,9 @@ from tqdm import tqdm
 from fantasy_jax.convert.files import write_safetensors
 from fantasy_jax.convert.rules import Entry, TensorSpec, export_entries, flat_parameters
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.files import check_writable
+from fantasy_jax.files import check_outputs
 from fantasy_jax.system.registry import Component, Layout
+from fantasy_jax.weights.inspect import store_paths
 from fantasy_jax.weights.loading import lora_merge
 from fantasy_jax.weights.store import LORA, item_name, items, read_item, read_record
 
@@ -57,7 +58,7 @@ def export_weights(
     total = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
     places = items(component, config)
     merge = lora_merge(Path(directory) / LORA) if merge_lora else lambda item, values: values
-    check_writable(output)
+    check_outputs([output], store_paths(directory))
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         item, values = "", {}

@@ -91,3 +91,8 @@ def origin(folder: Path) -> str:
     if names:
         made = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     return f"{component.name}, {record['dtype']}, {made}, {network_hash(folder)[:8]}"
+
+
+def store_paths(directory: str | Path) -> list[Path]:
+    """The folders of a store's networks, which a command that reads them must not write to."""
+    return [folder for slot in slots() if directory and (folder := Path(directory) / slot).is_dir()]

@@ -178,10 +178,14 @@ def write(
         WeightsError: It cannot be written.
     """
     folder = Path(folder).absolute()
+    _check_name(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     optional = ("other_dtypes", "random", "trained_with")
     content = {name: x for name, x in as_json(record).items() if x or name not in optional}
     started = partial / _STARTED
+    others = [] if not folder.is_dir() else [x.name for x in folder.iterdir() if x.is_file()]
+    if foreign := sorted(set(others) - {RECORD, _STARTED}):
+        raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
     try:
         if not (resume and started.is_file() and json.loads(started.read_text()) == content):
             shutil.rmtree(partial, ignore_errors=True)
@@ -227,6 +231,7 @@ def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
         WeightsError: It is missing, incomplete or damaged.
     """
     path = Path(folder) / RECORD
+    _check_name(path.absolute())
     if not path.is_file():
         raise WeightsError(f"{folder}: holds no complete weights (no {RECORD}); import them first")
     try:
@@ -349,6 +354,14 @@ def record_hashes(weights: Path) -> dict[str, str]:
         content["content"] = network_hash(weights / slot)
         hashes[slot] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return hashes
+
+
+def _check_name(folder: Path) -> None:
+    """Raises a WeightsError unless the path is one that Orbax can open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{folder}: is no path in UTF-8, as stores need; choose another folder") from None
 
 
 def _restore_arguments(spec: Any) -> ocp.RestoreArgs:

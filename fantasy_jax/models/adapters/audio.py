@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_layers
 from fantasy_jax.models.layers import LayerNorm
@@ -24,7 +25,7 @@ AudioAttention = Literal["clip", "frame"]
 
 
 @dataclass(frozen=True)
-class AudioAdapterConfig:
+class AudioAdapterConfig(Settings):
     """Sizes of the adapter; the defaults are the released ones, for wav2vec2-base and the 14B transformer.
 
     Attributes:
@@ -35,11 +36,11 @@ class AudioAdapterConfig:
         num_layers: Blocks of the transformer.
     """
 
-    feature_width: int = 768
-    token_width: int = 2048
-    width: int = 5120
-    num_heads: int = 40
-    num_layers: int = 40
+    feature_width: Width = 768
+    token_width: Width = 2048
+    width: Width = 5120
+    num_heads: Width = 40
+    num_layers: Depth = 40
 
 
 class AudioAdapter(Adapter):

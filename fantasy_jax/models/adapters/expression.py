@@ -8,10 +8,12 @@ zero-initialised, as the audio adapter's are, so that a new adapter is a no-op.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Range, Settings, Width
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.condition import Condition, zero_init_kv_layers
 from fantasy_jax.models.layers import LayerNorm
@@ -25,7 +27,7 @@ _PARTS = ("head", "eye", "emotion", "mouth")
 
 
 @dataclass(frozen=True)
-class ExpressionAdapterConfig:
+class ExpressionAdapterConfig(Settings):
     """Sizes of the adapter; the defaults are the released ones.
 
     Attributes:
@@ -44,18 +46,18 @@ class ExpressionAdapterConfig:
         num_layers: Blocks of the transformer; 0 for the tokens alone.
     """
 
-    head_width: int = 6
-    eye_width: int = 6
-    emotion_width: int = 30
-    mouth_width: int = 512
-    token_width: int = 2048
+    head_width: Width = 6
+    eye_width: Width = 6
+    emotion_width: Width = 30
+    mouth_width: Width = 512
+    token_width: Width = 2048
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    mouth_queries: int = 16
-    emotion_queries: int = 4
+    mouth_queries: Width = 16
+    emotion_queries: Width = 4
     mask_padding: bool = False
-    width: int = 5120
-    num_heads: int = 40
-    num_layers: int = 40
+    width: Annotated[int, Range(0, 2**20)] = 5120
+    num_heads: Annotated[int, Range(0, 2**20)] = 40
+    num_layers: Annotated[int, Range(0, 1024)] = 40
 
     @property
     def part_widths(self) -> tuple[int, ...]:

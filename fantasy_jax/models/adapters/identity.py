@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Depth, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.attention import multi_head_attention
@@ -27,7 +28,7 @@ _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class IdentityAdapterConfig:
+class IdentityAdapterConfig(Settings):
     """Sizes of the adapter; the defaults are for ArcFace's IResNet and the 14B transformer.
 
     Attributes:
@@ -46,18 +47,19 @@ class IdentityAdapterConfig:
         num_layers: Blocks of the transformer.
     """
 
-    feature_width: int = 512
-    feature_size: int = 7
-    num_queries: int = 32
-    depth: int = 4
-    token_width: int = 1024
-    token_heads: int = 16
-    mlp_ratio: int = 4
-    width: int = 5120
-    num_heads: int = 40
-    num_layers: int = 40
+    feature_width: Width = 512
+    feature_size: Width = 7
+    num_queries: Width = 32
+    depth: Depth = 4
+    token_width: Width = 1024
+    token_heads: Width = 16
+    mlp_ratio: Width = 4
+    width: Width = 5120
+    num_heads: Width = 40
+    num_layers: Depth = 40
 
     def __post_init__(self):
+        super().__post_init__()
         if self.token_width % self.token_heads:
             raise ConfigError(
                 f"token_heads is {self.token_heads}; it must divide token_width {self.token_width}"

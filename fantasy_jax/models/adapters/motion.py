@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.config import Settings, Width
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.layers import LayerNorm
 from fantasy_jax.typing import Array, DType, Float
@@ -21,7 +22,7 @@ NEUTRAL = 0.5
 
 
 @dataclass(frozen=True)
-class MotionAdapterConfig:
+class MotionAdapterConfig(Settings):
     """Sizes of the adapter; the defaults are for the 14B transformer.
 
     Attributes:
@@ -32,9 +33,9 @@ class MotionAdapterConfig:
         width: Width D of the transformer.
     """
 
-    hidden: int = 256
-    positions: int = 8
-    width: int = 5120
+    hidden: Width = 256
+    positions: Width = 8
+    width: Width = 5120
 
 
 class MotionAdapter(Adapter):
