@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fantasy_jax.config import Depth, Settings, Width
+from fantasy_jax.config import Depth, PositiveFloat, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.attention import multi_head_attention
 from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
@@ -56,7 +56,7 @@ class Wav2Vec2Config(Settings):
     do_stable_layer_norm: bool = False
     hidden_act: Activation = "gelu"
     feat_extract_activation: Activation = "gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: PositiveFloat = 1e-5
     do_normalize: bool = True
 
     def __post_init__(self):

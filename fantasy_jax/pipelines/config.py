@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fantasy_jax.config import Factor, Fraction, PositiveFloat, PositiveInt, as_json, build
+from fantasy_jax.config import Factor, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, as_json, build
 from fantasy_jax.diffusion.guidance import GuidanceBranch, Scale, guidance_branches
 from fantasy_jax.diffusion.sampler import SamplerConfig
 from fantasy_jax.diffusion.windows import Anchor, WindowSchedule
