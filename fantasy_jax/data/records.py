@@ -46,6 +46,12 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
         self._features, self._records, self._metadata = features, splits, metadata
         super().__init__(data_dir=str(directory), file_format="array_record")
 
+    def download_and_prepare(self, **arguments: Any) -> None:
+        """Writes the dataset, after removing what a run that was killed has left."""
+        for left_behind in Path(self.data_dir).parent.glob("incomplete.*"):
+            shutil.rmtree(left_behind)
+        super().download_and_prepare(**arguments)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -89,8 +95,6 @@ def write_dataset(
     folder = dataset_folder(name, directory)
     check_unchanged(folder, metadata)
     if not folder.exists():
-        for left_behind in folder.parent.glob("incomplete.*"):  # of a run that was killed
-            shutil.rmtree(left_behind)
         RecordsBuilder(name, Path(directory), features(), splits, as_json(metadata)).download_and_prepare()
     return folder
 
