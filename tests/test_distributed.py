@@ -13,6 +13,7 @@ import pytest
 from xla_flags import quick_flags
 
 from fantasy_jax.files import lock_folder
+from fantasy_jax.weights.check import check_store
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS = 120
@@ -72,7 +73,17 @@ if jax.process_index() == 0:
 """
 
 
-def start(workdir, *, num_steps=NUM_STEPS, save_every=2, mesh="{}", processes=1, devices=8, cache=None):
+def start(
+    workdir,
+    *,
+    num_steps=NUM_STEPS,
+    save_every=2,
+    mesh="{}",
+    processes=1,
+    devices=8,
+    cache=None,
+    program=PROGRAM,
+):
     """Starts the program as several processes, each with a number of virtual devices.
 
     With a folder as `cache` it finds there the programs that earlier starts have compiled.
@@ -84,7 +95,7 @@ def start(workdir, *, num_steps=NUM_STEPS, save_every=2, mesh="{}", processes=1,
     if cache is not None:
         base |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, "-c", PROGRAM, str(workdir), str(num_steps), str(save_every), mesh]
+    command = [sys.executable, "-c", program, str(workdir), str(num_steps), str(save_every), mesh]
     return [
         subprocess.Popen(
             command,
@@ -222,3 +233,30 @@ def test_all_processes_are_refused_while_another_run_uses_the_folder(tmp_path):
     assert all("ConfigError" in text for text in errors), errors
     assert all(process.returncode for process in two)
     assert not (tmp_path / "checkpoints").exists()
+
+
+SAVING = """
+import sys
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from fantasy_jax.models.adapters.audio import AudioAdapter, AudioAdapterConfig
+from fantasy_jax.sharding import in_host_memory, init_distributed
+from fantasy_jax.weights.store import save_network
+
+init_distributed()
+sizes = AudioAdapterConfig(feature_width=8, token_width=8, width=8, num_heads=2, num_layers=2)
+with in_host_memory():
+    adapter = AudioAdapter(sizes, rngs=nnx.Rngs(0))
+if jax.process_index() == 0:
+    save_network(Path(sys.argv[1]), adapter, component="fantasytalking")
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_saves_a_network(tmp_path):
+    folder = tmp_path / "audio_adapter"
+    finish(start(folder, processes=2, devices=1, program=SAVING))
+    assert check_store(tmp_path)[0].faults == []

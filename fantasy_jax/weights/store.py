@@ -193,7 +193,7 @@ def write(
             started.write_text(json.dumps(content))
         for unfinished in partial.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(unfinished)
-        with _checkpointer() as checkpointer:
+        with _checkpointer(alone=True) as checkpointer:
             for name in names:
                 # Orbax writes elsewhere and renames, so an item that exists is complete.
                 if not (partial / name).is_dir():
@@ -379,13 +379,22 @@ def _save_item(checkpointer: ocp.Checkpointer, path: Path, values: dict[str, np.
 
 
 @contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    """An Orbax checkpointer that does not log a traceback of what it also raises."""
+def _checkpointer(*, alone: bool = False) -> Iterator[ocp.Checkpointer]:
+    """An Orbax checkpointer that does not log a traceback of what it also raises.
+
+    Args:
+        alone: Whether one of several processes uses it, and the others must not be waited for.
+    """
+    options = ocp.options.MultiprocessingOptions()
+    if alone and jax.process_count() > 1:
+        index = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(index, {index}, "store")
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             yield checkpointer
     finally:
         logger.setLevel(level)
