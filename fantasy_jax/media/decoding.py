@@ -162,6 +162,9 @@ def _decode(
     while True:
         try:
             packet = next(packets, None)
+        except IndexError:  # PyAV's, at a stream that begins inside of the file
+            packets = container.demux(stream)
+            continue
         except av.FFmpegError as error:
             report.ended = error.strerror
             return
