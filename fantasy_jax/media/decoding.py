@@ -26,8 +26,9 @@ _TOLERANCE = 0.015
 """Seconds by which timestamps may deviate from the samples before them; less than a packet of most codecs."""
 _START_TOLERANCE = 0.002
 """Likewise, of the first timestamp, which no rounding has moved."""
-_LONGEST_HOLE, _RESTART = 600.0, 1.0
-"""Seconds; a timestamp that is further ahead or further behind belongs to a clock that is set anew."""
+_ALL_HOLES, _RESTART = 3600.0, 1.0
+"""Seconds; a timestamp that is further ahead than holes may last in all, or further behind than the second,
+belongs to a clock that is set anew. No packet lasts longer than the second, either."""
 MAX_DAMAGE = 0.25
 """Fraction of a sound that may be damaged."""
 
@@ -44,6 +45,7 @@ class SoundReport:
         holes: Start and end of what the file lacks, in seconds.
         damaged: Likewise, of what cannot be decoded.
         cancelled: Seconds in which the two channels cancel each other, so that one of them is used.
+        restarts: How often the clock of its timestamps is set anew.
         ended: Why nothing more can be read; empty at the end of the file.
     """
 
@@ -51,6 +53,7 @@ class SoundReport:
     holes: list[tuple[float, float]] = field(default_factory=list)
     damaged: list[tuple[float, float]] = field(default_factory=list)
     cancelled: float = 0.0
+    restarts: int = 0
     ended: str = ""
 
     def check(self, path: str | Path) -> None:
@@ -74,6 +77,10 @@ class SoundReport:
         if self.cancelled > min(1, self.seconds / 10):  # not for a moment of noise
             notes.append(
                 f"the channels cancel each other in {self.cancelled:.1f} s of the audio; one is used there"
+            )
+        if self.restarts:
+            notes.append(
+                f"the clock of the audio is set anew {self.restarts} times; it is read without gaps there"
             )
         if self.ended:
             notes.append(f"the audio cannot be read beyond {self.seconds:.2f} s ({self.ended})")
@@ -104,7 +111,7 @@ def placed_sound(path: str | Path, report: SoundReport) -> Iterator[Piece]:
     with _open_audio(path) as container:
         stream = container.streams.audio[0]
         lasts = container.duration / av.time_base if container.duration else math.inf
-        place = _Placement(_time_zero(path, container), min(lasts, _LONGEST_HOLE), report)
+        place = _Placement(_time_zero(path, container), min(lasts, _ALL_HOLES), report)
         convert, stated = _Converter(), _states_times(container)
         for part in _decode(container, stream, report):
             if isinstance(part, av.AudioFrame):
@@ -155,6 +162,9 @@ def _decode(
     while True:
         try:
             packet = next(packets, None)
+        except IndexError:  # PyAV's, at a stream that begins inside of the file
+            packets = container.demux(stream)
+            continue
         except av.FFmpegError as error:
             report.ended = error.strerror
             return
@@ -206,7 +216,7 @@ class _Placement:
 
         Args:
             zero: Time at which the sound begins; None: that of the first frame.
-            longest_hole: In seconds.
+            longest_hole: Seconds that holes may last in all.
             report: Filled in; its duration is the position.
         """
         self._zero, self._longest, self._report, self._channels = zero, longest_hole, report, 1
@@ -221,9 +231,11 @@ class _Placement:
             self._zero = time - position if self._zero is None else self._zero
             late = time - self._zero - position
             tolerance = _TOLERANCE if position else _START_TOLERANCE
-            if abs(late) > self._longest or (position and late < -_RESTART):
+            if abs(late) > max(self._longest, _RESTART) or (position and late < -_RESTART):
+                self._report.restarts += 1
                 self._zero += late
             elif late > tolerance:
+                self._longest -= late
                 yield from self._silence(rate, late, self._report.holes)
             elif late < -tolerance:
                 samples = samples[:, round(-late * rate) :]
@@ -235,7 +247,7 @@ class _Placement:
 
     def damage(self, rate: int, seconds: float) -> Iterator[Piece]:
         """Yields silence in place of samples that cannot be decoded."""
-        if rate and seconds > 0:
+        if rate and 0 < seconds <= _RESTART:  # otherwise the next timestamp tells
             yield from self._silence(rate, seconds, self._report.damaged)
 
     def _silence(self, rate: int, seconds: float, spans: list[tuple[float, float]]) -> Iterator[Piece]:

@@ -180,6 +180,6 @@ def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
             yield container
-    except (av.FFmpegError, UnicodeError) as error:
+    except (av.FFmpegError, UnicodeError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MediaError(f"{path}: not a readable video ({reason})") from error
