@@ -19,11 +19,12 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.programs import sampling_programs
-from fantasy_jax.pipelines.base import Pipeline, VideoOutput
+from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.batch import ClipRequest, read_batch, run_batch
 from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.pipelines.dubbing import FantasyDubbingPipeline
 from fantasy_jax.pipelines.latents import keep_latents, read_latents, read_noise, save_latents
+from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline

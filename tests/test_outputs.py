@@ -17,9 +17,9 @@ import fantasy_jax
 from fantasy_jax import cli, media
 from fantasy_jax.errors import ConfigError, MediaError, WeightsError
 from fantasy_jax.files import atomic_write, check_outputs
-from fantasy_jax.pipelines.base import VideoOutput
 from fantasy_jax.pipelines.batch import ClipRequest
 from fantasy_jax.pipelines.latents import initial_noise, keep_latents, read_latents, save_latents
+from fantasy_jax.pipelines.output import VideoOutput
 from sample import _parser, _write, main
 
 TINY = f"--config={Path(__file__).parent.parent / 'configs/tiny.py'}"

@@ -12,8 +12,9 @@ from configs.fantasy_talking_14b import small_model
 from fantasy_jax import media
 from fantasy_jax.errors import MediaError
 from fantasy_jax.pipelines import base
-from fantasy_jax.pipelines.base import Pipeline, VideoOutput
+from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.config import PipelineConfig
+from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.networks import random_networks

@@ -1,13 +1,11 @@
 """What the pipelines share: weights and mesh, inputs and outputs, and the way from conditions to frames."""
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,7 +29,7 @@ from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Keep, Networks
 from fantasy_jax.system.streaming import StreamingDecoder
 from fantasy_jax.typing import Array, Float, UInt8
-from fantasy_jax.video import PIXELS_PER_LATENT, SAMPLE_RATE, VideoConfig, video_frames
+from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
 from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import stored_networks
 from fantasy_jax.weights.store import LORA
@@ -68,86 +66,6 @@ class StepProgress:
     num_steps: int
     seconds_left: float | None
     latents: Float[Array, "1 F h w C"]
-
-
-@dataclass(frozen=True)
-class VideoOutput:
-    """A generated clip, whose frames are decoded when they are needed.
-
-    Attributes:
-        decode: Starts to decode the latents, and yields frames: RGB, uint8 `[H, W, 3]`.
-        latents: Final latents, float32, `[1, F, h, w, C]`.
-        num_frames: Frames T of the video; the latents can hold a few more.
-        fps: Frames per second.
-        audio: The audio file, a part of one, or the waveform in [-1, 1]; None for a silent clip.
-        audio_seconds: Duration of the audio.
-        audio_rate: Sampling rate of the waveform, in Hz.
-    """
-
-    decode: Callable[[], Iterator[UInt8[np.ndarray, "H W 3"]]]
-    latents: Float[Array, "1 F h w C"]
-    num_frames: int
-    fps: int
-    audio: str | Path | media.AudioPart | np.ndarray | None = None
-    audio_seconds: float = 0.0
-    audio_rate: int = SAMPLE_RATE
-
-    @property
-    def height(self) -> int:
-        """Height in pixels."""
-        return self.latents.shape[2] * PIXELS_PER_LATENT
-
-    @property
-    def width(self) -> int:
-        """Width in pixels."""
-        return self.latents.shape[3] * PIXELS_PER_LATENT
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the video."""
-        return self.num_frames / self.fps
-
-    @cached_property
-    def frames(self) -> UInt8[np.ndarray, "T H W 3"]:
-        """All frames, which are decoded once and kept."""
-        return np.stack(list(islice(self.decode(), self.num_frames)))
-
-    def stream_frames(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        """Yields the frames one by one; they are decoded, but not kept, unless `frames` has been used."""
-        return iter(self.frames) if "frames" in vars(self) else islice(self.decode(), self.num_frames)
-
-    def save(self, path: str | Path, *, sheet: str | Path | None = None) -> None:
-        """Writes an mp4 with the audio, cut to the video's length.
-
-        Frames are written while they are decoded, so that memory does not grow with the length.
-
-        Args:
-            path: The mp4.
-            sheet: A PNG with frames of the clip; None: it is not written.
-
-        Raises:
-            MediaError: A file cannot be written, or the audio cannot be read.
-        """
-        collected = media.ContactSheet(self.num_frames, self.fps)
-        frames = collected.collect(self.stream_frames())
-        with audio_file(self.audio, self.audio_rate) as audio:
-            media.write_video(path, frames, self.fps, audio=audio)
-        if sheet is not None:
-            collected.write(sheet)
-
-
-@contextmanager
-def audio_file(
-    audio: AudioInput | media.AudioPart | None, rate: int
-) -> Iterator[str | Path | media.AudioPart | None]:
-    """The file of a sound: its own or, for a waveform in [-1, 1] of `rate` Hz, a temporary WAV file."""
-    if not isinstance(audio, np.ndarray):
-        yield audio
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "audio.wav"
-        media.write_audio(path, np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16), rate)
-        yield path
 
 
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")

@@ -10,8 +10,8 @@ import numpy as np
 
 from fantasy_jax import media
 from fantasy_jax.errors import MediaError
-from fantasy_jax.pipelines.base import audio_file
 from fantasy_jax.pipelines.dubbing_plan import DubbingPlan
+from fantasy_jax.pipelines.output import audio_file
 from fantasy_jax.preprocessing.dubbing import FrameRates, Speaker, at_indices
 from fantasy_jax.preprocessing.face_masks import opacity, paste
 from fantasy_jax.typing import Array, Float, UInt8

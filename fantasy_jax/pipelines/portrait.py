@@ -20,10 +20,10 @@ from fantasy_jax.pipelines.base import (
     Pipeline,
     StepProgress,
     Timed,
-    VideoOutput,
     untimed,
 )
 from fantasy_jax.pipelines.config import PortraitSampleConfig
+from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.pipelines.scene import DriverInput, Scene, make_scene
 from fantasy_jax.preprocessing.driving import DrivingVideo
 from fantasy_jax.system import encoders

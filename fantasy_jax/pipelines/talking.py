@@ -21,10 +21,10 @@ from fantasy_jax.pipelines.base import (
     Pipeline,
     StepProgress,
     Timed,
-    VideoOutput,
     untimed,
 )
 from fantasy_jax.pipelines.config import SampleConfig, check_motion
+from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.speakers import Speakers, find_speakers
 from fantasy_jax.pipelines.stream import Blocks, VideoStream
