@@ -19,6 +19,7 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.programs import sampling_programs
+from fantasy_jax.pipelines.arguments import sampling_parser
 from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.batch import ClipRequest, read_batch, run_batch
 from fantasy_jax.pipelines.config import PipelineConfig
@@ -29,75 +30,11 @@ from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.preprocessing.boxes import parse_box
-from fantasy_jax.preprocessing.face_masks import MASK_MODES
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_paths
-
-EXAMPLES = """\
-examples:
-  python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4
-  python sample.py --config=configs/tiny.py --image=portrait.jpg --audio=song.mp3 --prompt="A man sings." \\
-      --output=out/song.mp4 --seed=7 --config.sample.num_inference_steps=20
-  ten seconds of a recording from its third minute on, of an exact size, with windows that overlap more:
-  python sample.py --config=configs/fantasy_talking_14b.py --image=portrait.png --audio=speech.wav \\
-      --output=out/ten.mp4 --start=120 --seconds=10 --size=480x832 --config.sample.overlap=7
-  several clips with one start; pairs.csv has the columns image, audio, prompt and output:
-  python sample.py --config=configs/tiny.py --batch=pairs.csv
-  with a motion adapter, a face that hardly moves on a lively body (0.5 is usual):
-  python sample.py --config=configs/tiny.py --image=portrait.png --audio=speech.wav --output=out/talk.mp4 \\
-      --config.sample.face_motion=0.1 --config.sample.body_motion=0.9
-  a picture of two people, of whom the right one speaks; both, each with a sound; a drawing, with boxes:
-  python sample.py --config=configs/fantasy_talking_14b.py --image=two.png --audio=a.wav --person=2 \\
-      --output=out/right.mp4
-  python sample.py --config=configs/fantasy_talking_14b.py --image=two.png --audio=a.wav --audio=b.wav \\
-      --output=out/both.mp4
-  python sample.py --config=configs/fantasy_talking_14b.py --image=cats.png --audio=a.wav --person=1 \\
-      --box=0.1,0.2,0.4,0.6 --box=0.6,0.2,0.9,0.6 --output=out/left.mp4
-  a song: the separated voice moves the mouth, and the video plays the whole song:
-  python sample.py --config=configs/fantasy_talking_14b.py --image=woman.png --audio=song.mp3 \\
-      --voice=vocals.wav --prompt="A woman sings." --output=out/song.mp4
-
-  The 14B model, with weights from `convert_weights.py import --output=weights/fantasy_talking_14b`:
-  python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
-      --image=woman.png --audio=woman.wav --prompt="A woman is talking." --output=out/woman.mp4
-  from PyTorch's noise, with the latents saved for comparison:
-  python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
-      --image=woman.png --audio=woman.wav --prompt="A woman is talking." --output=out/woman.mp4 \\
-      --noise=noise.safetensors --save_latents=out/latents.safetensors
-  the video of latents that were saved, or that were kept because the disk was full:
-  python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
-      --latents=out/latents.safetensors --audio=woman.wav --output=out/woman.mp4
-  the same path with small random weights:
-  python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
-      --output=out/debug.mp4
-
-  the speaker of a video says something else; beside the mp4 a sheet shows source and result:
-  python sample.py --config=configs/tiny.py --video=talking.mp4 --audio=speech.wav --output=out/dubbed.mp4
-  the second of two people; music and noises of the video, separated from its speech, under the new one:
-  python sample.py --config=configs/tiny.py --video=interview.mp4 --audio=speech.wav --person=2 \\
-      --background=music.wav --output=out/dubbed.mp4
-
-  FantasyPortrait: two people of a picture, from left to right, each with a driving video:
-  python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=a.mp4 --driver=b.mp4 \\
-      --output=out/act.mp4
-  one video that shows two people; first see who drives whom:
-  python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=both.mp4 \\
-      --overlay=out/overlay.mp4 --output=out/act.mp4
-  the right one of two people alone; a drawing, in which no face is found:
-  python sample.py --config=configs/fantasy_portrait_14b.py --image=two.png --driver=a.mp4 --person=2 \\
-      --output=out/right.mp4
-  python sample.py --config=configs/fantasy_portrait_14b.py --image=cats.png --driver=a.mp4 --driver=b.mp4 \\
-      --box=0.1,0.2,0.4,0.6 --box=0.6,0.2,0.9,0.6 --output=out/cats.mp4
-
-  memory and time of each network on eight chips, compiled for them on this machine; nothing is sampled:
-  python sample.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v6e:2x4 \\
-      --config.sample.mesh.context=2 --config.sample.mesh.tensor=4
-
-Every setting of the config file can be given as --config.NAME=VALUE.
-"""
 
 PIPELINES: dict[str, type[Pipeline]] = {
     "talking": FantasyTalkingPipeline,
@@ -116,7 +53,7 @@ OPTIONS = {
 REPLACED = {
     "latents": (
         *("image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
-        *("video", "mask", "background", "driver", "overlay"),
+        *("video", "mask", "background", "driver", "overlay", "size"),
     ),
     "noise": ("seed",),
 }
@@ -125,7 +62,9 @@ REPLACED = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and samples clips, or compiles the programs that would."""
-    arguments, config = cli.parse(_parser(), argv)
+    parser = sampling_parser(__doc__)
+    ahead.add_arguments(parser)
+    arguments, config = cli.parse(parser, argv)
     if str(config.get("task")) not in PIPELINES:
         raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(PIPELINES)}")
     pipeline_type = _pipeline_type(config, arguments)
@@ -165,9 +104,9 @@ def _check_files(arguments: argparse.Namespace, config: ConfigDict, requests: Se
 def _decode(pipeline: Pipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
     """Decodes saved latents and writes the clip."""
     latents, num_frames = read_latents(arguments.latents, pipeline.networks.config.vae.latent_channels)
-    sound = {}
+    sound, config = {}, pipeline.config
     if played := [*request.audio, *filter(None, [arguments.sound])]:
-        sounds = read_sounds(played, max_seconds=pipeline.config.max_seconds)
+        sounds = read_sounds(played, start=config.start, max_seconds=config.max_seconds)
         sound = {"audio": sounds.played, "audio_seconds": sounds.seconds, "audio_rate": sounds.rate}
     _write(pipeline.decode(latents, num_frames, progress=True, **sound), arguments, request)
 
@@ -329,140 +268,6 @@ def _pipeline(
         )
     print("No weights given: they are random, and the video will be noise.")
     return pipeline_type(random_networks(model, byte_tokenizer()), video, settings)
-
-
-def _parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(prog="sample.py", description=__doc__, epilog=EXAMPLES)
-    cli.add_config_argument(parser)
-    parser.add_argument("--image", help="the portrait, in any common format")
-    parser.add_argument("--prompt", help="what the video shows (default: the pipeline's)")
-    parser.add_argument("--output", help="the mp4 to write, and beside it a contact sheet (.png)")
-    parser.add_argument(
-        "--weights",
-        metavar="DIR",
-        help="the store of weights (default: the config's; with '' they are random)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=cli.integer(0, 2**64 - 1),
-        metavar="N",
-        help="seed of the initial noise, of at most 64 bits (default: 0)",
-    )
-    parser.add_argument(
-        "--start",
-        type=float,
-        metavar="SECONDS",
-        help="leave out this much of the sounds, or of the driving videos, at the beginning "
-        "(--config.sample.start)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help="use this much of them (--config.sample.max_seconds; default: all)",
-    )
-    parser.add_argument(
-        "--noise",
-        metavar="FILE",
-        help="start from the tensor `noise` in this safetensors file, [1, C, F, h, w], instead of a seed's",
-    )
-    parser.add_argument(
-        "--save_latents",
-        metavar="FILE",
-        help="write the final latents as a safetensors file: the tensor `latents`, with the same layout",
-    )
-    parser.add_argument(
-        "--latents",
-        metavar="FILE",
-        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is played",
-    )
-    _add_people(parser.add_argument_group("several people in the picture"))
-    _add_talking(parser.add_argument_group("FantasyTalking"))
-    _add_dubbing(parser.add_argument_group("Dubbing, with FantasyTalking"))
-    _add_portrait(parser.add_argument_group("FantasyPortrait"))
-    ahead.add_arguments(parser)
-    return parser
-
-
-def _add_people(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--person",
-        action="append",
-        default=[],
-        type=cli.integer(0),
-        metavar="N",
-        help="who speaks a sound, or whom a driver drives, counted from 1, from the left; once for each "
-        "--audio or --driver; others keep still",
-    )
-    group.add_argument(
-        "--box",
-        action="append",
-        default=[],
-        metavar="LEFT,TOP,RIGHT,BOTTOM",
-        help="a person's face, as fractions of the picture, where detection fails; once for each person, who "
-        "are then counted in this order",
-    )
-    group.add_argument(
-        "--people", type=cli.integer(1, 1024), metavar="N", help="people of the clip, for --compile_only"
-    )
-
-
-def _add_talking(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--audio",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="the speech: an audio file, or a video with audio; once for each person who speaks, from left "
-        "to right",
-    )
-    group.add_argument(
-        "--voice",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="the separated voice of a sound, without music or noise: it moves the mouth, and --audio is "
-        "what the video plays; once for each --audio",
-    )
-    group.add_argument(
-        "--batch",
-        metavar="FILE",
-        help="a CSV file with the columns image, audio, prompt and output, a clip in each row",
-    )
-
-
-def _add_dubbing(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--video",
-        metavar="FILE",
-        help="a video whose speaker says --audio instead; where a scene shows several people, --person or "
-        "--box says who, once for all scenes or once for each, and --person=0 leaves a scene as it is",
-    )
-    group.add_argument(
-        "--mask",
-        choices=MASK_MODES,
-        help="what is generated: the lower face, the whole face, or with none everything around the face "
-        "(default: mouth)",
-    )
-    group.add_argument(
-        "--background", metavar="FILE", help="sound that is mixed with --audio, such as the video's music"
-    )
-
-
-def _add_portrait(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--driver",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a driving video, or a picture whose expression is held; once for each person, from left to "
-        "right, or one video that shows several people",
-    )
-    group.add_argument(
-        "--sound", metavar="FILE", help="the video's sound (default: the first driver's that has any)"
-    )
-    group.add_argument(
-        "--overlay", metavar="FILE", help="write an mp4 that shows who drives whom, before the clip is made"
-    )
 
 
 if __name__ == "__main__":
