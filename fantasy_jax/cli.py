@@ -167,6 +167,11 @@ def timed(name: str) -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return _printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     first, *more = str(error).splitlines() or [type(error).__name__]
-    return f"{first} (and {len(more)} more)" if more else first
+    return _printable(f"{first} (and {len(more)} more)" if more else first)
+
+
+def _printable(text: str) -> str:
+    """The text with escapes in place of what terminals do not print, such as their control sequences."""
+    return "".join(x if x.isprintable() else ascii(x).strip("'") for x in text)

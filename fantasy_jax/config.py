@@ -357,6 +357,8 @@ def _unknown(path: str, name: str, known: Sequence[str]) -> str:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        repr(value)  # Python does not print integers of thousands of digits
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+    return value

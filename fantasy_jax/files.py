@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -12,12 +13,21 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fantasy_jax.errors import ConfigError, MediaError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 """Names of what a process has open. Where that is a file, it is not replaced, because it stays open."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` whose only error is ValueError, also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path | None] = ()) -> None:

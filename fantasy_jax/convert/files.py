@@ -20,7 +20,7 @@ from fantasy_jax.convert.pickles import import_torch, read_pickle, reason, to_nu
 from fantasy_jax.convert.quantised import read_gguf, with_scales
 from fantasy_jax.convert.rules import TensorSpec
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.files import atomic_write
+from fantasy_jax.files import atomic_write, parse_json
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -281,8 +281,8 @@ def _open_manifest(path: Path) -> WeightsFile:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = parse_json(path.read_text())
+    except ValueError as error:  # UnicodeDecodeError, too
         raise WeightsError(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: is a JSON {type(value).__name__}, not an object")

@@ -1,12 +1,12 @@
 """Recognition of what a file is by its content, whatever its name says."""
 
-import json
 import struct
 import zipfile
 from pathlib import Path
 from typing import Literal
 
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.files import parse_json
 
 Kind = Literal["safetensors", "pickle", "gguf", "onnx", "json"]
 
@@ -81,7 +81,7 @@ def _refuse_what_is_none(path: Path, head: bytes, size: int) -> None:
 
 def _is_json_object(path: Path, size: int) -> bool:
     try:
-        return size < 1 << 20 and isinstance(json.loads(path.read_bytes()), dict)
+        return size < 1 << 20 and isinstance(parse_json(path.read_bytes()), dict)
     except ValueError:
         return False
 
@@ -108,7 +108,7 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> None:
     length = struct.unpack("<Q", head[:8])[0]
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(8 + length)[8:])
+            header = parse_json(file.read(8 + length)[8:])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         needed = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):

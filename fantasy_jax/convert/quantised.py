@@ -1,5 +1,6 @@
 """Weights with fewer bits, as float32: float8 and int8 with scales, and GGUF."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,18 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorSpec], Read]:
         import gguf
     except ModuleNotFoundError as error:
         raise WeightsError(f"{path}: needs gguf; pip install 'fantasy_jax[convert]'") from error
+
+    class Reader(gguf.GGUFReader):
+        """The package's reader, which at the end of a file would go on counting to any length."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, **options: Any) -> np.ndarray:
+            values = super()._get(offset, dtype, count, **options)
+            if values.size < count:
+                raise ValueError("it ends too early")
+            return values
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         specs = {key: TensorSpec(_shape(reader, x), np.dtype(np.float32)) for key, x in tensors.items()}
     except Exception as error:  # NumPy's, of a file that ends too early, and those of the package
@@ -118,6 +129,10 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorSpec], Read]:
 
 def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
     """A tensor's shape in PyTorch's order, or the one that ComfyUI-GGUF notes where it reshapes it."""
+    shape = tuple(int(x) for x in reversed(tensor.shape))
     if field := reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}"):
-        return tuple(int(x) for x in field.contents())
-    return tuple(int(x) for x in reversed(tensor.shape))
+        noted = tuple(int(x) for x in field.contents())
+        if min(noted, default=1) < 0 or math.prod(noted) != math.prod(shape):
+            raise ValueError(f"{tensor.name} of shape {shape} cannot have the shape {noted}")
+        return noted
+    return shape

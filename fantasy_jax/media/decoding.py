@@ -29,6 +29,8 @@ _START_TOLERANCE = 0.002
 _ALL_HOLES, _RESTART = 3600.0, 1.0
 """Seconds; a timestamp that is further ahead than holes may last in all, or further behind than the second,
 belongs to a clock that is set anew. No packet lasts longer than the second, either."""
+_RATES = 1000, 1_000_000
+"""Smallest and largest sampling rate, in Hz. A few bytes of a file of 1 Hz would be hours of sound."""
 MAX_DAMAGE = 0.25
 """Fraction of a sound that may be damaged."""
 
@@ -106,7 +108,7 @@ def placed_sound(path: str | Path, report: SoundReport) -> Iterator[Piece]:
         channel.
 
     Raises:
-        MediaError: The file is missing or has no audio, or its audio is empty.
+        MediaError: The file is missing or has no audio, or its audio is empty or of an unusual rate.
     """
     with _open_audio(path) as container:
         stream = container.streams.audio[0]
@@ -114,11 +116,17 @@ def placed_sound(path: str | Path, report: SoundReport) -> Iterator[Piece]:
         place = _Placement(_time_zero(path, container), min(lasts, _ALL_HOLES), report)
         convert, stated = _Converter(), _states_times(container)
         for part in _decode(container, stream, report):
-            if isinstance(part, av.AudioFrame):
+            decoded = isinstance(part, av.AudioFrame)
+            rate = _rate(part, stream) if decoded else stream.rate
+            if (decoded or rate) and not _RATES[0] <= rate <= _RATES[1]:
+                raise MediaError(
+                    f"{path}: has {rate} samples a second; {_RATES[0]} to {_RATES[1]} can be read"
+                )
+            if decoded:
                 time = float(part.pts * part.time_base) if stated and part.pts is not None else None
-                yield from place(_rate(part, stream), convert(part), time)
+                yield from place(rate, convert(part), time)
             else:
-                yield from place.damage(stream.rate, part)
+                yield from place.damage(rate, part)
     if not report.seconds:
         raise MediaError(f"{path}: the audio has no samples; use a file that is not empty")
 

@@ -22,7 +22,7 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
         path: Its file, for the message.
     """
     if image.mode == "LAB":
-        return _convert(image, ImageCms.createProfile("LAB"))
+        return _convert(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
     if not (content := image.info.get("icc_profile")):
         return image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None

@@ -10,7 +10,7 @@ from fantasy_jax.diffusion.guidance import GuidanceBranch, Scale, guidance_branc
 from fantasy_jax.diffusion.sampler import SamplerConfig
 from fantasy_jax.diffusion.windows import Anchor, WindowSchedule
 from fantasy_jax.errors import ConfigError, WeightsError
-from fantasy_jax.files import atomic_write
+from fantasy_jax.files import atomic_write, parse_json
 from fantasy_jax.models.adapters.audio import AudioAttention
 from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
 from fantasy_jax.models.adapters.motion import NEUTRAL
@@ -231,7 +231,7 @@ def check_pipeline(directory: str | Path, pipeline: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         name = content["pipeline"]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: damaged ({error}); delete it to use the default settings") from error

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.files import parse_json
 
 SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 """Suffixes of video files."""
@@ -88,10 +88,10 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
                 reader = csv.DictReader(file)
                 yield from ((reader.line_num, row) for row in reader)
             else:
-                yield from ((i, json.loads(line)) for i, line in enumerate(file, 1) if line.strip())
+                yield from ((i, parse_json(line)) for i, line in enumerate(file, 1) if line.strip())
     except OSError as error:
         raise ConfigError(f"--captions={path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (csv.Error, ValueError) as error:  # UnicodeDecodeError, too
         raise ConfigError(f"--captions={path}: not a valid .csv or .jsonl file ({error})") from error
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fantasy_jax.files import parse_json
+
 CHECKSUMS = "checksums.json"
 _COMMIT_FILE = "commit_success.txt"
 """Written into each item when it is complete, and last into the checkpoint; its text names the folder."""
@@ -67,7 +69,7 @@ def find_damage(folder: Path, process: int = 0, processes: int = 1, *, item: str
         PermissionError: A file must not be read, which says nothing about its content.
     """
     try:
-        wanted = json.loads((folder / CHECKSUMS).read_text())
+        wanted = parse_json((folder / CHECKSUMS).read_text())
         names = [name for name in wanted if name.startswith(item)]
         by_size = sorted(names, key=lambda name: ((folder / name).stat().st_size, name))
         found = _checksums(folder, [folder / name for name in by_size[process::processes]])
@@ -76,7 +78,7 @@ def find_damage(folder: Path, process: int = 0, processes: int = 1, *, item: str
         raise
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         damaged = [CHECKSUMS]
     return f"{damaged[0]} is damaged" if damaged else None
 

@@ -34,6 +34,7 @@ from flax import nnx
 from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.files import parse_json
 from fantasy_jax.system.registry import Component, find_component, slots
 from fantasy_jax.weights.checksums import SUMS, damaged_files, files_below, missing_files, skipped, write_sums
 
@@ -235,7 +236,7 @@ def read_record(folder: Path) -> tuple[Component, dict[str, Any]]:
     if not path.is_file():
         raise WeightsError(f"{folder}: holds no complete weights (no {RECORD}); import them first")
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
         component = find_component(content["component"], folder)
         sizes = content["items"].items()
         found = {name: _bytes(path.parent / name) for name, _ in sizes}
