@@ -184,6 +184,14 @@ def write_wav(path, samples, rate=RATE):
     return path
 
 
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
+def test_a_sound_of_an_unusual_rate_is_refused(tmp_path, rate):
+    path = write_wav(tmp_path / "t.wav", clicks(seconds=0.01), rate)
+    for read in (media.read_audio, media.audio_seconds, lambda path: list(stream_audio(path, RATE))):
+        with pytest.raises(MediaError, match=rf"t\.wav: has {rate} samples a second"):
+            read(path)
+
+
 def test_values_that_are_not_finite_are_damage(tmp_path):
     samples = clicks(0.5, 2.5)
     samples[:, 60_000:61_000] = np.nan

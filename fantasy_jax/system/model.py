@@ -109,7 +109,10 @@ class ModelConfig:
             except WeightsError as error:
                 raise ConfigError(str(error)) from None
             networks[slot] = build(component.config_type, sizes, f"{path}.{slot}")
+        dtype = values.get("dtype", "bfloat16")
+        if not isinstance(dtype, str):
+            raise ConfigError(f"{path}.dtype: must be 'float32' or 'bfloat16', not {dtype!r}")
         try:
-            return cls(**networks, dtype=values.get("dtype", "bfloat16"))
+            return cls(**networks, dtype=dtype)
         except ConfigError as error:
             raise ConfigError(f"{path}.{error}") from None

@@ -185,7 +185,7 @@ def write(
     content = {name: x for name, x in as_json(record).items() if x or name not in optional}
     started = partial / _STARTED
     others = [] if not folder.is_dir() else [x.name for x in folder.iterdir() if x.is_file()]
-    if foreign := sorted(set(others) - {RECORD, _STARTED}):
+    if foreign := sorted(set(others) - {RECORD, SUMS, _STARTED}):
         raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
     try:
         if not (resume and started.is_file() and json.loads(started.read_text()) == content):
