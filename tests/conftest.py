@@ -16,6 +16,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# The flags are read now; libtpu, which some tests load, and other programs read them from here later.
+if os.environ["XLA_FLAGS"] == quick_flags(len(jax.devices())):
+    os.environ["XLA_FLAGS"] = quick_flags(len(jax.devices()), libtpu=True)
+
 install_import_hook("fantasy_jax", "beartype.beartype")
 
 

@@ -17,10 +17,11 @@ import fantasy_jax
 from fantasy_jax import cli, media
 from fantasy_jax.errors import ConfigError, MediaError, WeightsError
 from fantasy_jax.files import atomic_write, check_outputs
+from fantasy_jax.pipelines.arguments import sampling_parser
 from fantasy_jax.pipelines.batch import ClipRequest
 from fantasy_jax.pipelines.latents import initial_noise, keep_latents, read_latents, save_latents
 from fantasy_jax.pipelines.output import VideoOutput
-from sample import _parser, _write, main
+from sample import _write, main
 
 TINY = f"--config={Path(__file__).parent.parent / 'configs/tiny.py'}"
 FRAMES = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
@@ -190,7 +191,7 @@ def test_seeds_of_more_bits_are_refused(seed):
 def test_latents_survive_a_disk_that_is_full(capsys):
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 8, 8, 4)), jnp.float32)
     output = VideoOutput(lambda: iter(FRAMES), latents, 9, 25)
-    arguments = _parser().parse_args([TINY])
+    arguments = sampling_parser("").parse_args([TINY])
     Path("v.latents.safetensors").write_text("of an earlier run")
     request = ClipRequest("a.png", ("a.wav",), "", Path("v.mp4"))
     with (

@@ -102,7 +102,7 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorSpec], Read]:
     class Reader(gguf.GGUFReader):
         """The package's reader, which at the end of a file would go on counting to any length."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, **options: Any) -> np.ndarray:
+        def _get(self, offset: int, dtype: Any, count: Any = 1, **options: Any) -> np.ndarray:
             values = super()._get(offset, dtype, count, **options)
             if values.size < count:
                 raise ValueError("it ends too early")

@@ -28,7 +28,7 @@ _START_TOLERANCE = 0.002
 """Likewise, of the first timestamp, which no rounding has moved."""
 _ALL_HOLES, _RESTART = 3600.0, 1.0
 """Seconds; a timestamp that is further ahead than holes may last in all, or further behind than the second,
-belongs to a clock that is set anew. No packet lasts longer than the second, either."""
+belongs to a clock that has restarted. No packet lasts longer than the second, either."""
 _RATES = 1000, 1_000_000
 """Smallest and largest sampling rate, in Hz. A few bytes of a file of 1 Hz would be hours of sound."""
 MAX_DAMAGE = 0.25
@@ -47,7 +47,7 @@ class SoundReport:
         holes: Start and end of what the file lacks, in seconds.
         damaged: Likewise, of what cannot be decoded.
         cancelled: Seconds in which the two channels cancel each other, so that one of them is used.
-        restarts: How often the clock of its timestamps is set anew.
+        restarts: How often the clock of its timestamps restarts.
         ended: Why nothing more can be read; empty at the end of the file.
     """
 
@@ -82,7 +82,7 @@ class SoundReport:
             )
         if self.restarts:
             notes.append(
-                f"the clock of the audio is set anew {self.restarts} times; it is read without gaps there"
+                f"the clock of the audio restarts {self.restarts} times; it is read without gaps there"
             )
         if self.ended:
             notes.append(f"the audio cannot be read beyond {self.seconds:.2f} s ({self.ended})")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
 
 import av
@@ -17,6 +18,8 @@ from fantasy_jax.media.paths import check_exists, file_url
 from fantasy_jax.typing import UInt8
 
 _DEFAULT_FPS = Fraction(25)
+_LONGEST_GAP = 3600.0
+"""Seconds between two frames beyond which a frame's time is wrong; it follows the one before it."""
 _EPSILON = 1e-6
 """Tolerance for rounding when frame times are compared, in seconds."""
 
@@ -115,13 +118,13 @@ def stream_video(
             size = size or displayed_size(frame, stream)
             while last and count / fps < (last[0] + time) / 2 - _EPSILON:
                 if count >= first:
-                    yield last[0], to_rgb(last[1], stream, size)
+                    yield last[0], last[1]().copy()
                 count += 1
             step = time - last[0] if last else step
-            last = time, frame
+            last = time, cache(partial(to_rgb, frame, stream, size))  # it may be repeated many times
         while last and count / fps < last[0] + step / 2 - _EPSILON:
             if count >= first:
-                yield last[0], to_rgb(last[1], stream, size)
+                yield last[0], last[1]().copy()
             count += 1
 
 
@@ -166,6 +169,8 @@ def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
         time = previous + step if frame.time is None else frame.time
         if not math.isfinite(time):
             time = 0.0
+        if start is not None and time - previous > _LONGEST_GAP:
+            time = previous + step
         if frame.is_corrupt or time <= previous:
             continue
         start, previous = time if start is None else start, time

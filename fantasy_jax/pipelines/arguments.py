@@ -103,26 +103,30 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
         type=float,
         help="use this much of them (--config.sample.max_seconds; default: all)",
     )
-    parser.add_argument(
-        "--noise",
-        metavar="FILE",
-        help="start from the tensor `noise` in this safetensors file, [1, C, F, h, w], instead of a seed's",
-    )
-    parser.add_argument(
-        "--save_latents",
-        metavar="FILE",
-        help="write the final latents as a safetensors file: the tensor `latents`, with the same layout",
-    )
-    parser.add_argument(
-        "--latents",
-        metavar="FILE",
-        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is played",
-    )
+    _add_latents(parser.add_argument_group("latents in files"))
     _add_people(parser.add_argument_group("several people in the picture"))
     _add_talking(parser.add_argument_group("FantasyTalking"))
     _add_dubbing(parser.add_argument_group("Dubbing, with FantasyTalking"))
     _add_portrait(parser.add_argument_group("FantasyPortrait"))
     return parser
+
+
+def _add_latents(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--noise",
+        metavar="FILE",
+        help="start from the tensor `noise` in this safetensors file, [1, C, F, h, w], instead of a seed's",
+    )
+    group.add_argument(
+        "--save_latents",
+        metavar="FILE",
+        help="write the final latents as a safetensors file: the tensor `latents`, with the same layout",
+    )
+    group.add_argument(
+        "--latents",
+        metavar="FILE",
+        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is played",
+    )
 
 
 def _add_people(group: argparse._ArgumentGroup) -> None:
