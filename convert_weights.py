@@ -148,7 +148,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    model = build(ModelConfig, load_config(arguments.config).model, "model")
+    model = section(ModelConfig, load_config(arguments.config), "model")
     print("\n".join(init_store(arguments.output, model, seed=arguments.seed)))
     print("All weights are random: what is sampled from them is noise.")
     return 0

@@ -21,6 +21,7 @@ from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines.config import PipelineConfig, read_pipeline
 from fantasy_jax.pipelines.latents import initial_noise
+from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.preprocessing.images import fit_picture, to_pixels
 from fantasy_jax.sharding import make_mesh, replicate
 from fantasy_jax.system import encoders
