@@ -121,7 +121,6 @@ def import_weights(
         WeightsError: A file is missing, damaged or of another model; two files hold the same network; or the
             disk has not enough space.
         ConversionError: A file does not fit its network.
-        ConfigError: Another import writes to the store.
     """
     options, tokenizer = import_options(), None if tokenizer is None else Path(tokenizer)
     jobs = []
