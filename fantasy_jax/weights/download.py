@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fantasy_jax.disk import check_space, free_bytes
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import components
-from fantasy_jax.weights.disk import check_space, free_bytes
 
 
 @dataclass(frozen=True)
