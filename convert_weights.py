@@ -282,7 +282,13 @@ def _add_init(commands: Any) -> None:
         help="config file of the networks",
     )
     command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
-    command.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    command.add_argument(
+        "--seed",
+        type=cli.integer(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="seed of the weights (default: %(default)s)",
+    )
 
 
 def _add_export(commands: Any) -> None:

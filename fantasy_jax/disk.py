@@ -1,16 +1,32 @@
-"""A disk that is full, whichever library meets it and whatever it raises then."""
+"""Free space of a disk, and a disk that is full, whichever library meets it and whatever it raises then."""
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fantasy_jax.errors import WeightsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FullDiskError(OSError):
     """A disk is full, or a quota is used up; the message is one line and says where."""
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns the free space for a folder, which need not exist yet."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def check_space(folder: Path, needed: int, free: int) -> None:
+    """Raises a WeightsError if `needed` bytes exceed the `free` bytes for a folder."""
+    if needed > free:
+        gib = f"needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        raise WeightsError(f"{folder}: not enough disk space; {gib}")
 
 
 @contextmanager

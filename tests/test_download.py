@@ -10,7 +10,7 @@ import pytest
 from helpers import run_convert_weights
 
 import convert_weights
-from fantasy_jax.weights import disk
+from fantasy_jax import disk
 
 Sibling = namedtuple("Sibling", "rfilename size")
 Info = namedtuple("Info", "siblings")

@@ -74,7 +74,9 @@ def test_the_rest_of_a_video_is_not_dubbed(tmp_path):
     assert found.num_frames == 40
     assert [(speaker.first, speaker.num_frames) for speaker in found.speakers] == [(0, 12)]
     (note,) = found.notes
-    assert note == "The audio lasts 0.46 s; the rest of the video's 1.60 s is left as it is."
+    assert note == (
+        "The audio lasts 0.46 of the video's 1.60 s; after it the video keeps its frames, but not its sound."
+    )
     found = plan(path, 23 / 25)  # three frames into the second scene
     assert [(speaker.first, speaker.num_frames) for speaker in found.speakers] == [(0, 20)]
     assert "frames 20 to 22" in found.notes[1]
@@ -309,7 +311,7 @@ def test_the_command_writes_a_video_and_a_sheet(tmp_path, monkeypatch, capsys):
     steps = "--config.sample.num_inference_steps=2"
     main([TINY, "--video=v.mp4", "--audio=a.wav", "--background=a.wav", "--output=out/dubbed.mp4", steps])
     printed = capsys.readouterr().out
-    assert "The audio lasts 0.30 s; the rest of the video's 0.50 s is left as it is." in printed
+    assert "The audio lasts 0.30 of the video's 0.50 s" in printed
     assert "10 frames of 320 x 120 at 20 frames per second" in printed
     assert sorted(path.name for path in Path("out").iterdir()) == ["dubbed.mp4", "dubbed.png"]
     assert media.read_video("out/dubbed.mp4")[0].shape == (10, 120, 320, 3)

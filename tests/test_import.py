@@ -18,11 +18,12 @@ import pytest
 from helpers import DATA, run_convert_weights
 from safetensors.numpy import save_file
 
+from fantasy_jax import disk
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import export, flat_parameters, load
 from fantasy_jax.files import lock_folder
 from fantasy_jax.system.registry import components
-from fantasy_jax.weights import disk, store
+from fantasy_jax.weights import store
 from fantasy_jax.weights.detect import detect
 from fantasy_jax.weights.loading import load_network
 

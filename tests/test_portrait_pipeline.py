@@ -258,10 +258,10 @@ def test_sound_that_cannot_be_read_is_found_before_sampling(dry_pipeline, sample
     assert not sampled
     loud = sounding(tmp_path / "loud.mp4", 0.2)
 
-    def damaged(path, **_):
+    def damaged(path, _):
         raise MediaError(f"{path}: damaged")
 
-    monkeypatch.setattr(media, "read_audio", damaged)
+    monkeypatch.setattr(media, "check_audio", damaged)
     assert dry_pipeline(picture(40), loud).audio is None
 
 

@@ -53,6 +53,9 @@ COMMANDS = {
     "verify": (convert_weights.main, ["verify"]),
     "inspect": (convert_weights.main, ["inspect"]),
     "import": (convert_weights.main, ["import", "--output=out/store"]),
+    "download": (convert_weights.main, ["download", DEBUG, "--output=out/downloads"]),
+    "init": (convert_weights.main, ["init", DEBUG, "--output=out/store"]),
+    "check": (convert_weights.main, ["check"]),
     "export": (
         convert_weights.main,
         ["export", f"--weights={ROOT / 'fantasy_jax/assets/tiny'}", "--output=out/x.safetensors"],

@@ -54,13 +54,13 @@ def draw_sigmas(
 
 
 def add_noise(
-    latents: Float[Array, "B *n"], noise: Float[Array, "B *n"], sigma: Float[Array, " B"]
-) -> Float[Array, "B *n"]:
+    latents: Float[Array, " B *n"], noise: Float[Array, " B *n"], sigma: Float[Array, " B"]
+) -> Float[Array, " B *n"]:
     """`(1 - sigma) * latents + sigma * noise`."""
     sigma = sigma.reshape(-1, *[1] * (latents.ndim - 1))
     return (1 - sigma) * latents + sigma * noise
 
 
-def velocity_target(latents: Float[Array, "B *n"], noise: Float[Array, "B *n"]) -> Float[Array, "B *n"]:
+def velocity_target(latents: Float[Array, " B *n"], noise: Float[Array, " B *n"]) -> Float[Array, " B *n"]:
     """The velocity that the transformer is trained to predict: noise minus data."""
     return noise - latents

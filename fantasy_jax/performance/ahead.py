@@ -94,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--size",
         metavar="HxW",
-        help="size of the clips in pixels, multiples of 16 (default: the config's); sample.py has it without "
-        "--compile_only, too",
+        help="height and width of the clips in pixels, multiples of 16 (default: the config's); sample.py "
+        "also samples this size, rounded to multiples of 16, without --compile_only",
     )
     group.add_argument(
         "--only", metavar="NAME", help="compile the programs whose name begins so, such as 'guided step'"

@@ -77,9 +77,11 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
     """
     parser = cli.ArgumentParser(prog="sample.py", description=description, epilog=EXAMPLES)
     cli.add_config_argument(parser)
-    parser.add_argument("--image", help="the portrait, in any common format")
-    parser.add_argument("--prompt", help="what the video shows (default: the pipeline's)")
-    parser.add_argument("--output", help="the mp4 to write, and beside it a contact sheet (.png)")
+    parser.add_argument("--image", metavar="FILE", help="the portrait, in any common format")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: the pipeline's)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the mp4 to write, and beside it a contact sheet (.png)"
+    )
     parser.add_argument(
         "--weights",
         metavar="DIR",

@@ -235,7 +235,8 @@ def _duration_notes(source: SourceVideo, num_frames: int, seconds: float) -> lis
         return []
     if seconds > lasts:
         return [f"The audio lasts {seconds:.2f} s and is cut to the video's {lasts:.2f} s."]
-    return [f"The audio lasts {seconds:.2f} s; the rest of the video's {lasts:.2f} s is left as it is."]
+    rest = "after it the video keeps its frames, but not its sound"
+    return [f"The audio lasts {seconds:.2f} of the video's {lasts:.2f} s; {rest}."]
 
 
 def _nothing_to_dub(

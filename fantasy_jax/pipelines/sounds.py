@@ -32,7 +32,7 @@ class Sounds:
         rate: Sampling rate of that waveform, in Hz.
     """
 
-    waveforms: tuple[Float[np.ndarray, "_"], ...]
+    waveforms: tuple[Float[np.ndarray, " _"], ...]
     num_samples: int
     played: AudioInput | AudioPart
     rate: int = SAMPLE_RATE

@@ -98,7 +98,7 @@ class VideoStream:
         networks: Networks,
         inputs: ClipInputs,
         blocks: Blocks,
-        chunks: Iterable[Float[np.ndarray, "_"]],
+        chunks: Iterable[Float[np.ndarray, " _"]],
         seed: int,
     ):
         """Prepares a stream.

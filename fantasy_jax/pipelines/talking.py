@@ -150,7 +150,7 @@ class FantasyTalkingPipeline(Pipeline):
     def stream(
         self,
         image: ImageInput,
-        audio_chunks: Iterable[Float[np.ndarray, "_"]],
+        audio_chunks: Iterable[Float[np.ndarray, " _"]],
         prompt: str = "A person is talking.",
         *,
         windows_per_block: int = 1,

@@ -52,12 +52,16 @@ def fit_picture(
         name: Name of the picture in messages.
 
     Raises:
-        ConfigError: The size is not positive.
-        MediaError: One side of what is shown is over four times as long as the other.
+        ConfigError: The size is not positive, or one side is over four times as long as the other.
+        MediaError: One side of the picture is that long, and there is no size.
     """
     log = logging.getLogger(__name__)
     if size is None:
-        _check_shape(*image.size, name)
+        if _is_extreme(*image.size):
+            raise MediaError(
+                f"{name}: {image.width} x {image.height} pixels; one side may be at most {_MAX_ASPECT} times "
+                "as long as the other; crop it, or give a size"
+            )
         return image, fit_image(image, longest_edge)
     if min(size) < 1:
         raise ConfigError(f"size is {size[0]} x {size[1]}; both sides must be positive")
@@ -66,7 +70,10 @@ def fit_picture(
         log.warning(
             "size: %d x %d is rounded to multiples of %d: %d x %d", *size, PIXELS_PER_TOKEN, height, width
         )
-    _check_shape(width, height, "size")
+    if _is_extreme(width, height):
+        raise ConfigError(
+            f"size is {height} x {width}; one side may be at most {_MAX_ASPECT} times as long as the other"
+        )
     scale = min(image.width / width, image.height / height)
     shown = max(round(width * scale), 1), max(round(height * scale), 1)
     left, top = (image.width - shown[0]) // 2, (image.height - shown[1]) // 2
@@ -76,12 +83,8 @@ def fit_picture(
     return part, part.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _check_shape(width: int, height: int, name: str | Path) -> None:
-    if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise MediaError(
-            f"{name}: {width} x {height} pixels; one side may be {_MAX_ASPECT} times as long as the other; "
-            "crop it, or give a size"
-        )
+def _is_extreme(width: int, height: int) -> bool:
+    return max(width, height) > _MAX_ASPECT * min(width, height)
 
 
 def to_pixels(image: Image.Image) -> Float[np.ndarray, "H W 3"]:

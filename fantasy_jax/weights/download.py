@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fantasy_jax.disk import check_space, free_bytes
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import components
-from fantasy_jax.weights.disk import check_space, free_bytes
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,14 @@ def download(output: str | Path, networks: Collection[str] | None = None) -> Non
         networks: Slots of the networks; None: all.
 
     Raises:
-        WeightsError: The hub cannot be reached, the disk has not enough space, or a download fails.
+        WeightsError: `output` is a file, the hub cannot be reached, the disk has not enough space, or a
+            download fails.
     """
     from huggingface_hub import hf_hub_download
 
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise WeightsError(f"{output}: is a file; give the name of a folder")
     files = hosted_files(networks)
     missing = [file for file in files if not file.is_in(output)]
     for file in files:

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from fantasy_jax.convert.files import has_variant, open_weights, source_files
 from fantasy_jax.convert.rules import Plan, check, load, stored_dtype
+from fantasy_jax.disk import check_space, free_bytes
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import lock_folder
 from fantasy_jax.system.registry import Component, components
 from fantasy_jax.typing import DType
 from fantasy_jax.weights.checksums import sha256
 from fantasy_jax.weights.detect import Detected, detect
-from fantasy_jax.weights.disk import check_space, free_bytes
 from fantasy_jax.weights.store import (
     RECORD,
     TOKENIZER,
@@ -121,7 +121,6 @@ def import_weights(
         WeightsError: A file is missing, damaged or of another model; two files hold the same network; or the
             disk has not enough space.
         ConversionError: A file does not fit its network.
-        ConfigError: Another import writes to the store.
     """
     options, tokenizer = import_options(), None if tokenizer is None else Path(tokenizer)
     jobs = []

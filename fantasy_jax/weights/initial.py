@@ -6,12 +6,12 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from fantasy_jax.convert.rules import flat_parameters
+from fantasy_jax.disk import check_space, free_bytes
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import lock_folder
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import RandomLoader
 from fantasy_jax.system.registry import component_of
-from fantasy_jax.weights.disk import check_space, free_bytes
 from fantasy_jax.weights.store import save_network
 
 
