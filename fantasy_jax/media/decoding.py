@@ -28,7 +28,7 @@ _START_TOLERANCE = 0.002
 """Likewise, of the first timestamp, which no rounding has moved."""
 _ALL_HOLES, _RESTART = 3600.0, 1.0
 """Seconds; a timestamp that is further ahead than holes may last in all, or further behind than the second,
-belongs to a clock that is set anew. No packet lasts longer than the second, either."""
+belongs to a clock that restarts. No packet lasts longer than the second, either."""
 MAX_DAMAGE = 0.25
 """Fraction of a sound that may be damaged."""
 
@@ -45,7 +45,7 @@ class SoundReport:
         holes: Start and end of what the file lacks, in seconds.
         damaged: Likewise, of what cannot be decoded.
         cancelled: Seconds in which the two channels cancel each other, so that one of them is used.
-        restarts: How often the clock of its timestamps is set anew.
+        restarts: How often the clock of its timestamps restarts.
         ended: Why nothing more can be read; empty at the end of the file.
     """
 
@@ -80,7 +80,7 @@ class SoundReport:
             )
         if self.restarts:
             notes.append(
-                f"the clock of the audio is set anew {self.restarts} times; it is read without gaps there"
+                f"the timestamps of the audio restart {self.restarts} times; it is read without gaps there"
             )
         if self.ended:
             notes.append(f"the audio cannot be read beyond {self.seconds:.2f} s ({self.ended})")
