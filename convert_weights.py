@@ -140,7 +140,7 @@ def _import(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     checked = check_store(arguments.directory)
     for result in checked:
-        print(f"{result.path}: {'DAMAGED' if result.faults else 'whole, ' + result.text}")
+        print(f"{result.path}: {'DAMAGED' if result.faults else 'intact, ' + result.text}")
         print("".join(f"  {fault}\n" for fault in result.faults), end="")
     damaged = sum(bool(result.faults) for result in checked)
     print(f"\n{len(checked)} checked, {damaged} damaged")

@@ -44,7 +44,7 @@ def full_disk_reported(folder: str | Path) -> Iterator[None]:
         if (reason := _reason(error)) is None:
             raise
         raise FullDiskError(
-            f"{folder}: {reason}; what is complete is kept: make room, and run the same command to go on"
+            f"{folder}: {reason}; what is complete is kept: make room, and run the same command to resume"
         ) from error
 
 

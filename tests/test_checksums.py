@@ -92,7 +92,7 @@ def test_checks_can_be_skipped(store, monkeypatch):
 def test_check_of_a_store(store, capsys):
     code, out, _ = run_convert_weights(capsys, "check", store)
     assert code == 0
-    assert f"{store}/audio_adapter: whole, fantasytalking, float32, adapter.ckpt, abababab\n" in out
+    assert f"{store}/audio_adapter: intact, fantasytalking, float32, adapter.ckpt, abababab\n" in out
     (store / "audio_adapter/note.txt").write_text("")
     flip(max((store / "audio_adapter/rest").rglob("*"), key=lambda x: x.stat().st_size * x.is_file()), 40, 3)
     code, out, _ = run_convert_weights(capsys, "check", store)
@@ -119,6 +119,21 @@ def test_the_hash_of_a_network_is_that_of_its_content(tmp_path, store):
     two = [SOURCE, SourceFile("b", 3, "cd" * 32)]
     save_network(again, half, component="fantasytalking", sources=two)
     assert network_hash(again) not in ("ab" * 32, "cd" * 32)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_network_is_replaced_with_its_own_files_only(tmp_path, checksums):
+    folder, normaliser = tmp_path / "store/audio_adapter", tmp_path / "motion.json"
+    normaliser.write_text("{}")
+    network = random_network(AUDIO)
+    for _ in range(2):
+        save_network(folder, network, component="fantasytalking", files=[normaliser])
+        if not checksums:  # as earlier versions stored it
+            (folder / "SHA256SUMS").unlink()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(WeightsError, match=r"holds notes\.txt"):
+        save_network(folder, network, component="fantasytalking")
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 # Random stores

@@ -82,7 +82,7 @@ class SoundReport:
             )
         if self.restarts:
             notes.append(
-                f"the clock of the audio restarts {self.restarts} times; it is read without gaps there"
+                f"the timestamps of the audio restart {self.restarts} times; it is read without gaps there"
             )
         if self.ended:
             notes.append(f"the audio cannot be read beyond {self.seconds:.2f} s ({self.ended})")

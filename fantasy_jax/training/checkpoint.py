@@ -97,7 +97,7 @@ class Checkpoints:
             damage = self._damage(step)
             if damage is None:
                 if step != latest:
-                    _log.warning("%s: goes on from step %d", self.folder, step)
+                    _log.warning("%s: resumes from step %d", self.folder, step)
                 return step
             self._put_aside(self.folder / str(step), damage)
         if left := sorted(path.name for path in self.folder.glob(f"*{_DAMAGED}*")):

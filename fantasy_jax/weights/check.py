@@ -16,7 +16,7 @@ class Checked:
     Attributes:
         path: Its folder.
         text: What it is; empty where it cannot be read.
-        faults: What is wrong, one line each; empty if it is whole.
+        faults: What is wrong, one line each; empty if it is intact.
     """
 
     path: Path

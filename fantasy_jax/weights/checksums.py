@@ -52,7 +52,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def damaged_files(folder: Path, below: str = "") -> list[str]:
-    """Names of the files that are missing or differ from their checksums; empty if all are whole.
+    """Names of the files that are missing or differ from their checksums; empty if all are intact.
 
     A file that has not changed since it was compared last is not read again by the same process. A folder
     without checksums has no damaged files.

@@ -35,8 +35,17 @@ from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import parse_json
+from fantasy_jax.preprocessing.motion import MOTION_FILE
 from fantasy_jax.system.registry import Component, find_component, slots
-from fantasy_jax.weights.checksums import SUMS, damaged_files, files_below, missing_files, skipped, write_sums
+from fantasy_jax.weights.checksums import (
+    SUMS,
+    damaged_files,
+    files_below,
+    missing_files,
+    read_sums,
+    skipped,
+    write_sums,
+)
 
 LORA = "lora"
 """Slot and format of a LoRA of the transformer."""
@@ -185,7 +194,8 @@ def write(
     content = {name: x for name, x in as_json(record).items() if x or name not in optional}
     started = partial / _STARTED
     others = [] if not folder.is_dir() else [x.name for x in folder.iterdir() if x.is_file()]
-    if foreign := sorted(set(others) - {RECORD, SUMS, _STARTED}):
+    # Stores of earlier versions have no checksums that would name the normaliser.
+    if foreign := sorted(set(others) - {RECORD, SUMS, _STARTED, MOTION_FILE, *read_sums(folder)}):
         raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
     try:
         if not (resume and started.is_file() and json.loads(started.read_text()) == content):
