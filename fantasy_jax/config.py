@@ -235,8 +235,11 @@ def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
         value = _member(section, name, ".".join(parents))
         if isinstance(value, ConfigDict):
             raise ConfigError(f"{path}: is a section; set one of {', '.join(value)}")
-        with section.ignore_type():
-            section[name] = _literal(text)
+        try:
+            with section.ignore_type():
+                section[name] = _literal(text)
+        except (ArithmeticError, TypeError, ValueError) as error:  # such as a dict with other keys than names
+            raise ConfigError(f"{path}: cannot be {text:.60} ({error})") from error
     return config
 
 

@@ -7,10 +7,10 @@ seconds and two GiB. The worker that reads is a process of its own, so that cras
 `test_fuzz_corpus.py` reads what was found again.
 """
 
+import contextlib
 import hashlib
 import io
 import multiprocessing
-import os
 import resource
 import shutil
 import sys
@@ -18,15 +18,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
 import conftest  # noqa: F401  (checks the types of all signatures)
-from fuzz_inputs import MAKERS, ROOT
+from fuzz_inputs import MAKERS, ROOT, Seeds
 from tqdm import tqdm
 
 from fantasy_jax import cli, media
@@ -88,7 +87,7 @@ def _read_batch(path: Path) -> None:
         media.video_format(request.output)
         for read, names in ((media.read_image, [request.image]), (media.read_audio, request.audio)):
             for name in names:
-                with suppress(FantasyError):  # as most names are of no file
+                with contextlib.suppress(FantasyError):  # as most names are of no file
                     read(name)
 
 
@@ -124,7 +123,7 @@ def fault_of(path: Path) -> str:
     for read in TARGETS[path.name.partition("-")[0]]:
         printed = io.StringIO()
         try:
-            with redirect_stderr(printed):
+            with contextlib.redirect_stderr(printed):
                 cli.run(lambda read=read: _exhaust([read(path)]), "fuzz")
         except SystemExit as stopped:
             *_, last = printed.getvalue().split("\n")[:-1] or [""]
@@ -206,40 +205,41 @@ def _short(fault: str) -> str:
     return "\n  ".join([*ours[-3:], *lines[-2:]])[:1000]
 
 
-def fuzz(seconds: float, seed: int, corpus: Path) -> int:
+def _inputs(random: Random, seeds: Mapping[str, Seeds], spent: Mapping[str, float]) -> Iterator[tuple]:
+    """Yields targets, suffixes and contents: first what is valid, then of the target that took least time."""
+    for target, files in seeds.items():
+        yield from ((target, *file) for file in files)
+    while True:
+        target = min(seeds, key=lambda target: spent[target])
+        yield (target, *MAKERS[target][1](random, seeds[target]))
+
+
+def fuzz(folder: Path, seconds: float, seed: int, corpus: Path) -> int:
     """Reads changed inputs for some time; returns how many kinds of faults were found."""
-    random, worker, started = Random(seed), Worker(), time.monotonic()
-    spent, slowest, counts = defaultdict(float), defaultdict(float), Counter()
-    found, largest = set(), 0
-    with tempfile.TemporaryDirectory() as name, tqdm(total=seconds, unit="s") as bar:
-        bar.bar_format = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
-        folder, seeds = Path(name), {}
-        for target, (make, _) in MAKERS.items():
-            (folder / target).mkdir()
-            seeds[target] = make(folder / target)
-        os.chdir(folder)
-        while (passed := time.monotonic() - started) < seconds:
-            target = min(TARGETS, key=lambda target: spent[target])
-            counts[target] += 1
-            fresh = counts[target] <= len(seeds[target])  # first as they are
-            suffix, content = (
-                seeds[target][counts[target] - 1] if fresh else MAKERS[target][1](random, seeds[target])
-            )
+    seeds, found, largest = {}, set(), 0
+    counts, spent, slowest = Counter(), defaultdict(float), defaultdict(float)
+    for target, (make, _) in MAKERS.items():
+        (folder / target).mkdir()
+        seeds[target] = make(folder / target)
+    worker, started = Worker(), time.monotonic()
+    with tqdm(total=seconds, bar_format="{l_bar}{bar}| {elapsed}, {remaining} left{postfix}") as bar:
+        for target, suffix, content in _inputs(Random(seed), seeds, spent):
             path = folder / f"{target}-input{suffix}"
             path.write_bytes(content)
             fault, took, memory = worker.read(path)
-            spent[target] += max(took, 1e-4)
+            counts[target] += 1
+            spent[target] += took
             slowest[target], largest = max(slowest[target], took), max(largest, memory)
             if fault and (target, _kind(fault)) not in found:
                 found.add((target, _kind(fault)))
-                digest = hashlib.sha256(content).hexdigest()[:8]
-                corpus.mkdir(parents=True, exist_ok=True)
-                (corpus / f"{target}-{digest}{suffix}").write_bytes(content)
-                bar.write(f"{target}-{digest}{suffix}: {_short(fault)}", file=sys.stderr)
-            bar.n = min(passed, seconds)
+                name = f"{target}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
+                (corpus / name).write_bytes(content)
+                bar.write(f"{name}: {_short(fault)}", file=sys.stderr)
+            bar.n = min(time.monotonic() - started, seconds)
             bar.set_postfix(inputs=counts.total(), faults=len(found))
-        worker.close()
-        os.chdir(ROOT)
+            if bar.n >= seconds:
+                break
+    worker.close()
     for target, count in counts.items():
         print(f"{target:10} {count:7} inputs, the slowest {slowest[target]:.2f} s")
     print(f"{counts.total()} inputs, {len(found)} kinds of faults, at most {largest / 2**30:.2f} GiB")
@@ -255,7 +255,13 @@ def main() -> int:
         "--corpus", type=Path, default=CORPUS, help="folder of the inputs that find something"
     )
     arguments = parser.parse_args()
-    return min(fuzz(arguments.seconds, arguments.seed, arguments.corpus.absolute()), 1)
+    corpus = arguments.corpus.absolute()
+    corpus.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+    ):  # where relative paths name nothing
+        return min(fuzz(Path(folder), arguments.seconds, arguments.seed, corpus), 1)
 
 
 if __name__ == "__main__":

@@ -293,6 +293,14 @@ def test_a_video_is_resampled_to_another_rate_by_frame_times(tmp_path):
     assert 15 <= len(frames) <= 17
 
 
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
+def test_a_time_far_ahead_repeats_no_frame_for_hours(tmp_path, name):
+    write_timed(tmp_path / name, [0, 4, 8, 500_000, 500_004, 500_008])  # 5000 s
+    times, frames = zip(*media.stream_video(tmp_path / name, 25), strict=True)
+    assert shades(frames) == list(range(6))
+    assert np.allclose(times, np.arange(6) / 25)
+
+
 def test_a_streamed_video_is_scaled(tmp_path):
     write_timed(tmp_path / "v.mkv", range(0, 20, 4))
     info = media.probe_video(tmp_path / "v.mkv")

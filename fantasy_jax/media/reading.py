@@ -173,7 +173,8 @@ def _timed_frames(container, stream) -> Iterator[tuple[float, av.VideoFrame]]:
             time = previous + step
         if frame.is_corrupt or time <= previous:
             continue
-        start, previous = time if start is None else start, time
+        start, step = (time, step) if start is None else (start, time - previous)
+        previous = time
         yield time - start, frame
 
 
