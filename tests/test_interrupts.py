@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from xla_flags import quick_flags
 
 from fantasy_jax import cli
 
@@ -78,7 +79,7 @@ def program(tmp_path_factory):
 
 def start(program, workdir):
     """Starts the program as the first process of a group, like a terminal."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags()}
     return subprocess.Popen(
         [sys.executable, str(program), str(workdir)],
         env=os.environ | flags | {"PYTHONPATH": str(ROOT)},

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from xla_flags import quick_flags
 
 from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import ConfigError
@@ -141,7 +142,7 @@ def test_stopped_and_resumed_training_equals_uninterrupted_training(tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
+    flags = {"XLA_FLAGS": quick_flags()}
     run = {"cwd": ROOT, "text": True, "env": os.environ | cache | flags}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = subprocess.run(training_command(whole), capture_output=True, **run)
