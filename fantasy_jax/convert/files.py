@@ -269,7 +269,7 @@ def _open_manifest(path: Path) -> WeightsFile:
         # A remark may follow the dtype: "float16 (.pth)".
         dtype = np.dtype(manifest.get("dtype", "float32").split()[0])
         specs = {key: TensorSpec(tuple(map(int, x)), dtype) for key, x in manifest["tensors"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
         message = f"{path}: is not a manifest, which has an entry 'tensors' of names and shapes ({error!r})"
         raise WeightsError(message) from error
 
