@@ -14,13 +14,18 @@ _MATRICES = {1: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: _BT2020, 10: _BT202
 """swscale's coefficients by a frame's colour space; it takes files that do not say theirs as BT.601."""
 _PQ, _HLG = 16, 18
 """Transfer characteristics of high dynamic range (ITU-T H.273)."""
+_MAX_ASPECT = 16
+"""Longer side of a pixel in shorter ones at most; what a damaged file says beyond it is ignored."""
 _KNEE = 0.9
 """Where tone mapping begins to compress, relative to diffuse white."""
 
 
 def displayed_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
     """Height and width of a frame with square pixels, after its display matrix."""
-    size = frame.height, max(round(frame.width * float(stream.sample_aspect_ratio or 1)), 1)
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
+        aspect = 1.0
+    size = frame.height, max(round(frame.width * aspect), 1)
     return size[::-1] if _orientation(frame)[0] else size
 
 
