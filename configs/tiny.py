@@ -3,7 +3,7 @@
 64 x 64 pixels, 17 frames at 25 frames per second. Sampling takes seconds, with the weights that come with the
 project. Training them from scratch takes an hour on two cores:
 
-    python train.py --config=configs/tiny.py --workdir=out/tiny
+    .venv/bin/python train.py --config=configs/tiny.py --workdir=out/tiny
 
 `configs/tiny.py:quick` is the same with fewer clips and steps.
 """

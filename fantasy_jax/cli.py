@@ -3,6 +3,9 @@
 import argparse
 import io
 import os
+import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -10,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,16 +27,36 @@ EXPECTED = (FantasyError, FloatingPointError, OSError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser with one-line errors, whose help keeps the line breaks of its examples."""
+    """A parser with one-line errors, whose help keeps the line breaks of its examples.
+
+    Examples begin with two spaces and `python`, which is shown as the interpreter that runs.
+    """
 
     def __init__(self, **arguments):
         """As argparse's, without abbreviations: a new argument must not change old commands."""
         arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **arguments)
 
+    def format_help(self) -> str:
+        """The help, with examples that run as they are written."""
+        return re.sub(
+            r"^  python ", lambda _: f"  {interpreter()} ", super().format_help(), flags=re.MULTILINE
+        )
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def interpreter() -> str:
+    """What starts the interpreter that runs, from the current folder: `python` where the path has it."""
+    running = Path(sys.executable)
+    if (found := shutil.which("python")) and Path(found) == running:
+        return "python"
+    try:
+        return shlex.quote(str(running.relative_to(Path.cwd())))
+    except ValueError:
+        return shlex.quote(str(running))
 
 
 def add_config_argument(parser: ArgumentParser) -> None:

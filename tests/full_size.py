@@ -2,7 +2,7 @@
 
 As a program it imports all of them and prints the peak of anonymous memory:
 
-    python tests/full_size.py FOLDER [--dtype float32] [--only fantasytalking]
+    .venv/bin/python tests/full_size.py FOLDER [--dtype float32] [--only fantasytalking]
 """
 
 import argparse

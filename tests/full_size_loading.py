@@ -2,7 +2,7 @@
 
 As a program it writes a store with a few of the forty blocks and loads it for eight pretended devices:
 
-    python tests/full_size_loading.py FOLDER --layers 4
+    .venv/bin/python tests/full_size_loading.py FOLDER --layers 4
 
 The pretended devices are in host memory, too, so the arrays themselves are subtracted from the peak: what
 is left is what a host needs beside its shards. It does not depend on the number of blocks.

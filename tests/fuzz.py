@@ -1,6 +1,6 @@
 """Gives changed files and settings to all readers, and keeps those that end in anything but one line.
 
-    python tests/fuzz.py --seconds=600
+    .venv/bin/python tests/fuzz.py --seconds=600
 
 Each input is a small valid one with a few random changes. It must be read or refused in one line, within ten
 seconds and two GiB. The worker that reads is a process of its own, so that crashes and hangs are found, too.

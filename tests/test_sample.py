@@ -160,3 +160,7 @@ def test_help_shows_examples():
     assert done.returncode == 0
     assert "examples:" in done.stdout
     assert "--config.sample.num_inference_steps=20" in done.stdout
+    examples = [line.split()[0] for line in done.stdout.splitlines() if " sample.py --config=" in line]
+    assert len(set(examples)) == 1
+    found = shutil.which(examples[0], path=os.environ["PATH"]) or ROOT / examples[0]
+    assert Path(found).samefile(sys.executable)

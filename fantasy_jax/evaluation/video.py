@@ -1,6 +1,6 @@
 """Measures a finished video: agreement of mouth and audio, motion, and similarity to the portrait.
 
-    python -m fantasy_jax.evaluation.video out/demo.mp4 --image=portrait.png
+    .venv/bin/python -m fantasy_jax.evaluation.video out/demo.mp4 --image=portrait.png
 
 No ground truth is needed: the mouth opening measured from the pixels is correlated with the energy of the
 audio, since mouths open on stressed syllables and close in pauses. Real speakers reach about 0.4 to 0.6.

@@ -2,7 +2,7 @@
 
 Measured on held-out synthetic speakers, like `lip_sync`:
 
-    python -m fantasy_jax.miniature.controls --config=configs/tiny.py --json=out/controls.json
+    .venv/bin/python -m fantasy_jax.miniature.controls --config=configs/tiny.py --json=out/controls.json
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,7 +2,7 @@
 
 Each clip is dubbed with another clip's audio, at several masks and strengths:
 
-    python -m fantasy_jax.miniature.dubbing --config=configs/tiny.py --json=out/dubbing.json
+    .venv/bin/python -m fantasy_jax.miniature.dubbing --config=configs/tiny.py --json=out/dubbing.json
 
 Positions of the faces are the true ones; no detector is involved.
 """

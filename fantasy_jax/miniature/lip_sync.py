@@ -3,7 +3,7 @@
 A video is generated from the first frame, prompt and audio of each clip. The mouth opening measured from its
 pixels is correlated with the opening that the audio was synthesised with:
 
-    python -m fantasy_jax.miniature.lip_sync --config=configs/tiny.py --json=out/lipsync.json
+    .venv/bin/python -m fantasy_jax.miniature.lip_sync --config=configs/tiny.py --json=out/lipsync.json
 """
 
 import itertools

@@ -2,7 +2,7 @@
 
 The way that pipelines use (`diffusion/windows.py`) is compared with others, each on the same clips and noise:
 
-    python -m fantasy_jax.miniature.long_clips --config=configs/tiny.py --json=out/long_clips.json
+    .venv/bin/python -m fantasy_jax.miniature.long_clips --config=configs/tiny.py --json=out/long_clips.json
 """
 
 from collections.abc import Callable, Mapping, Sequence

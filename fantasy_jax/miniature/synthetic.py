@@ -2,7 +2,7 @@
 
 A clip is a function of the config, its split and its index. The dataset is written as TFDS array records:
 
-    python -m fantasy_jax.miniature.synthetic --config=configs/tiny.py --output=DIR
+    .venv/bin/python -m fantasy_jax.miniature.synthetic --config=configs/tiny.py --output=DIR
 """
 
 from collections.abc import Iterator

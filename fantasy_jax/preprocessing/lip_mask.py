@@ -1,6 +1,6 @@
 """Lip masks in the pixels of videos: the area inside the lips' outer border.
 
-    python -m fantasy_jax.preprocessing.lip_mask talking.mp4 --output=out/lips.mp4
+    .venv/bin/python -m fantasy_jax.preprocessing.lip_mask talking.mp4 --output=out/lips.mp4
 
 Source: arXiv 2504.04842, section 3.2 (MediaPipe's landmarks). `diffusion.losses.project_mask` resamples it
 to the latent grid. The mask is empty in frames without a face; a clip whose mask is empty in all frames is
