@@ -25,6 +25,8 @@ from fantasy_jax.errors import FantasyError, Stopped
 EXPECTED = (FantasyError, FloatingPointError, OSError)
 """Errors that a user's input causes; `run` prints them as one line."""
 
+_EXAMPLE = re.compile(r"^  python ", re.MULTILINE)
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """A parser with one-line errors, whose help keeps the line breaks of its examples.
@@ -39,9 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, with examples that run as they are written."""
-        return re.sub(
-            r"^  python ", lambda _: f"  {interpreter()} ", super().format_help(), flags=re.MULTILINE
-        )
+        return _EXAMPLE.sub(lambda _: f"  {interpreter()} ", super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
