@@ -46,7 +46,7 @@ test-all: install
 	$(RUN) -m pytest -n 2 --dist worksteal --durations=15
 
 test-networks: install
-	$(RUN) -m pytest -m "networks and not slow"
+	$(RUN) -m pytest -n 2 --dist worksteal -m "networks and not slow"
 
 lint: install
 	$(RUN) -m ruff check .
