@@ -153,6 +153,8 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Completes a checkpoint before its folder gets its name; only the first process calls it."""
+        # Orbax writes its metadata in a thread of its own, and waits for it only after this call.
+        self.manager._non_blocking_metadata_store.wait_until_finished()
         folder = self._pending()
         write_checksums(folder, self.folder / folder.name.partition(".")[0])
 
