@@ -148,7 +148,7 @@ def _work(connection: Connection) -> None:
 
 
 class Worker:
-    """A process that reads files; it is started anew after it has crashed, hung or used too much memory."""
+    """A process that reads files; it is started again after it has crashed, hung or used too much memory."""
 
     def __init__(self):
         self._process = None

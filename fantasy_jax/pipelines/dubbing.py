@@ -104,8 +104,6 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
             used = math.inf if config.max_seconds is None else config.max_seconds
             waveform = as_waveform(audio, sampling_rate, start=config.start, seconds=used)
             waveform = waveform[: None if used == math.inf else round(used * SAMPLE_RATE)]
-            if isinstance(audio, str | Path):
-                media.check_audio(media.audio_part(audio, config.start, used))
             if background is not None:
                 media.check_audio(background)
             seconds = waveform.size / SAMPLE_RATE

@@ -115,9 +115,7 @@ def read_sounds(
         return Sounds(conditions, num_samples, mixed, MIX_RATE)
     if not isinstance(sounds[0], str | Path):
         return Sounds(conditions, num_samples, waveforms[0])
-    played = media.audio_part(sounds[0], start)
-    media.check_audio(played, num_samples / SAMPLE_RATE)
-    return Sounds(conditions, num_samples, played)
+    return Sounds(conditions, num_samples, media.audio_part(sounds[0], start))
 
 
 def mix(
