@@ -21,6 +21,7 @@ from fantasy_jax.convert.rules import (
     stored_dtype,
 )
 from fantasy_jax.diffusion.guidance import GuidanceBranch
+from fantasy_jax.models import layers
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
@@ -72,12 +73,12 @@ TINY_EXPRESSION = ExpressionAdapterConfig(
 
 def tiny_transformer(config: WanConfig = TINY_WAN, **adapters) -> WanTransformer:
     """A small transformer with these adapters, by name; all of its parameters are random and none is zero."""
-    return randomise(nnx.eval_shape(lambda: WanTransformer(config, adapters=adapters, rngs=nnx.Rngs(0))))
+    return randomise(abstract(WanTransformer, config, adapters=adapters))
 
 
-def abstract(network, config, **types) -> nnx.Module:
+def abstract(network, *sizes, **types) -> nnx.Module:
     """A network without memory for its parameters."""
-    return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0), **types))
+    return layers.abstract(lambda rngs: network(*sizes, rngs=rngs, **types))
 
 
 def tiny_inputs(

@@ -8,12 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, disturb, fill, randomise, relative, transformers_clip_vision
+from helpers import (
+    DATA,
+    abstract,
+    disturb,
+    fill,
+    random_network,
+    randomise,
+    relative,
+    transformers_clip_vision,
+)
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import clip_vision as table
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
 from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from fantasy_jax.models.layers import run
 from fantasy_jax.preprocessing.images import clip_image_preprocess
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
@@ -25,7 +35,7 @@ TINY = CLIPVisionConfig(image_size=42, patch_size=14, dim=32, mlp_ratio=3, num_h
 def reference(folder):
     config = table.config_from_reference(json.loads((DATA / folder / "config.json").read_text()))
     weights = load_file(DATA / folder / "weights.safetensors")
-    model = CLIPVisionModel(config, rngs=nnx.Rngs(0))
+    model = abstract(CLIPVisionModel, config)
     fill(model, table.official_rules(config), weights, table.ignored_keys(config))
     return config, weights, model
 
@@ -62,7 +72,7 @@ def test_full_size_file_matches():
     source = {key: TensorSpec(tuple(shape), np.dtype(np.float32)) for key, shape in tensors.items()}
     source["textual.head.0.weight"] = TensorSpec((1024, 1024), np.dtype(np.float32))
     config = CLIPVisionConfig()
-    target = flat_parameters(nnx.eval_shape(lambda: CLIPVisionModel(config, rngs=nnx.Rngs(0))))
+    target = flat_parameters(abstract(CLIPVisionModel, config))
     ignore = table.ignored_keys(config)
     plan = check(make_plan(table.official_rules(config), source, target, ignore=ignore))
     assert len(plan.entries) + len(plan.ignored) == len(source)
@@ -75,13 +85,12 @@ def test_full_size_file_matches():
 
 @pytest.mark.networks
 def test_bfloat16_is_close_to_float32():
-    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    small, full = CLIPVisionModel(TINY, rngs=nnx.Rngs(0), **types), CLIPVisionModel(TINY, rngs=nnx.Rngs(0))
+    small, full = random_network(TINY, scale=0.05, dtype=jnp.bfloat16), abstract(CLIPVisionModel, TINY)
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
     pixels = jax.random.normal(jax.random.key(0), (2, 42, 42, 3))
-    features = small(pixels)
+    features = run(small, pixels)
     assert features.dtype == jnp.float32
-    assert relative(features, full(pixels)) < 0.05
+    assert relative(features, run(full, pixels)) < 0.05
 
 
 def transformers_model():
@@ -124,7 +133,7 @@ def assert_same(ours, theirs):
     with torch.no_grad():
         channels_first = torch.tensor(pixels).permute(0, 3, 1, 2)
         expected = theirs(channels_first, output_hidden_states=True).hidden_states[-2]
-    assert relative(ours(jnp.asarray(pixels)), expected.numpy()) < 2e-6
+    assert relative(run(ours, jnp.asarray(pixels)), expected.numpy()) < 2e-6
 
 
 def test_from_transformers():
@@ -136,7 +145,7 @@ def test_from_transformers():
         tensors[name.replace("q_proj", "to_qkv")] = np.concatenate([state[name], *parts])
     tensors["visual.cls_embedding"] = tensors["visual.cls_embedding"][None, None]
     tensors["visual.pos_embedding"] = tensors["visual.pos_embedding"][None]
-    ours = CLIPVisionModel(TINY, rngs=nnx.Rngs(0))
+    ours = abstract(CLIPVisionModel, TINY)
     fill(ours, table.official_rules(TINY), tensors, table.ignored_keys(TINY))
     assert_same(ours, theirs)
 
@@ -144,7 +153,7 @@ def test_from_transformers():
 def test_to_transformers():
     import torch
 
-    ours = randomise(CLIPVisionModel(TINY, rngs=nnx.Rngs(1)), scale=0.05)
+    ours = randomise(abstract(CLIPVisionModel, TINY), scale=0.05)
     exported = dict(export(table.official_rules(TINY), jax.device_get(flat_parameters(ours))))
     for key in [key for key in exported if "to_qkv" in key]:
         fused = exported.pop(key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomise, relative
+from helpers import abstract, randomise, relative
 from jax.sharding import NamedSharding
 
 from fantasy_jax.config import build
@@ -56,7 +56,7 @@ def train(sizes, grid, strategy="auto"):
     def make(rngs):
         return SelfAttention(CONFIG, rngs=rngs, dtype=jnp.float32, param_dtype=jnp.float32)
 
-    graphdef, params = nnx.split(randomise(nnx.eval_shape(lambda: stack_layers(make, 2, rngs=nnx.Rngs(0)))))
+    graphdef, params = nnx.split(randomise(abstract(stack_layers, make, 2)))
     space = grid[0] * grid[1]
     rotary = rotary_table(FRAMES, *grid, CONFIG.dim // CONFIG.num_heads)
     target = draw(BATCH, space, FRAMES, CONFIG.dim, seed=1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import fill, relative, run_convert_weights
+from helpers import abstract, fill, relative, run_convert_weights
 
 from fantasy_jax.convert import arcface as table
 from fantasy_jax.convert.files import open_weights
@@ -104,7 +104,7 @@ def by_torch(model, faces):
 
 def ours(model):
     """Our module with PyTorch's weights."""
-    encoder = nnx.eval_shape(lambda: FaceEncoder(TINY, rngs=nnx.Rngs(0)))
+    encoder = abstract(FaceEncoder, TINY)
     return fill(encoder, table.official_rules(TINY), model.state_dict(), table.ignored_keys(TINY))
 
 
@@ -248,7 +248,7 @@ def test_the_command_imports_both_kinds_of_files(official, graph, tmp_path, caps
     ],
 )
 def test_full_sizes_are_detected(tmp_path, preset, config, million):
-    encoder = nnx.eval_shape(lambda: FaceEncoder(config, rngs=nnx.Rngs(0)))
+    encoder = abstract(FaceEncoder, config)
     entries = export_entries(table.official_rules(config), flat_parameters(encoder))
     whole = {path: np.broadcast_to(np.int8(0), x.shape) for path, x in flat_parameters(encoder).items()}
     shapes = {x.key: list(x.transform.inverse(x.place(whole[x.path])).shape) for x in entries}
@@ -288,6 +288,6 @@ def test_wrong_sizes_are_errors():
         FaceEncoderConfig(image_size=40)
     with pytest.raises(ConfigError, match="depths"):
         FaceEncoderConfig(depths=(1, 2))
-    encoder = nnx.eval_shape(lambda: FaceEncoder(TINY, rngs=nnx.Rngs(0)))
+    encoder = abstract(FaceEncoder, TINY)
     with pytest.raises(ValueError, match="48 x 48"):
         nnx.eval_shape(lambda encoder: encoder(jnp.zeros((1, 48, 48, 3))), encoder)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import TINY_WAN, randomise, relative, run_convert_weights
+from helpers import TINY_WAN, abstract, randomise, relative, run_convert_weights
 from safetensors.numpy import load_file
 
 from fantasy_jax.errors import ConfigError, WeightsError
@@ -27,7 +27,7 @@ CONFIG = replace(TINY_WAN, dim=32, ffn_dim=48)
 
 
 def base():
-    return randomise(nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0))))
+    return randomise(abstract(WanTransformer, CONFIG))
 
 
 def adapted(trained=True):
@@ -150,7 +150,7 @@ def test_diffusers_reads_the_export(store, tmp_path, capsys):
 
 def test_a_lora_of_another_model_is_an_error(store, tmp_path):
     other = replace(CONFIG, ffn_dim=64)
-    model = nnx.eval_shape(lambda: WanTransformer(other, rngs=nnx.Rngs(0)))
+    model = abstract(WanTransformer, other)
     sizes = lora_of(adapted()).config
     lora = load_network(store / LORA, sizes, dtype=jnp.float32)
     with pytest.raises(ConfigError, match="blocks/mlp_in"):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import disturb, fill, relative
+from helpers import abstract, disturb, fill, relative
 
 from fantasy_jax.convert.portrait import resampler_rules
 from fantasy_jax.models.perceiver import Resampler, ResamplerConfig
@@ -31,7 +31,7 @@ def test_parity_with_pytorch(config, length, queries):
     x = np.random.default_rng(0).standard_normal((3, length, 13), np.float32)
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(x)).numpy()
-    module = nnx.eval_shape(lambda: Resampler(config, 13, queries, 19, rngs=nnx.Rngs(0)))
+    module = abstract(Resampler, config, 13, queries, 19)
     tensors = {f"x.{key}": value.numpy() for key, value in theirs.state_dict().items()}
     ours = fill(nnx.Dict(x=module), resampler_rules("x", "x", queries, config.dim), tensors)["x"]
     assert ours(jnp.asarray(x)).shape == (3, queries, 19)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from helpers import abstract
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sample
@@ -64,10 +65,7 @@ def transformer_flops(layers, remat_save_names=None, *, backward=False):
         dim=32, ffn_dim=64, frequency_dim=16, text_dim=8, text_length=4, image_dim=8, num_heads=2,
         num_layers=layers,
     )  # fmt: skip
-    model = nnx.eval_shape(
-        lambda: WanTransformer(config, rngs=nnx.Rngs(0), remat_save_names=remat_save_names)
-    )
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(abstract(WanTransformer, config, remat_save_names=remat_save_names))
 
     def run(state, latents, first_frame, timestep, text, image):
         model = nnx.merge(graphdef, state)

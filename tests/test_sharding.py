@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import TINY_AUDIO, TINY_WAN, layer, randomise, relative
+from helpers import TINY_AUDIO, TINY_WAN, abstract, layer, randomise, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fantasy_jax.config import build, load_config
@@ -63,11 +63,11 @@ COLLECTIVE = re.compile(
 
 
 def make_transformer(config=CONFIG, audio=AUDIO, dtype=jnp.float32):
-    def make():
-        adapters = {"audio": AudioAdapter(audio, rngs=nnx.Rngs(0), dtype=dtype)}
-        return WanTransformer(config, adapters=adapters, rngs=nnx.Rngs(0), dtype=dtype)
+    def make(*, rngs):
+        adapters = {"audio": AudioAdapter(audio, rngs=rngs, dtype=dtype)}
+        return WanTransformer(config, adapters=adapters, rngs=rngs, dtype=dtype)
 
-    return randomise(nnx.eval_shape(make))
+    return randomise(abstract(make))
 
 
 @pytest.fixture(scope="module")

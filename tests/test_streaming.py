@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import randomise
+from helpers import random_network
 
-from fantasy_jax.miniature.vae import MiniatureVAE, MiniatureVAEConfig
-from fantasy_jax.models.vae import VAEConfig, WanVAE
+from fantasy_jax.miniature.vae import MiniatureVAEConfig
+from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.sharding import make_mesh, replicate, shard_module
 from fantasy_jax.system.streaming import StreamingDecoder, decode_step, encode_stream
@@ -24,10 +23,9 @@ decode = jax.jit(lambda vae, latents: vae.decode(latents))
 encode = jax.jit(lambda vae, video: vae.encode(from_uint8(video)))
 
 
-@pytest.fixture(scope="module", params=[(WanVAE, WAN), (MiniatureVAE, MINIATURE)], ids=["wan", "miniature"])
+@pytest.fixture(scope="module", params=[WAN, MINIATURE], ids=["wan", "miniature"])
 def vae(request):
-    network, config = request.param
-    return randomise(nnx.jit(lambda: network(config, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))())
+    return random_network(request.param)
 
 
 def draw(frames, rows=4, columns=6):

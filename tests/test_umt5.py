@@ -7,11 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, disturb, fill, randomise, relative, to_torch, transformers_umt5
+from helpers import (
+    DATA,
+    abstract,
+    disturb,
+    fill,
+    random_network,
+    randomise,
+    relative,
+    to_torch,
+    transformers_umt5,
+)
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import umt5 as table
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
+from fantasy_jax.models.layers import run
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder, _position_buckets
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
@@ -36,7 +47,7 @@ def padded_batch(rng, vocab_size):
 )
 def test_parity_with_the_official_encoder(folder, limit):
     config, weights = reference(folder)
-    model = UMT5Encoder(config, rngs=nnx.Rngs(0))
+    model = abstract(UMT5Encoder, config)
     fill(model, table.official_rules(config), weights)
     arrays = load_file(DATA / folder / "activations.safetensors")
     mask = arrays["input.mask"].astype(bool)
@@ -53,7 +64,7 @@ def test_parity_with_the_official_encoder(folder, limit):
 @pytest.mark.networks
 def test_export_round_trip():
     config, weights = reference("umt5_encoder")
-    model = UMT5Encoder(config, rngs=nnx.Rngs(0))
+    model = abstract(UMT5Encoder, config)
     fill(model, table.official_rules(config), weights)
     exported = dict(export(table.official_rules(config), jax.device_get(flat_parameters(model))))
     assert exported.keys() == weights.keys()
@@ -66,7 +77,7 @@ def test_full_size_file_matches():
     tensors = json.loads((DATA / "manifests/umt5_xxl_encoder.json").read_text())["tensors"]
     source = {key: TensorSpec(tuple(shape), np.dtype(np.float32)) for key, shape in tensors.items()}
     config = UMT5Config()
-    target = flat_parameters(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
+    target = flat_parameters(abstract(UMT5Encoder, config))
     plan = check(make_plan(table.official_rules(config), source, target))
     assert len(plan.entries) == len(tensors)
     assert sum(np.prod(spec.shape) for spec in target.values()) == 5_680_910_336
@@ -74,7 +85,7 @@ def test_full_size_file_matches():
 
 @pytest.mark.networks
 def test_padding_is_masked():
-    model = UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    model = random_network(TINY, scale=0.05)
     ids, lengths, real = padded_batch(np.random.default_rng(0), TINY.vocab_size)
     encode = nnx.jit(lambda m, *x: m(*x))
     expected = encode(model, ids, lengths)
@@ -85,13 +96,12 @@ def test_padding_is_masked():
 
 @pytest.mark.networks
 def test_bfloat16_is_close_to_float32():
-    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    small, full = UMT5Encoder(TINY, rngs=nnx.Rngs(0), **types), UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    small, full = random_network(TINY, scale=0.05, dtype=jnp.bfloat16), abstract(UMT5Encoder, TINY)
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
     ids, lengths, _ = padded_batch(np.random.default_rng(0), TINY.vocab_size)
-    hidden = small(ids, lengths)
+    hidden = run(small, ids, lengths)
     assert hidden.dtype == jnp.float32
-    assert relative(hidden, full(ids, lengths)) < 0.05
+    assert relative(hidden, run(full, ids, lengths)) < 0.05
 
 
 def transformers_model():
@@ -107,19 +117,19 @@ def assert_same(ours, theirs):
     ids, lengths, real = padded_batch(np.random.default_rng(1), TINY.vocab_size)
     with torch.no_grad():
         expected = theirs(torch.tensor(np.asarray(ids)).long(), attention_mask=torch.tensor(real).long())
-    assert relative(np.asarray(ours(ids, lengths))[real], expected[0].numpy()[real]) < 2e-6
+    assert relative(np.asarray(run(ours, ids, lengths))[real], expected[0].numpy()[real]) < 2e-6
 
 
 def test_from_transformers():
     theirs = transformers_model()
     tensors = theirs.state_dict()
-    ours = UMT5Encoder(TINY, rngs=nnx.Rngs(0))
+    ours = abstract(UMT5Encoder, TINY)
     fill(ours, table.transformers_rules(TINY), tensors, table.ignored_keys(TINY))
     assert_same(ours, theirs)
 
 
 def test_to_transformers():
-    ours = randomise(UMT5Encoder(TINY, rngs=nnx.Rngs(1)), scale=0.05)
+    ours = randomise(abstract(UMT5Encoder, TINY), scale=0.05)
     theirs = transformers_model()
     faults = theirs.load_state_dict(to_torch(ours, table.transformers_rules(TINY)), strict=False)
     assert not faults.unexpected_keys

@@ -5,20 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomise, relative
+from helpers import random_network, relative
 
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.miniature.convolution import convolve
 from fantasy_jax.models.tiling import blend_tiles
-from fantasy_jax.models.vae import VAEConfig, WanVAE
+from fantasy_jax.models.vae import VAEConfig
 
 CONFIG = VAEConfig(dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
 
 
 @pytest.fixture(scope="module")
 def vae():
-    # As one compiled program; initialising parameter by parameter takes twenty seconds.
-    return randomise(nnx.jit(lambda: WanVAE(CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))())
+    return random_network(CONFIG)
 
 
 def video(frames, height=16, width=24):

@@ -3,15 +3,14 @@
 Without PyTorch these tests fail; they are not skipped.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import fill, randomise, relative, to_torch
+from helpers import fill, random_network, randomise, relative, to_torch
 
 from fantasy_jax.convert import vae as vae_table
-from fantasy_jax.models.vae import VAEConfig, WanVAE
+from fantasy_jax.models.vae import VAEConfig
 
 pytestmark = [
     pytest.mark.usefixtures("highest_precision"),
@@ -22,8 +21,8 @@ VAE_CONFIG = VAEConfig(dim=8)
 
 
 def new_vae():
-    """Our VAE, as one compiled program; initialising parameter by parameter takes twenty seconds."""
-    return nnx.jit(lambda: WanVAE(VAE_CONFIG, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))()
+    """Our VAE, whose parameters are replaced."""
+    return random_network(VAE_CONFIG)
 
 
 def torch_vae():

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import randomise, relative
+from helpers import random_network, relative
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fantasy_jax.miniature.vae import MiniatureVAE, MiniatureVAEConfig
-from fantasy_jax.models.vae import CausalConv, Downsample, Upsample, VAEConfig, WanVAE
+from fantasy_jax.miniature.vae import MiniatureVAEConfig
+from fantasy_jax.models.vae import CausalConv, Downsample, Upsample, VAEConfig
 from fantasy_jax.performance.collectives import collectives
 from fantasy_jax.performance.flops import count_flops
 from fantasy_jax.sharding import make_mesh, shard_module
@@ -25,13 +25,9 @@ SQUARE, WIDE = (8, 8), (9, 15)
 """Rows and columns of latents: eight rows are divisible by eight devices; of nine, three devices get none."""
 
 
-def make(network, config):
-    return randomise(nnx.jit(lambda: network(config, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))())
-
-
 @pytest.fixture(scope="module")
 def vae():
-    return make(WanVAE, CONFIG)
+    return random_network(CONFIG)
 
 
 def encode(vae, video):
@@ -99,7 +95,7 @@ def test_rows_that_are_not_divisible(vae, on_one_device, function):
 
 @pytest.mark.slow
 def test_the_vae_of_the_miniature_on_a_mesh():
-    vae, mesh = make(MiniatureVAE, MINIATURE), make_mesh(context=4)
+    vae, mesh = random_network(MINIATURE), make_mesh(context=4)
     video = np.random.default_rng(0).standard_normal((1, 5, 72, 16, 3)).astype(np.float32)
 
     def reconstruct(vae, video):

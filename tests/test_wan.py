@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import (
     TINY_AUDIO,
     TINY_WAN,
+    abstract,
     randomise,
     reference_conditions,
     reference_inputs,
@@ -199,11 +200,11 @@ def lower_full_size(num_layers):
     config, audio = WanConfig(num_layers=num_layers), AudioAdapterConfig(num_layers=num_layers)
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 
-    def make():
-        adapters = {"audio": AudioAdapter(audio, rngs=nnx.Rngs(0), **types)}
-        return WanTransformer(config, adapters=adapters, rngs=nnx.Rngs(0), **types)
+    def make(*, rngs):
+        adapters = {"audio": AudioAdapter(audio, rngs=rngs, **types)}
+        return WanTransformer(config, adapters=adapters, rngs=rngs, **types)
 
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    graphdef, state = nnx.split(abstract(make))
 
     def run(state, latents, first_frame, timestep, text, image, speech):
         model = nnx.merge(graphdef, state)

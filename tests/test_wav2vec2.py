@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, fill, randomise, relative, to_torch
+from helpers import DATA, abstract, fill, random_network, randomise, relative, to_torch
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import wav2vec2 as table
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.rules import TensorSpec, assign, check, export, flat_parameters, make_plan
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.models.layers import run
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.preprocessing.audio import normalise_waveform
 from fantasy_jax.system.encoders import encode_audio
@@ -64,7 +65,7 @@ def renamed(tensors, prefix, old_weight_norm):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_parity_with_transformers_outputs(folder):
     config, weights = reference(folder)
-    model = Wav2Vec2Model(config, rngs=nnx.Rngs(0))
+    model = abstract(Wav2Vec2Model, config)
     fill_any(model, config, weights)
     arrays = load_file(DATA / folder / "activations.safetensors")
     values = arrays["output.input_values"]
@@ -84,7 +85,7 @@ def test_parity_with_transformers_outputs(folder):
 def test_every_naming_scheme_round_trips(folder, prefix, old_weight_norm):
     config, weights = reference(folder)
     tensors = renamed(weights, prefix, old_weight_norm) | {"lm_head.bias": np.zeros(32, np.float16)}
-    model = Wav2Vec2Model(config, rngs=nnx.Rngs(0))
+    model = abstract(Wav2Vec2Model, config)
     fill_any(model, config, tensors)
     parameters = jax.device_get(flat_parameters(model))
     exported = dict(export(table.official_rules(config, tensors), parameters))
@@ -95,9 +96,9 @@ def test_every_naming_scheme_round_trips(folder, prefix, old_weight_norm):
 
 @pytest.mark.networks
 def test_one_feature_every_320_samples():
-    model = Wav2Vec2Model(Wav2Vec2Config(**SIZES), rngs=nnx.Rngs(0))
+    model = abstract(Wav2Vec2Model, Wav2Vec2Config(**SIZES))
     for samples in (400, 719, 720, 16_000, 56_347):
-        shape = nnx.eval_shape(model, jnp.zeros((1, samples))).shape
+        shape = nnx.eval_shape(run, model, jnp.zeros((1, samples))).shape
         assert shape == (1, wav2vec2_length(samples), SIZES["hidden_size"])
 
 
@@ -105,8 +106,7 @@ def test_one_feature_every_320_samples():
 @pytest.mark.parametrize("style", STYLES)
 def test_bfloat16_is_close_to_float32(style):
     config = Wav2Vec2Config(**SIZES, **style)
-    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    small, full = Wav2Vec2Model(config, rngs=nnx.Rngs(0), **types), Wav2Vec2Model(config, rngs=nnx.Rngs(0))
+    small, full = random_network(config, scale=0.05, dtype=jnp.bfloat16), abstract(Wav2Vec2Model, config)
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
     waveform = jax.random.normal(jax.random.key(0), (2, 4_000))
     encode = nnx.jit(lambda model, waveform: model(waveform))
@@ -134,14 +134,14 @@ def assert_same(ours, theirs):
     waveform = np.random.default_rng(1).normal(size=(2, 5_003)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(waveform)).last_hidden_state
-    assert relative(ours(jnp.asarray(waveform)), expected.numpy()) < 2e-6
+    assert relative(run(ours, jnp.asarray(waveform)), expected.numpy()) < 2e-6
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_from_transformers(style):
     theirs = transformers_model(style)
     config = Wav2Vec2Config(**SIZES, **style)
-    ours = Wav2Vec2Model(config, rngs=nnx.Rngs(0))
+    ours = abstract(Wav2Vec2Model, config)
     fill_any(ours, config, theirs.state_dict())
     assert_same(ours, theirs)
 
@@ -149,7 +149,7 @@ def test_from_transformers(style):
 @pytest.mark.parametrize("style", STYLES)
 def test_to_transformers(style):
     config = Wav2Vec2Config(**SIZES, **style)
-    ours = randomise(Wav2Vec2Model(config, rngs=nnx.Rngs(1)), scale=0.05)
+    ours = randomise(abstract(Wav2Vec2Model, config), scale=0.05)
     theirs = transformers_model(style)
     faults = theirs.load_state_dict(to_torch(ours, table.official_rules(config)), strict=False)
     assert not faults.unexpected_keys
@@ -184,7 +184,7 @@ def test_full_size_matches_transformers(sizes, count):
     assert sum(tensor.numel() for tensor in state.values()) == count
     source = {key: TensorSpec(tuple(t.shape), np.dtype(np.float32)) for key, t in state.items()}
     config = Wav2Vec2Config(**sizes)
-    target = flat_parameters(nnx.eval_shape(lambda: Wav2Vec2Model(config, rngs=nnx.Rngs(0))))
+    target = flat_parameters(abstract(Wav2Vec2Model, config))
     check(make_plan(table.official_rules(config, state), source, target, ignore=table.ignored_keys(config)))
     masked_spec_embed = config.hidden_size  # replaces features in training only
     assert sum(np.prod(spec.shape) for spec in target.values()) == count - masked_spec_embed

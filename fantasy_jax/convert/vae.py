@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from fantasy_jax.convert.rules import CONV3D, LINEAR, Rule, Transform, affine, chain, reshape
+from fantasy_jax.models.layers import abstract
 from fantasy_jax.models.vae import AttentionBlock, Coder, ResidualBlock, VAEConfig, WanVAE
 
 _RESIDUAL_OFFICIAL = {
@@ -83,7 +84,7 @@ def _rules(
     ends: dict[str, str],
     between: dict[str, str],
 ) -> list[Rule]:
-    vae = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    vae = abstract(lambda rngs: WanVAE(config, rngs=rngs))
     rules = []
     for ours, theirs in between.items():
         rules += affine(theirs, ours, _pointwise(3))

@@ -21,6 +21,7 @@ from flax import nnx, traverse_util
 
 from fantasy_jax.config import PositiveFloat, Settings, Width
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.models.layers import abstract
 from fantasy_jax.typing import Array, DType, Float
 
 
@@ -159,7 +160,7 @@ def lora_of(network: nnx.Module) -> LoRA | None:
         return None
     config = next(iter(products.values())).config
     sizes = tuple((path, products[path].kernel_shape) for path in sorted(products))
-    lora = nnx.eval_shape(lambda: LoRA(LoRASizes(config.rank, config.alpha, sizes), rngs=nnx.Rngs(0)))
+    lora = abstract(lambda rngs: LoRA(LoRASizes(config.rank, config.alpha, sizes), rngs=rngs))
     for path, product in lora.products().items():
         nnx.update(product, nnx.state(products[path]))
     return lora

@@ -20,6 +20,7 @@ from flax import nnx
 from fantasy_jax.config import Depth, Factor, PositiveFloat, Settings, Width
 from fantasy_jax.models.attention import attention
 from fantasy_jax.models.halo import Rows, halo_exchange
+from fantasy_jax.models.layers import traced_rngs
 from fantasy_jax.typing import Array, DType, Float
 from fantasy_jax.video import TEMPORAL_FACTOR, video_frames
 
@@ -138,7 +139,7 @@ def _rms_norm(width: int, *, rngs: nnx.Rngs, **types: DType) -> nnx.RMSNorm:
     """An RMS norm over channels; its statistics are float32 whatever the `dtype`."""
     del rngs  # the scale is constant at first, and draws no random numbers
     # PyTorch divides by max(norm, 1e-12).
-    return nnx.RMSNorm(width, epsilon=1e-24, use_fast_variance=False, rngs=nnx.Rngs(0), **types)
+    return nnx.RMSNorm(width, epsilon=1e-24, use_fast_variance=False, rngs=traced_rngs(), **types)
 
 
 class ResidualBlock(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 from fantasy_jax.config import Depth, PositiveFloat, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.attention import multi_head_attention
-from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers
+from fantasy_jax.models.layers import LayerNorm, scan_layers, stack_layers, traced_rngs
 from fantasy_jax.typing import Array, DType, Float
 
 _EPSILON = 1e-5
@@ -234,7 +234,7 @@ def _time_norm(width: int, *, rngs: nnx.Rngs, param_dtype: DType) -> nnx.GroupNo
         use_fast_variance=False,
         dtype=jnp.float32,
         param_dtype=param_dtype,
-        rngs=nnx.Rngs(0),
+        rngs=traced_rngs(),
     )
 
 

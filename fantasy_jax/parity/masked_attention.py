@@ -12,7 +12,7 @@ from fantasy_jax.convert import portrait, wan
 from fantasy_jax.convert.rules import assign, check, flat_parameters, load, make_plan
 from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
 from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_layers
-from fantasy_jax.models.layers import stack_layers
+from fantasy_jax.models.layers import abstract, stack_layers
 from fantasy_jax.models.wan import CrossAttention, WanConfig
 from fantasy_jax.parity.reference import Outputs, Reference
 from fantasy_jax.preprocessing.people import (
@@ -90,7 +90,7 @@ def _load(reference: Reference) -> tuple[CrossAttention, KVProjection]:
         ExpressionAdapterConfig(), processor="blocks.{layer}.cross_attn.processor"
     )
     rules += [rule for rule in adapter if rule.target.startswith("layers/")]
-    module = nnx.eval_shape(lambda: _Blocks(config, sizes["context_dim"], rngs=nnx.Rngs(0)))
+    module = abstract(lambda rngs: _Blocks(config, sizes["context_dim"], rngs=rngs))
     plan = make_plan(rules, reference.weights.specs, flat_parameters(module))
     assign(module, load(check(plan, reference.folder), reference.weights.read))
     first = partial(jax.tree.map, lambda x: x[0])

@@ -19,6 +19,7 @@ from flax import nnx
 from fantasy_jax.config import build
 from fantasy_jax.convert.rules import STORED, Rule, assign
 from fantasy_jax.errors import ConfigError, WeightsError
+from fantasy_jax.models.layers import abstract, traced_rngs
 from fantasy_jax.typing import DType
 from fantasy_jax.video import VideoConfig
 
@@ -140,7 +141,7 @@ class Component:
 
     def abstract(self, config: Any, dtype: DType = jnp.float32) -> nnx.Module:
         """Returns the module with `jax.ShapeDtypeStruct`s as parameters."""
-        return nnx.eval_shape(lambda: self.make(config, dtype))
+        return abstract(lambda rngs: self._make(config, dtype, rngs))
 
     def init(self, config: Any, dtype: DType, *, seed: int = 0, **more: Any) -> nnx.Module:
         """Returns the module with random initial weights, drawn by one compiled program.
@@ -155,8 +156,8 @@ class Component:
         @nnx.jit
         def draw(more: dict[str, Any]) -> nnx.Module:
             # The default generator would take most of the compile time, once for each parameter.
-            rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))
-            return self.network(config, rngs=rngs, dtype=dtype, param_dtype=dtype, **more)
+            rngs = traced_rngs(jax.random.key(seed, impl="rbg"))
+            return self._make(config, dtype, rngs, **more)
 
         return draw(more)
 
@@ -176,12 +177,12 @@ class Component:
         assign(module, values, consume=True)
         # Variables other than parameters (the VAE's latent statistics) are not stored but computed from the
         # config. The compiler removes the unused initial weights.
-        nnx.update(module, jax.jit(lambda: nnx.state(self.make(config, dtype), nnx.Not(STORED)))())
+        others = jax.jit(lambda: nnx.state(self._make(config, dtype, traced_rngs()), nnx.Not(STORED)))
+        nnx.update(module, others())
         return module
 
-    def make(self, config: Any, dtype: DType) -> nnx.Module:
-        """Constructs the module eagerly; under `nnx.eval_shape` it takes no memory."""
-        return self.network(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    def _make(self, config: Any, dtype: DType, rngs: nnx.Rngs, **more: Any) -> nnx.Module:
+        return self.network(config, rngs=rngs, dtype=dtype, param_dtype=dtype, **more)
 
 
 _ROWS: dict[str, Component] = {}
