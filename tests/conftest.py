@@ -1,6 +1,9 @@
 """Every test checks the shapes and types of all signatures at run time."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from xla_flags import quick_flags
@@ -11,6 +14,11 @@ os.environ.setdefault("XLA_FLAGS", quick_flags(8))
 # The devices start collectives that do not depend on each other in any order, and block a thread for each:
 # with a thread per device, which is XLA's default, they can wait for each other forever.
 os.environ.setdefault("NPROC", "32")
+# The workers of pytest-xdist and the commands that tests start find the programs that others compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fantasy_jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest

@@ -28,7 +28,10 @@ from fantasy_jax.models.clip_vision import CLIPVisionConfig
 from fantasy_jax.models.perceiver import ResamplerConfig
 from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.weights.detect import detect
 
@@ -99,10 +102,16 @@ def tiny_inputs(
         "negative_text": (3, config.text_dim),
         "image": (9, config.image_dim),
     }
-    keys = iter(jax.random.split(jax.random.key(1), len(shapes) + len(adapters)))
-    noise, *base = (jax.random.normal(next(keys), (batch, *shape)) for shape in shapes.values())
-    features = {name: jax.random.normal(next(keys), (batch, *shape)) for name, shape in adapters.items()}
+    noise, *base = (normal(batch, *shape, seed=seed) for seed, shape in enumerate(shapes.values()))
+    features = {
+        name: normal(batch, *shape, seed=10 + seed) for seed, (name, shape) in enumerate(adapters.items())
+    }
     return noise, ClipInputs(*base, features)
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    """Normally distributed numbers, float32; NumPy draws them, as JAX compiles a program for each shape."""
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def only_branch(index: int) -> tuple[GuidanceBranch, ...]:
@@ -146,6 +155,15 @@ def random_network(config, seed: int = 0, scale: float = 0.15, dtype=jnp.float32
     dtypes = {path: stored_dtype(spec, dtype) for path, spec in flat_parameters(module).items()}
     values = _random_values(module, seed, scale)
     return component.build(config, dtype, {path: x.astype(dtypes[path]) for path, x in values.items()})
+
+
+def small_networks(model: ModelConfig) -> Networks:
+    """All networks of a model, as `random_network` makes them: initial weights would be zero in part."""
+
+    def load(component, config, dtype, mesh):
+        return random_network(config, scale=0.1, dtype=dtype)
+
+    return Networks(model, load, byte_tokenizer, keep="all")
 
 
 def _random_values(module: nnx.Module, seed: int, scale: float) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from helpers import (
     TINY_AUDIO,
     abstract,
     layer,
+    normal,
     randomise,
     reference_inputs,
     reference_outputs,
@@ -39,13 +39,13 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def features():
-    return jax.random.normal(jax.random.key(0), (2, NUM_TOKENS, CONFIG.feature_width))
+    return normal(2, NUM_TOKENS, CONFIG.feature_width, seed=0)
 
 
 @pytest.fixture(scope="module")
 def queries():
     """`[B, S, F, N, K]`."""
-    return jax.random.normal(jax.random.key(1), (2, 6, 5, CONFIG.num_heads, CONFIG.width // CONFIG.num_heads))
+    return normal(2, 6, 5, CONFIG.num_heads, CONFIG.width // CONFIG.num_heads, seed=1)
 
 
 def test_windows_are_the_official_ones():

@@ -13,6 +13,7 @@ from helpers import (
     abstract,
     disturb,
     fill,
+    normal,
     random_network,
     randomise,
     relative,
@@ -87,7 +88,7 @@ def test_full_size_file_matches():
 def test_bfloat16_is_close_to_float32():
     small, full = random_network(TINY, scale=0.05, dtype=jnp.bfloat16), abstract(CLIPVisionModel, TINY)
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
-    pixels = jax.random.normal(jax.random.key(0), (2, 42, 42, 3))
+    pixels = normal(2, 42, 42, 3, seed=0)
     features = run(small, pixels)
     assert features.dtype == jnp.float32
     assert relative(features, run(full, pixels)) < 0.05

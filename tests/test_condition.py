@@ -13,6 +13,7 @@ from helpers import (
     TINY_WAN,
     abstract,
     layer,
+    normal,
     randomise,
     relative,
     tiny_inputs,
@@ -33,10 +34,6 @@ BATCH, SPACE, FRAMES, PEOPLE, TOKENS = 2, 6, 3, 3, 7
 HEAD_WIDTH = TINY_AUDIO.width // TINY_AUDIO.num_heads
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 @pytest.fixture(scope="module")
 def attend():
     """Attention of one block to a condition."""
@@ -45,13 +42,13 @@ def attend():
 
 @pytest.fixture(scope="module")
 def queries():
-    return normal(0, BATCH, SPACE, FRAMES, TINY_AUDIO.num_heads, HEAD_WIDTH)
+    return normal(BATCH, SPACE, FRAMES, TINY_AUDIO.num_heads, HEAD_WIDTH, seed=0)
 
 
 @pytest.fixture(scope="module")
 def tokens():
     """Tokens of each person and latent frame."""
-    return normal(1, BATCH, PEOPLE, FRAMES, TOKENS, TINY_AUDIO.token_width)
+    return normal(BATCH, PEOPLE, FRAMES, TOKENS, TINY_AUDIO.token_width, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """Dubbing before the pipeline: scenes, speakers, masks, frame rates, and latents that are held."""
 
-import jax
 import numpy as np
 import pytest
 from drawn_faces import Squares, clip
-from helpers import tiny_inputs, tiny_transformer
+from helpers import normal, tiny_inputs, tiny_transformer
 from real_people import media_file, need_mediapipe, tracked
 
 from fantasy_jax.diffusion.flow import sampling_sigmas
@@ -229,7 +228,7 @@ def test_a_mask_that_is_empty_is_refused():
 def sampling():
     """A transformer, noise, inputs, and latents of a source."""
     noise, inputs = tiny_inputs(audio=(11, 12))
-    return tiny_transformer(), noise, inputs, jax.random.normal(jax.random.key(5), noise.shape)
+    return tiny_transformer(), noise, inputs, normal(*noise.shape, seed=5)
 
 
 def run(sampling, held=None, **settings):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_faces import clip, open_squares
-from helpers import randomise
+from helpers import small_networks
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax import FantasyDubbingPipeline, media
@@ -22,8 +22,6 @@ from fantasy_jax.preprocessing.dubbing import match_rates
 from fantasy_jax.preprocessing.face_masks import resize_crop
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
-from fantasy_jax.preprocessing.text import byte_tokenizer
-from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
 from sample import main
 
@@ -183,11 +181,8 @@ def test_a_source_that_has_changed_is_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipeline():
-    networks = random_networks(small_model(), byte_tokenizer())
-    # The last layer of a new transformer is zero, and so is its velocity.
-    transformer = randomise(networks["transformer"], scale=0.1)
     return FantasyDubbingPipeline(
-        networks.replace(transformer=transformer),
+        small_networks(small_model()),
         VideoConfig(height=32, width=32, num_frames=9),
         SampleConfig(num_inference_steps=2, text_guidance_scale=1.0, audio_guidance_scale=1.0),
         keep="all",

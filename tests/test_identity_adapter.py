@@ -12,6 +12,7 @@ from helpers import (
     TINY_WAN,
     abstract,
     layer,
+    normal,
     only_branch,
     randomise,
     relative,
@@ -46,11 +47,7 @@ NUM_FRAMES = 9
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-FACES = normal(6, 2, 4, IDENTITY.feature_width)
+FACES = normal(2, 4, IDENTITY.feature_width, seed=6)
 NOISE, INPUTS = tiny_inputs(audio=(20, TINY_AUDIO.feature_width))
 LATENTS = (NOISE, INPUTS.first_frame, jnp.array([3.5, 876.25]))
 
@@ -93,7 +90,7 @@ def test_a_new_adapter_changes_nothing_bit_for_bit(model):
 
 def test_the_values_of_a_new_adapter_have_gradients(model):
     """They are zero-initialised, and can be trained from zero."""
-    q, wanted = (normal(seed, 2, 6, 3, IDENTITY.num_heads, 24) for seed in (7, 8))
+    q, wanted = (normal(2, 6, 3, IDENTITY.num_heads, 24, seed=seed) for seed in (7, 8))
 
     def error(adapter):
         return jnp.vdot(layer(adapter.layers, 0)(q, adapter.condition(FACES, NUM_FRAMES)), wanted)
@@ -118,7 +115,7 @@ def test_a_trained_adapter_is_weighted_by_its_scale(identified, trained):
 
 
 def test_the_default_scale_is_the_papers(trained):
-    attend, q = layer(trained.layers, 0), normal(7, 2, 6, 3, IDENTITY.num_heads, 24)
+    attend, q = layer(trained.layers, 0), normal(2, 6, 3, IDENTITY.num_heads, 24, seed=7)
     condition = trained.condition(FACES, NUM_FRAMES)
     assert condition.scale == trained.default_scale == IDENTITY_SCALE == 0.5
     assert condition.tokens.shape == (2, IDENTITY.num_queries, IDENTITY.token_width)
@@ -147,7 +144,7 @@ def test_a_q_former_block_equals_numpys(trained):
     values = {
         "/".join(map(str, p)): np.asarray(v[...], np.float64) for p, v in nnx.to_flat_state(nnx.state(block))
     }
-    x, face = (np.asarray(normal(seed, 2, rows, 16), np.float64) for seed, rows in ((8, 5), (9, 4)))
+    x, face = (np.asarray(normal(2, rows, 16, seed=seed), np.float64) for seed, rows in ((8, 5), (9, 4)))
 
     def linear(x, name):
         return x @ values[f"{name}/kernel"] + values[f"{name}/bias"]
@@ -197,9 +194,9 @@ def test_heads_must_divide_the_width():
 
 CLIPS = {
     "latents": LATENTS[0],
-    "first_frame": normal(10, 2, 3, 4, 6, 16),
+    "first_frame": normal(2, 3, 4, 6, 16, seed=10),
     "image": INPUTS.image,
-    "text": normal(3, 2, TINY_WAN.text_length, TINY_WAN.text_dim),
+    "text": normal(2, TINY_WAN.text_length, TINY_WAN.text_dim, seed=3),
     "audio": INPUTS.adapters["audio"],
     "lips": jnp.zeros((2, 3, 4, 6)),
 }

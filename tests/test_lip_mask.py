@@ -1,9 +1,9 @@
 """Lip masks: position, area, and agreement with speech."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal
 from real_people import FACE_MODEL, SHARED, need_mediapipe, tracked
 
 from fantasy_jax import cli, media
@@ -52,7 +52,7 @@ def test_the_mask_is_empty_without_a_face_and_outside_the_image():
 def test_a_clip_without_a_face_has_the_unmasked_loss():
     nobody = lip_mask(face((60, 40), (9, 4), frames=5, present=[False] * 5), 80, 120)
     lips = project_mask(jnp.asarray(nobody / 255, jnp.float32)[None], 10, 15)
-    velocity = jax.random.normal(jax.random.key(0), (1, 2, 10, 15, 4))
+    velocity = normal(1, 2, 10, 15, 4, seed=0)
     masked, unmasked = (
         velocity_loss(velocity, jnp.zeros_like(velocity), lips, jnp.array([which])) for which in (True, False)
     )

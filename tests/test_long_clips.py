@@ -5,7 +5,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pipeline import portrait, randomise, small_model, speech
+from helpers import small_networks
+from test_pipeline import portrait, small_model, speech
 
 from fantasy_jax import FantasyTalkingPipeline, media
 from fantasy_jax.diffusion.windows import WindowSchedule
@@ -13,9 +14,7 @@ from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.miniature import long_clips
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.pipelines.stream import Blocks
-from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.encoders import AUDIO_CONTEXT, AUDIO_PIECE, encode_audio
-from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import FEATURE_HOP, VideoConfig
 
 WINDOW = VideoConfig(height=32, width=32, num_frames=17, fps=23)
@@ -24,9 +23,7 @@ SETTINGS = SampleConfig(num_inference_steps=2, overlap=2, windows_per_device=4)
 
 @pytest.fixture(scope="module")
 def pipeline():
-    networks = random_networks(small_model(), byte_tokenizer())
-    transformer = randomise(networks["transformer"], scale=0.1)
-    return FantasyTalkingPipeline(networks.replace(transformer=transformer), WINDOW, SETTINGS, keep="all")
+    return FantasyTalkingPipeline(small_networks(small_model()), WINDOW, SETTINGS, keep="all")
 
 
 def test_the_clip_lasts_as_long_as_the_sound(pipeline, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import TINY_WAN, abstract, randomise, relative, run_convert_weights
+from helpers import TINY_WAN, abstract, normal, randomise, relative, run_convert_weights
 from safetensors.numpy import load_file
 
 from fantasy_jax.errors import ConfigError, WeightsError
@@ -37,7 +37,7 @@ def adapted(trained=True):
     if trained:
         lora = lora_of(model)
         for seed, product in enumerate(lora.products().values()):
-            product.lora_b[...] = 0.1 * jax.random.normal(jax.random.key(seed), product.lora_b.shape)
+            product.lora_b[...] = 0.1 * normal(*product.lora_b.shape, seed=seed)
         attach_lora(model, lora)
     return model
 
@@ -74,7 +74,7 @@ def stored_transformer(store, merge_lora):
 
 
 def test_a_new_lora_does_not_change_a_layer():
-    x = jax.random.normal(jax.random.key(0), (5, 7, 32))
+    x = normal(5, 7, 32, seed=0)
     layer = nnx.Linear(32, 48, rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.arange(48.0) / 7
     with_lora = nnx.Dict(layer=nnx.clone(layer))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from drawn_faces import clip, open_squares
 from flax import nnx
-from helpers import randomise, relative
+from helpers import normal, relative, small_networks
 from PIL import Image
 
 from configs import fantasy_talking_14b
@@ -59,10 +59,7 @@ def _squares():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    networks = random_networks(small_model(), byte_tokenizer())
-    # New adapters and the last layer of a new transformer are zero.
-    transformer = randomise(networks["transformer"], scale=0.1)
-    return FantasyPortraitPipeline(networks.replace(transformer=transformer), VIDEO, STEPS, keep="all")
+    return FantasyPortraitPipeline(small_networks(small_model()), VIDEO, STEPS, keep="all")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +146,7 @@ def test_each_person_attends_to_their_own_driver_only(dry_pipeline, sampled):
     assert set(np.unique(labels)) == {0, 1, 2}
 
     projection = KVProjection(16, 48, 4, use_bias=False, norm_epsilon=None, rngs=nnx.Rngs(0))
-    q = jax.random.normal(jax.random.key(0), (1, *labels.shape, 4, 12))
+    q = normal(1, *labels.shape, 4, 12, seed=0)
 
     @jax.jit
     def attend(tokens, mask):
@@ -157,7 +154,7 @@ def test_each_person_attends_to_their_own_driver_only(dry_pipeline, sampled):
 
     def attended(inputs, change=0.0):
         count = inputs.adapters["expression"].shape[1]
-        tokens = jax.random.normal(jax.random.key(1), (1, count, 2, 7, 16)).at[:, -1].add(change)
+        tokens = normal(1, count, 2, 7, 16, seed=1).at[:, -1].add(change)
         return np.asarray(attend(tokens, inputs.attended_people("expression")))
 
     def changed_by_the_last_driver(inputs):
@@ -318,16 +315,16 @@ def test_audio_and_expression_share_a_model():
     adapters = {"audio_adapter": talking.audio_adapter, "speech_encoder": talking.speech_encoder}
     model = small_model().replace(**adapters)
     assert set(model.adapters) == {"audio", "expression"}
-    transformer = randomise(random_networks(model, byte_tokenizer())["transformer"], scale=0.1)
+    transformer = small_networks(model)["transformer"]
     video = VideoConfig(height=32, width=32, num_frames=5, fps=25)
     keys = itertools.count()
 
-    def normal(spec):
-        return jax.random.normal(jax.random.key(next(keys)), spec.shape)
+    def draw(spec):
+        return normal(*spec.shape, seed=next(keys))
 
-    inputs = jax.tree.map(normal, replace(ClipInputs.spec(model, video, 1, people=2), labels=None))
+    inputs = jax.tree.map(draw, replace(ClipInputs.spec(model, video, 1, people=2), labels=None))
     inputs = replace(inputs, labels=jnp.array([[[0, 1, 2, 2], [0, 1, 2, 2]]], jnp.int32))
-    noise = jax.random.normal(jax.random.key(next(keys)), video.latent_shape(1, 16))
+    noise = normal(*video.latent_shape(1, 16), seed=next(keys))
     groups = [("audio", "expression"), ("audio",), ("expression",), ()]
 
     def sampled(weights, **changes):

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import TINY_AUDIO, TINY_WAN, abstract, layer, randomise, relative
+from helpers import TINY_AUDIO, TINY_WAN, abstract, layer, randomise, relative, small_networks
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fantasy_jax.config import build, load_config
@@ -22,7 +22,6 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.condition import Condition
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import (
     MESH_AXES,
     MeshConfig,
@@ -39,7 +38,7 @@ from fantasy_jax.sharding import (
 from fantasy_jax.system.encoders import encode_audio, encode_image, encode_text
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import abstract_networks, random_networks
+from fantasy_jax.system.networks import abstract_networks
 from fantasy_jax.training.objective import StageConfig, velocity_objective
 
 pytestmark = [pytest.mark.usefixtures("highest_precision"), pytest.mark.networks]
@@ -298,7 +297,7 @@ def test_gradients_on_a_mesh(wide_transformer, gradients_on_one_device, sizes, g
 def networks():
     """Random networks of the debug configuration's sizes."""
     config = load_config(str(Path(__file__).parent.parent / "configs/fantasy_talking_14b.py:debug"))
-    return random_networks(build(ModelConfig, config.model, "model"), byte_tokenizer())
+    return small_networks(build(ModelConfig, config.model, "model"))
 
 
 def encode_prompts(networks):

@@ -3,13 +3,22 @@
 import functools
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_faces import clip, open_squares
 from flax import nnx
-from helpers import TINY_AUDIO, TINY_WAN, abstract, layer, randomise, relative, tiny_inputs, tiny_transformer
+from helpers import (
+    TINY_AUDIO,
+    TINY_WAN,
+    abstract,
+    layer,
+    normal,
+    randomise,
+    relative,
+    tiny_inputs,
+    tiny_transformer,
+)
 from PIL import Image
 from real_people import CONFIG as LANDMARKS
 from real_people import media_file, need_mediapipe
@@ -34,7 +43,7 @@ ADAPTERS = {
     "official": (AudioAdapter, TINY_AUDIO),
     "rotary": (RotaryAudioAdapter, RotaryAudioAdapterConfig(**vars(TINY_AUDIO))),
 }
-SOUNDS = jax.random.normal(jax.random.key(0), (2, PEOPLE, TOKENS, TINY_AUDIO.feature_width))
+SOUNDS = normal(2, PEOPLE, TOKENS, TINY_AUDIO.feature_width, seed=0)
 LABELS = np.random.default_rng(1).integers(0, 4, (2, FRAMES, SPACE)).astype(np.int32)
 
 
@@ -57,7 +66,7 @@ def inputs_of(sounds, labels=None, owners=None):
 def _attended(transformer, inputs, attention):
     given = condition(transformer, inputs, options={"audio": {"attention": attention}}).attended["audio"]
     width = TINY_WAN.dim // TINY_WAN.num_heads
-    queries = jax.random.normal(jax.random.key(2), (2, SPACE, FRAMES, TINY_WAN.num_heads, width))
+    queries = normal(2, SPACE, FRAMES, TINY_WAN.num_heads, width, seed=2)
     return layer(transformer.adapters["audio"].layers, 0)(queries, given)
 
 

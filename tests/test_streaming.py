@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_network
+from helpers import normal, random_network
 
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.models.vae import VAEConfig
@@ -29,7 +29,7 @@ def vae(request):
 
 
 def draw(frames, rows=4, columns=6):
-    return 0.3 * jax.random.normal(jax.random.key(1), (1, frames, rows, columns, 16))
+    return 0.3 * normal(1, frames, rows, columns, 16, seed=1)
 
 
 def draw_video(vae, frames, rows=4, columns=6):
@@ -51,7 +51,7 @@ def streamed(decoder, latents, lengths):
     return np.concatenate([frames for part in parts for frames in part])
 
 
-@pytest.mark.parametrize("lengths", [(1,), (2,), (2, 1), (2, 2, 1)])
+@pytest.mark.parametrize("lengths", [(1,), (2, 2, 1)])
 def test_a_stream_of_latents_is_decoded_to_the_bits_of_the_whole(vae, lengths):
     latents = draw(sum(lengths))
     frames = streamed(StreamingDecoder(vae), latents, lengths)
@@ -107,7 +107,7 @@ def test_a_stream_on_a_mesh_gives_the_bits_of_the_whole(vae, rows):
         assert np.array_equal(np.concatenate(list(encode_stream(sharded, video[0])), axis=1), encoded)
 
 
-@pytest.mark.parametrize("frames", [1, 5, 13])
+@pytest.mark.parametrize("frames", [1, 13])
 def test_a_stream_of_frames_is_encoded_to_the_bits_of_the_whole(vae, frames):
     video = draw_video(vae, frames)
     latents = list(encode_stream(vae, (frame for frame in video[0])))

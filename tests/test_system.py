@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract, relative, tiny_inputs, tiny_transformer
+from helpers import abstract, normal, relative, tiny_inputs, tiny_transformer
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax.config import as_json, build, to_config_dict
@@ -340,7 +340,7 @@ def test_inputs_of_records_are_those_of_a_padded_batch():
 
 
 def test_the_first_frame_condition_is_a_mask_and_latents():
-    latents = jax.random.normal(jax.random.key(0), (2, 3, 4, 5, 6))
+    latents = normal(2, 3, 4, 5, 6, seed=0)
     both = first_frame_condition(latents)
     np.testing.assert_array_equal(both[..., 4:], latents)
     assert np.all(both[:, 0, ..., :4] == 1)

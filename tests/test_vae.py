@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import random_network, relative
+from helpers import normal, random_network, relative
 
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.miniature.convolution import convolve
@@ -83,7 +83,7 @@ def test_every_parameter_has_a_gradient(vae):
 
 @pytest.mark.networks
 def test_blended_tiles_of_the_identity_are_the_input():
-    array = jax.random.normal(jax.random.key(0), (1, 2, 23, 40, 3))
+    array = normal(1, 2, 23, 40, 3, seed=0)
     blended = blend_tiles(lambda x: x, array, tile=(10, 16), stride=(6, 9), scale=1)
     assert relative(blended, array) < 1e-6
 

@@ -11,6 +11,7 @@ from helpers import (
     TINY_AUDIO,
     TINY_WAN,
     abstract,
+    normal,
     randomise,
     reference_conditions,
     reference_inputs,
@@ -98,7 +99,7 @@ def test_a_new_adapter_changes_nothing_bit_for_bit(tiny):
     adapter = AudioAdapter(TINY_AUDIO, rngs=nnx.Rngs(3))
     extended = nnx.clone(model)
     extended.adapters["audio"] = adapter
-    features = jax.random.normal(jax.random.key(4), (2, 20, TINY_AUDIO.feature_width))
+    features = normal(2, 20, TINY_AUDIO.feature_width, seed=4)
 
     def results():
         for attention in ("clip", "frame"):
@@ -132,8 +133,8 @@ def test_samples_of_a_batch_are_independent(tiny):
 
 def test_text_is_padded_with_zeros_that_are_attended_to(tiny):
     model, _, _ = tiny
-    text = jax.random.normal(jax.random.key(5), (2, 5, TINY_WAN.text_dim))
-    image = jax.random.normal(jax.random.key(6), (2, 9, TINY_WAN.image_dim))
+    text = normal(2, 5, TINY_WAN.text_dim, seed=5)
+    image = normal(2, 9, TINY_WAN.image_dim, seed=6)
     padded = jnp.pad(text, ((0, 0), (0, TINY_WAN.text_length - 5), (0, 0)))
     expected = model.conditions(padded, image)["text"]
     attended = model.conditions(text, image)["text"]
@@ -178,7 +179,7 @@ def test_bfloat16_stays_near_float32(reference):
 def test_rematerialised_gradients_are_equal_and_take_less_memory(tiny):
     model = nnx.clone(tiny[0])
     inputs, conditions = model_inputs(model, (3, 16, 16))
-    weight = jax.random.normal(jax.random.key(3), inputs[0].shape)
+    weight = normal(*inputs[0].shape, seed=3)
     gradients, memory = [], []
     for model.remat_save_names in (None, ("self_attention", "cross_attention")):
         graphdef, state = nnx.split(model)

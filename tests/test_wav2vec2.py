@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import DATA, abstract, fill, random_network, randomise, relative, to_torch
+from helpers import DATA, abstract, fill, normal, random_network, randomise, relative, to_torch
 from safetensors.numpy import load_file
 
 from fantasy_jax.convert import wav2vec2 as table
@@ -108,7 +108,7 @@ def test_bfloat16_is_close_to_float32(style):
     config = Wav2Vec2Config(**SIZES, **style)
     small, full = random_network(config, scale=0.05, dtype=jnp.bfloat16), abstract(Wav2Vec2Model, config)
     assign(full, {k: np.asarray(v, np.float32) for k, v in flat_parameters(small).items()})
-    waveform = jax.random.normal(jax.random.key(0), (2, 4_000))
+    waveform = normal(2, 4_000, seed=0)
     encode = nnx.jit(lambda model, waveform: model(waveform))
     features = encode(small, waveform)
     assert features.dtype == jnp.float32

@@ -411,7 +411,7 @@ def assign(
             ]
         )
     for path, variable in flat.items():
-        variable.set_value(jnp.asarray(values.pop(path) if consume else values[path]))
+        variable.set_value(jax.device_put(values.pop(path) if consume else values[path]))
     nnx.update(module, state)
 
 
