@@ -26,8 +26,9 @@ from fantasy_jax.miniature.train_vae import (
     normalise_latents,
 )
 from fantasy_jax.miniature.trainer import MiniatureConfig
-from fantasy_jax.miniature.vae import MiniatureVAE, MiniatureVAEConfig
+from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.registry import component_of
 from fantasy_jax.video import VideoConfig
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def test_vae_initialised_by_pca_reconstructs_and_normalising_keeps_reconstructio
         latent_mean=(0.0,) * 16,
         latent_std=(1.0,) * 16,
     )
-    vae = nnx.jit(lambda: MiniatureVAE(config, rngs=nnx.Rngs(jax.random.key(0, impl="rbg"))))()
+    vae = component_of(config).init(config, jnp.float32)
     video, lips = (np.stack([clip[name] for clip in clips]) for name in ("video", "lips"))
     initialise_from_pca(vae, video[8:], lips[8:], lips_weight=0.0)
     pixels = jnp.asarray(video[:8], jnp.float32) / 127.5 - 1
