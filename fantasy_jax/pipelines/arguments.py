@@ -127,7 +127,8 @@ def _add_latents(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--latents",
         metavar="FILE",
-        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is played",
+        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is "
+        "played; with --video, the options that say what is dubbed stay the same",
     )
 
 
