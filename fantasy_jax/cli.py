@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import os
 import re
 import shlex
@@ -15,9 +16,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fantasy_jax.config import Range, load_config, override
 from fantasy_jax.errors import FantasyError, Stopped
@@ -25,6 +27,7 @@ from fantasy_jax.errors import FantasyError, Stopped
 EXPECTED = (FantasyError, FloatingPointError, OSError)
 """Errors that a user's input causes; `run` prints them as one line."""
 
+_LOG = logging.getLogger(__package__)
 _EXAMPLE = re.compile(r"^  python ", re.MULTILINE)
 
 
@@ -80,16 +83,22 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     """A type of command-line arguments: integers of a range."""
+    return number(Annotated[int, Range(low, high)])
 
-    def convert(text: str) -> int:
-        value = int(text)
+
+def number(declared: Any) -> Callable[[str], int | float]:
+    """A type of command-line arguments: numbers declared as settings are, such as `config.PositiveFloat`."""
+    kind, allowed = get_args(declared)
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
         try:
-            Range(low, high).check(value, "the number")
+            allowed.check(value, "the number")
         except FantasyError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
-    convert.__name__ = "int"  # named by argparse where `int` fails
+    convert.__name__ = kind.__name__  # named by argparse where the conversion fails
     return convert
 
 
@@ -113,7 +122,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _interruptible():
+        with _interruptible(), _warnings_shown():
             status = main()
         sys.exit(status or 0)
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
@@ -148,6 +157,34 @@ def exit_on_interrupt(prog: str) -> None:
 def _end(prog: str, number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
     os.write(2, f"{prog}: interrupted\n".encode())  # the streams may be in use where the signal arrives
     os._exit(128 + number)
+
+
+class _WarningHandler(logging.Handler):
+    """Prints the package's warnings like the other messages of a command, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        text = _printable(" ".join(record.getMessage().splitlines()))
+        tqdm.write(f"{record.levelname.lower()}: {text}", file=sys.stderr)
+
+
+_WARNING_HANDLER = _WarningHandler()
+
+
+def show_warnings() -> None:
+    """Prints the package's warnings as `warning: ...`, whatever handlers libraries have set up."""
+    _LOG.addHandler(_WARNING_HANDLER)
+    _LOG.propagate = False
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    show_warnings()
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(_WARNING_HANDLER)
+        _LOG.propagate = True
 
 
 @contextmanager

@@ -274,3 +274,11 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def damage_record(folder: Path, split: str, content: bytes) -> None:
+    """Changes a byte in the record of a split's only shard that holds these bytes."""
+    (shard,) = folder.glob(f"*-{split}.array_record*")
+    written = bytearray(shard.read_bytes())
+    written[written.index(content)] ^= 1
+    shard.write_bytes(written)
