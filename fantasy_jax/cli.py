@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -224,6 +224,25 @@ def timed(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     print(f"{name + ' ':.<40} {time.perf_counter() - start:6.1f} s", flush=True)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collection[str] = ()
+) -> str:
+    """Formats a Markdown table.
+
+    Args:
+        columns: Headings.
+        rows: The cells of each row.
+        numbers: Headings of the columns that are aligned right.
+    """
+    aligned = ["--:" if column in numbers else "---" for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = (cell.replace("|", "&#124;") for cell in cells)
+        return "".join(f"| {cell} " if cell else "| " for cell in escaped) + "|"
+
+    return "\n".join(map(line, (columns, aligned, *rows)))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Outputs: written whole or not at all, to links, devices and pipes too, under any name, on a full disk."""
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -280,3 +281,12 @@ def test_an_error_of_memory_is_one_line(capsys):
             cli.run(fail, "sample.py")
         assert stopped.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_warnings_are_lines_like_other_messages(capsys):
+    def warn():
+        logging.getLogger("fantasy_jax.media").warning("a%s", "\nb\x1b[2J")
+
+    with pytest.raises(SystemExit):
+        cli.run(warn, "sample.py")
+    assert capsys.readouterr().err == "warning: a b\\x1b[2J\n"
