@@ -23,6 +23,7 @@ from fantasy_jax.pipelines.arguments import sampling_parser
 from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.batch import ClipRequest, read_batch, run_batch
 from fantasy_jax.pipelines.config import PipelineConfig
+from fantasy_jax.pipelines.dubbed_video import DubbedVideo
 from fantasy_jax.pipelines.dubbing import FantasyDubbingPipeline
 from fantasy_jax.pipelines.latents import keep_latents, read_latents, read_noise, save_latents
 from fantasy_jax.pipelines.output import VideoOutput
@@ -53,11 +54,11 @@ OPTIONS = {
 REPLACED = {
     "latents": (
         *("image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
-        *("video", "mask", "background", "driver", "overlay", "size"),
+        *("driver", "overlay", "size"),
     ),
     "noise": ("seed",),
 }
-"""Options that have no effect with another one."""
+"""Options that have no effect with another one; those that say what is dubbed have one."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     requests = _requests(arguments, pipeline_type)
     _check_files(arguments, config, requests)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
-    sample = _decode if arguments.latents else SAMPLERS[pipeline_type]
+    dubbed = pipeline_type is FantasyDubbingPipeline
+    sample = _decode if arguments.latents and not dubbed else SAMPLERS[pipeline_type]
     return run_batch(requests, partial(sample, pipeline, arguments))
 
 
@@ -108,7 +110,7 @@ def _decode(pipeline: Pipeline, arguments: argparse.Namespace, request: ClipRequ
     if played := [*request.audio, *filter(None, [arguments.sound])]:
         sounds = read_sounds(played, start=config.start, max_seconds=config.max_seconds)
         sound = {"audio": sounds.played, "audio_seconds": sounds.seconds, "audio_rate": sounds.rate}
-    _write(pipeline.decode(latents, num_frames, progress=True, **sound), arguments, request)
+    _write_clip(pipeline.decode(latents, num_frames, progress=True, **sound), arguments, request)
 
 
 def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
@@ -126,7 +128,7 @@ def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, reque
         **given,
         **_sampling(arguments),
     )
-    _write(output, arguments, request)
+    _write_clip(output, arguments, request)
 
 
 def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, request: ClipRequest) -> None:
@@ -149,7 +151,7 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
     output = pipeline(
         scene, prompt=arguments.prompt or "", sound=arguments.sound or None, **_sampling(arguments)
     )
-    _write(output, arguments, request)
+    _write_clip(output, arguments, request)
     if output.audio is None:
         print("No driver has sound that can be read, and the video has none.")
 
@@ -159,6 +161,9 @@ def _dub(pipeline: FantasyDubbingPipeline, arguments: argparse.Namespace, reques
     if len(request.audio) > 1:
         raise ConfigError("--audio is given several times; --video takes one, the new speech")
     given = {} if arguments.prompt is None else {"prompt": arguments.prompt}
+    if arguments.latents:
+        channels = pipeline.networks.config.vae.latent_channels
+        given["latents"], _ = read_latents(arguments.latents, channels)
     output = pipeline(
         request.image,
         request.audio[0],
@@ -170,10 +175,8 @@ def _dub(pipeline: FantasyDubbingPipeline, arguments: argparse.Namespace, reques
         **given,
         **_sampling(arguments),
     )
-    video, sheet = request.outputs
-    with cli.timed("Video and audio to mp4"):
-        output.save(video, sheet=sheet)
-    source = output.plan.source
+    _write(output, arguments, request, None, "video, sound, mask, people and config")
+    source, (video, sheet) = output.plan.source, request.outputs
     print(
         f"Wrote {video}: {output.plan.num_frames} frames of {source.width} x {source.height} at "
         f"{float(output.fps):g} frames per second"
@@ -194,13 +197,16 @@ def _pipeline_type(config: ConfigDict, arguments: argparse.Namespace) -> type[Pi
     refused: list[str] = []
     if pipeline_type is FantasyTalkingPipeline and arguments.video:
         pipeline_type, task = FantasyDubbingPipeline, "--video"
-        refused = ["image", "noise", "save_latents", "size"]
+        refused = ["image", "noise", "size"]
     refused += [name for names in OPTIONS.values() for name in names if name not in OPTIONS[pipeline_type]]
     if given := [name for name in refused if getattr(arguments, name)]:
         raise ConfigError(f"--{given[0]} does not go with {task}")
+    kept = OPTIONS[FantasyDubbingPipeline] if pipeline_type is FantasyDubbingPipeline else ()
     for option, names in REPLACED.items():
         if given := [
-            x for x in names if getattr(arguments, option) and getattr(arguments, x) not in (None, [])
+            name
+            for name in names
+            if getattr(arguments, option) and name not in kept and getattr(arguments, name) not in (None, [])
         ]:
             raise ConfigError(f"--{given[0]} has no effect with --{option}")
     return pipeline_type
@@ -212,29 +218,40 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
     return {"seed": arguments.seed or 0, "noise": noise, "timed": cli.timed, "progress": True}
 
 
-def _write(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequest) -> None:
-    """Writes a clip, its contact sheet and, where they are asked for, its latents."""
+def _write_clip(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequest) -> None:
+    """Writes a generated clip, and says what it is."""
+    _write(output, arguments, request, output.num_frames, "config and sound")
+    size, (video, sheet) = f"{output.width} x {output.height}", request.outputs
+    print(f"Wrote {video}: {output.num_frames} frames of {size} at {output.fps} frames per second")
+    print(f"Wrote {sheet}: a contact sheet of its frames")
+
+
+def _write(
+    output: VideoOutput | DubbedVideo,
+    arguments: argparse.Namespace,
+    request: ClipRequest,
+    num_frames: int | None,
+    needed: str,
+) -> None:
+    """Writes a clip, its contact sheet and, where they are asked for or writing fails, its latents."""
     if arguments.save_latents:
-        save_latents(arguments.save_latents, output.latents, output.num_frames)
+        save_latents(arguments.save_latents, output.latents, num_frames)
         print(f"Wrote {arguments.save_latents}: the latents")
     video, sheet = request.outputs
     saved = arguments.save_latents or arguments.latents
     saved = None if saved and is_stream(saved) else saved
     with (
         cli.timed("Latents to video"),
-        keep_latents(video, output.latents, output.num_frames, saved=saved),
+        keep_latents(video, output.latents, num_frames, saved=saved, needed=needed),
     ):
         output.save(video, sheet=sheet)
-    size = f"{output.width} x {output.height}"
-    print(f"Wrote {video}: {output.num_frames} frames of {size} at {output.fps} frames per second")
-    print(f"Wrote {sheet}: a contact sheet of its frames")
 
 
 def _requests(arguments: argparse.Namespace, pipeline_type: type[Pipeline]) -> Sequence[ClipRequest]:
     """The clips of the command line: one, or those of a batch file."""
     shown = "video" if pipeline_type is FantasyDubbingPipeline else "image"
     needed = (shown, "driver" if pipeline_type is FantasyPortraitPipeline else "audio", "output")
-    needed = ("output",) if arguments.latents else needed
+    needed = ("output",) if arguments.latents and shown == "image" else needed
     if arguments.batch:
         single = (*needed, "voice", "person", "box", "noise", "save_latents")
         if given := [name for name in single if getattr(arguments, name)]:

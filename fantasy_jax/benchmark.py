@@ -31,7 +31,7 @@ from fantasy_jax.performance.programs import (
     vae_decode_program,
     vae_encode_program,
 )
-from fantasy_jax.performance.timing import WARM_UP, Timing, markdown_table, time_calls, time_program
+from fantasy_jax.performance.timing import WARM_UP, Timing, time_calls, time_program, timing_table
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.model import ModelConfig
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if reference:
         ours = next(timing for timing in timings if timing.name == "forward")
         timings += _compare(reference, ours)
-    print(markdown_table(timings))
+    print(timing_table(timings))
     if arguments.json:
         _write(arguments.json, timings, settings.video, reference)
         print(f"Wrote {arguments.json}")

@@ -2,22 +2,25 @@
 
 import argparse
 import io
+import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fantasy_jax.config import Range, load_config, override
 from fantasy_jax.errors import FantasyError, Stopped
@@ -25,6 +28,9 @@ from fantasy_jax.errors import FantasyError, Stopped
 EXPECTED = (FantasyError, FloatingPointError, OSError)
 """Errors that a user's input causes; `run` prints them as one line."""
 
+_PATIENCE_SECONDS = 1.0
+_STOPPING = "stopping when the step or the compilation that runs has ended; press Ctrl-C again to end now"
+_LOG = logging.getLogger(__package__)
 _EXAMPLE = re.compile(r"^  python ", re.MULTILINE)
 
 
@@ -80,16 +86,22 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     """A type of command-line arguments: integers of a range."""
+    return number(Annotated[int, Range(low, high)])
 
-    def convert(text: str) -> int:
-        value = int(text)
+
+def number(declared: Any) -> Callable[[str], int | float]:
+    """A type of command-line arguments: numbers declared as settings are, such as `config.PositiveFloat`."""
+    kind, allowed = get_args(declared)
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
         try:
-            Range(low, high).check(value, "the number")
+            allowed.check(value, "the number")
         except FantasyError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
-    convert.__name__ = "int"  # named by argparse where `int` fails
+    convert.__name__ = kind.__name__  # named by argparse where the conversion fails
     return convert
 
 
@@ -113,7 +125,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _interruptible():
+        with _interruptible(prog), _warnings_shown():
             status = main()
         sys.exit(status or 0)
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
@@ -150,13 +162,42 @@ def _end(prog: str, number: int = signal.SIGINT, frame: FrameType | None = None)
     os._exit(128 + number)
 
 
+class _WarningHandler(logging.Handler):
+    """Prints the package's warnings like the other messages of a command, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        text = _printable(" ".join(record.getMessage().splitlines()))
+        tqdm.write(f"{record.levelname.lower()}: {text}", file=sys.stderr)
+
+
+_WARNING_HANDLER = _WarningHandler()
+
+
+def show_warnings() -> None:
+    """Prints the package's warnings as `warning: ...`, whatever handlers libraries have set up."""
+    _LOG.addHandler(_WARNING_HANDLER)
+    _LOG.propagate = False
+
+
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _warnings_shown() -> Iterator[None]:
+    show_warnings()
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(_WARNING_HANDLER)
+        _LOG.propagate = True
+
+
+@contextmanager
+def _interruptible(prog: str) -> Iterator[None]:
     """Makes SIGINT a KeyboardInterrupt, whatever the code that it interrupts makes of that.
 
     Python drops exceptions in callbacks of the garbage collector, and libraries replace them by their own.
     """
     interrupts: list[int] = []
+    repeated: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
@@ -164,6 +205,7 @@ def _interruptible() -> Iterator[None]:
 
     def repeat_if_dropped(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
+            repeated.append(signal.SIGINT)
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
             before(dropped)
@@ -171,7 +213,8 @@ def _interruptible() -> Iterator[None]:
     handler, before = signal.signal(signal.SIGINT, interrupt), sys.unraisablehook
     sys.unraisablehook = repeat_if_dropped
     try:
-        yield
+        with _interrupts_answered(prog, repeated):
+            yield
     except Exception as error:
         if interrupts and not isinstance(error, Stopped):
             raise KeyboardInterrupt from error
@@ -182,11 +225,64 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def _interrupts_answered(prog: str, repeated: list[int]) -> Iterator[None]:
+    """Answers Ctrl-C where nothing else does, and ends the program at once when it is pressed again.
+
+    Python's handlers run in the main thread, which a compilation holds for minutes; a thread reads the
+    signals' numbers as they arrive. Those in `repeated` are sent by the program itself.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_answer_interrupts, args=(prog, reading, repeated), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _answer_interrupts(prog: str, reading: int, repeated: list[int]) -> None:
+    answered = False
+    while number := os.read(reading, 1):  # empty when the other end is closed
+        if number[0] != signal.SIGINT:
+            continue
+        if repeated:
+            repeated.pop()
+        elif answered:
+            _end(prog)
+        else:
+            answered = True
+            if not select.select([reading], [], [], _PATIENCE_SECONDS)[0]:
+                os.write(2, f"\n{prog}: {_STOPPING}\n".encode())
+    os.close(reading)
+
+
+@contextmanager
 def timed(name: str) -> Iterator[None]:
     """Prints the duration of a phase: `Text encoder ................... 1.2 s`."""
     start = time.perf_counter()
     yield
     print(f"{name + ' ':.<40} {time.perf_counter() - start:6.1f} s", flush=True)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collection[str] = ()
+) -> str:
+    """Formats a Markdown table.
+
+    Args:
+        columns: Headings.
+        rows: The cells of each row.
+        numbers: Headings of the columns that are aligned right.
+    """
+    aligned = ["--:" if column in numbers else "---" for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = (cell.replace("|", "&#124;") for cell in cells)
+        return "".join(f"| {cell} " if cell else "| " for cell in escaped) + "|"
+
+    return "\n".join(map(line, (columns, aligned, *rows)))
 
 
 def _one_line(error: BaseException) -> str:

@@ -49,9 +49,13 @@ class Range:
         """Raises a ConfigError, which begins with `name`, unless the range has the value."""
         inside = self.low <= value <= self.high
         if not inside or (self.above and value == self.low) or (self.below and value == self.high):
-            least = f"{'more than' if self.above else 'at least'} {self.low:g}"
-            most = f"{'less than' if self.below else 'at most'} {self.high:g}"
+            least = f"{'more than' if self.above else 'at least'} {_exact(self.low)}"
+            most = f"{'less than' if self.below else 'at most'} {_exact(self.high)}"
             raise ConfigError(f"{name} is {value}; it must be {least} and {most}")
+
+
+def _exact(limit: int | float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 SEED = Range(0, 2**64 - 1)

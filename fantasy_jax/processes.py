@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
+from fantasy_jax.cli import show_warnings
+
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
@@ -30,9 +32,13 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def exit_with_parent() -> None:
-    """Ends this worker process when the process that started it has ended, even by SIGKILL."""
+def init_worker() -> None:
+    """Sets up a worker process: its warnings are printed as those of the command are.
+
+    It ends when the process that started it has ended, even by SIGKILL.
+    """
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    show_warnings()
 
 
 def _exit_with_parent() -> None:

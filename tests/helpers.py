@@ -1,5 +1,7 @@
 """References, small models with random parameters, and measures of difference, for several tests."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -280,3 +282,22 @@ def _activations(name: str, prefix: str) -> dict[str, np.ndarray]:
     file = open_weights(DATA / name / "activations.safetensors")
     arrays = {key.removeprefix(prefix): np.array(file.read(key)) for key in file.specs if prefix in key}
     return {key: np.moveaxis(x, 1, -1) if x.ndim == 5 else x for key, x in arrays.items()}
+
+
+@contextmanager
+def full_disk(size):
+    """Files cannot become larger than this, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def damage_record(folder: Path, split: str, content: bytes) -> None:
+    """Changes a byte in the record of a split's only shard that holds these bytes."""
+    (shard,) = folder.glob(f"*-{split}.array_record*")
+    written = bytearray(shard.read_bytes())
+    written[written.index(content)] ^= 1
+    shard.write_bytes(written)

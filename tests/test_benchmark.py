@@ -15,10 +15,10 @@ from fantasy_jax.performance.chips import CHIPS
 from fantasy_jax.performance.program import Program
 from fantasy_jax.performance.timing import (
     Timing,
-    markdown_table,
     random_arguments,
     time_calls,
     time_program,
+    timing_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +30,13 @@ def test_figures_of_a_timing():
     assert timing.quartiles == (2, 4)
     assert timing.flops_per_second == 200
     assert timing.peak_fraction == 0.1
-    line = markdown_table([timing]).splitlines()[-1]
+    line = timing_table([timing]).splitlines()[-1]
     assert line.startswith("| step | 3000.0 | 2000.0 to 4000.0 | 0.0000 | 0.000 | 10.0 % | - |")
     # The peak of a CPU is unknown, a loader has no operations, and a failed call has no seconds.
     assert replace(timing, peak_flops=None).peak_fraction is None
     assert replace(timing, flops=None).to_json()["tflops_per_second"] is None
     missing = Timing("PyTorch", (), note="disabled")
-    assert markdown_table([missing]).splitlines()[-1] == "| PyTorch | - | - to - | - | - | - | - | disabled |"
+    assert timing_table([missing]).splitlines()[-1] == "| PyTorch | - | - to - | - | - | - | - | disabled |"
 
 
 def test_warm_up_calls_are_not_timed():

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,12 @@ from test_weights import AUDIO
 
 from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.system.components import SPEECH_ENCODER
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.weights import checksums
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.inspect import store_origins
-from fantasy_jax.weights.loading import load_network, stored_networks
+from fantasy_jax.weights.loading import load_network, notes, stored_networks
 from fantasy_jax.weights.store import SourceFile, network_hash, read_record, record_hashes, save_network
 
 DEBUG = "configs/fantasy_talking_14b.py:debug"
@@ -181,6 +183,24 @@ def test_another_encoder_than_the_adapters_is_said(random_store, tmp_path, caplo
     stored_networks(store, model)
     assert "audio_adapter: was trained with another speech_encoder" in caplog.text
     assert trained_with["speech_encoder"][:8] in caplog.text
+
+
+@pytest.mark.parametrize("changed", [{}, {"do_normalize": False}])
+def test_an_encoder_unlike_that_of_the_released_adapter_is_said(random_store, tmp_path, changed, monkeypatch):
+    random, model = random_store
+    shutil.copytree(random, store := tmp_path / "store")
+    adapter = stored_networks(store, model)["audio_adapter"]
+    released = {"component": "fantasytalking", "preset": "fantasytalking"}
+    save_network(store / "audio_adapter", adapter, **released)
+    monkeypatch.setitem(
+        SPEECH_ENCODER.presets, "wav2vec2_base_960h", replace(model.speech_encoder, **changed)
+    )
+    found = [note for note in notes(store, ["audio_adapter", "speech_encoder"]) if "random" not in note]
+    assert len(found) == len(changed)
+    assert all("wav2vec2_base_960h" in note and "do_normalize" in note for note in found)
+    save_network(store / "audio_adapter", adapter, **released, trained_with={"speech_encoder": "0" * 64})
+    (note,) = (x for x in notes(store, ["audio_adapter", "speech_encoder"]) if "random" not in x)
+    assert "another speech_encoder" in note
 
 
 def test_sizes_that_an_earlier_version_did_not_have_are_the_defaults(random_store, tmp_path):

@@ -8,22 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_faces import clip, open_squares
-from helpers import small_networks
+from helpers import full_disk, randomise, small_networks
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax import FantasyDubbingPipeline, media
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines import dubbing, dubbing_plan
+from fantasy_jax.pipelines.arguments import sampling_parser
+from fantasy_jax.pipelines.batch import ClipRequest
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.pipelines.dubbed_video import DubbedScene, DubbedVideo
+from fantasy_jax.pipelines.latents import read_latents
 from fantasy_jax.preprocessing import dubbing as preprocessing
 from fantasy_jax.preprocessing.dubbing import match_rates
 from fantasy_jax.preprocessing.face_masks import resize_crop
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
 from fantasy_jax.video import VideoConfig
-from sample import main
+from sample import _write, main
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'configs/tiny.py'}"
@@ -169,6 +172,20 @@ def test_crops_are_decoded_while_frames_are_iterated(tmp_path):
     assert index == 14
 
 
+def test_latents_survive_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    video, _ = fake_dubbing(write("v.mp4", person()))
+    latents = np.random.default_rng(0).standard_normal((1, 3, 4, 4, 16)).astype(np.float32)
+    scene = replace(video.scenes[0], latents=jnp.asarray(latents))
+    video = replace(video, scenes=[scene, replace(scene, latents=scene.latents[:, :2])])
+    arguments = sampling_parser("").parse_args([TINY])
+    request = ClipRequest("v.mp4", ("a.wav",), "", Path("d.mp4"))
+    with full_disk(8000), pytest.raises(MediaError, match=r"--latents=d\.latents\.safetensors .*mask"):
+        _write(video, arguments, request, None, "video, sound, mask, people and config")
+    kept, _ = read_latents("d.latents.safetensors", 16)
+    assert np.array_equal(kept, np.concatenate([latents, latents[:, :2]], axis=1))
+
+
 def test_a_source_that_has_changed_is_an_error(tmp_path):
     video, _ = fake_dubbing(write(tmp_path / "v.mp4", person()))
     write(tmp_path / "v.mp4", person(frames=6))
@@ -215,6 +232,10 @@ def test_only_the_mouth_of_the_speaker_changes(pipeline, tmp_path):
     assert outside[20:].all()  # after the audio
     assert np.array_equal(dubbed[outside], source[outside])
     assert (dubbed[~outside] != source[~outside]).mean() > 0.5
+    again = pipeline(path, speech(20 / 20), latents=out.latents)
+    assert np.array_equal(np.stack(list(again.frames())), dubbed)
+    with pytest.raises(ConfigError, match="latents"):
+        pipeline(path, speech(8 / 20), latents=out.latents)  # the first scene alone
     out.save(tmp_path / "out.mp4", sheet=tmp_path / "sheet.png", lossless=True)
     assert np.array_equal(frames_of(tmp_path / "out.mp4"), dubbed)
     assert media.probe_video(tmp_path / "out.mp4").fps == 20
@@ -304,9 +325,15 @@ def test_the_command_writes_a_video_and_a_sheet(tmp_path, monkeypatch, capsys):
     write("v.mp4", person(frames=10), fps=20)
     media.write_audio("a.wav", np.zeros(4800, np.int16), RATE)
     steps = "--config.sample.num_inference_steps=2"
-    main([TINY, "--video=v.mp4", "--audio=a.wav", "--background=a.wav", "--output=out/dubbed.mp4", steps])
+    command = [TINY, "--video=v.mp4", "--audio=a.wav", "--background=a.wav", "--output=out/dubbed.mp4", steps]
+    main([*command, "--save_latents=latents.safetensors"])
     printed = capsys.readouterr().out
     assert "The audio lasts 0.30 of the video's 0.50 s" in printed
     assert "10 frames of 320 x 120 at 20 frames per second" in printed
     assert sorted(path.name for path in Path("out").iterdir()) == ["dubbed.mp4", "dubbed.png"]
     assert media.read_video("out/dubbed.mp4")[0].shape == (10, 120, 320, 3)
+    before = media.read_video("out/dubbed.mp4")[0]
+    main([*command, "--latents=latents.safetensors"])
+    assert np.array_equal(media.read_video("out/dubbed.mp4")[0], before)
+    with pytest.raises(ConfigError, match="--prompt has no effect with --latents"):
+        main([*command, "--latents=latents.safetensors", "--prompt=a"])

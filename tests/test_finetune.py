@@ -2,16 +2,18 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import damage_record
 
 from configs.tiny import get_config, small_model
 from fantasy_jax.config import build
 from fantasy_jax.data.encoded import encode_dataset, features
-from fantasy_jax.data.records import write_dataset
+from fantasy_jax.data.records import open_split, write_dataset
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.miniature.synthetic import SyntheticConfig, write_clips
 from fantasy_jax.models.lora import LoRAConfig, lora_of
@@ -135,7 +137,7 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
 
 
 @pytest.mark.slow
-def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_path, settings, encoded):
+def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_path, settings, encoded, caplog):
     rules = (("^adapters/", "frozen"), ("^blocks/.*kernel$", "lora"), ("", "frozen"))
     config = settings["config"]
     config = replace(
@@ -145,7 +147,9 @@ def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_pat
         lora=LoRAConfig(rank=3, alpha=6.0),
     )
     sampling = replace(settings["sampling"], num_inference_steps=2)
-    store = finetune(WEIGHTS, encoded, tmp_path, **settings | {"config": config, "sampling": sampling})
+    copy = shutil.copytree(encoded.parents[1], tmp_path / "damaged") / encoded.relative_to(encoded.parents[1])
+    damage_record(copy, "test", open_split(copy, "test")[0]["latents"].tobytes())
+    store = finetune(WEIGHTS, copy, tmp_path, **settings | {"config": config, "sampling": sampling})
     assert (store / "transformer").is_symlink()
     assert (store / "audio_adapter").is_symlink()
     assert not (store / "lora").is_symlink()
@@ -160,6 +164,7 @@ def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_pat
     assert {path.suffix for path in (tmp_path / "stage_2/samples/000002").iterdir()} == {".mp4", ".wav"}
     (events,) = (tmp_path / "stage_1").glob("events*")
     assert b"stage_1/validation/at_0.9/loss_at_lips" in events.read_bytes()
+    assert "test: record 0 cannot be read" in caplog.text
 
 
 def write_records(folder, metadata):

@@ -70,14 +70,14 @@ class Damaged(Numbers):
 
     def __getitem__(self, index):
         if index in (3, 4, 7):
-            raise ValueError("checksum")
+            raise OSError(f"record {index} cannot be read (checksum)")
         return super().__getitem__(index)
 
 
 def test_unreadable_records_are_logged_and_skipped(caplog):
     indices = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])
     assert set(indices) == {0, 1, 2, 5, 6, 8, 9}
-    logged = {record.message for record in caplog.records if record.name == "fantasy_jax.data.loader"}
+    logged = {record.message for record in caplog.records if record.name == "fantasy_jax.data.records"}
     assert len(logged) == 3
     assert any("record 7" in message and "checksum" in message for message in logged)
     again = np.concatenate([batch["record"] for batch in read(0, 10, source=Damaged())])

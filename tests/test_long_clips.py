@@ -41,7 +41,7 @@ def test_max_seconds_shorten_the_clip(pipeline, tmp_path):
     short = FantasyTalkingPipeline(pipeline.networks, WINDOW, SampleConfig(**settings), keep="all")
     media.write_audio(tmp_path / "a.wav", (30_000 * speech(5.0)).astype(np.int16), 16_000)
     assert short(portrait(), tmp_path / "a.wav").num_frames == 13
-    with pytest.raises(MediaError, match=r"lasts 0\.40 s, less than sample\.max_seconds, 0\.5"):
+    with pytest.raises(MediaError, match=r"lasts 0\.40 s, less than the 0\.5 s of --seconds"):
         short(portrait(), speech(0.4))
 
 

@@ -1,15 +1,14 @@
 """Outputs: written whole or not at all, to links, devices and pipes too, under any name, on a full disk."""
 
+import logging
 import os
-import resource
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DATA, run_convert_weights
+from helpers import DATA, full_disk, run_convert_weights
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +20,7 @@ from fantasy_jax.pipelines.arguments import sampling_parser
 from fantasy_jax.pipelines.batch import ClipRequest
 from fantasy_jax.pipelines.latents import initial_noise, keep_latents, read_latents, save_latents
 from fantasy_jax.pipelines.output import VideoOutput
-from sample import _write, main
+from sample import _write_clip, main
 
 TINY = f"--config={Path(__file__).parent.parent / 'configs/tiny.py'}"
 FRAMES = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
@@ -35,17 +34,6 @@ def _folder(tmp_path, monkeypatch):
 def write(path, text="new"):
     with atomic_write(path) as partial:
         partial.write_text(text)
-
-
-@contextmanager
-def full_disk(size):
-    """Files cannot become larger than this, as on a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_link_stays_and_its_target_is_replaced_at_once():
@@ -198,7 +186,7 @@ def test_latents_survive_a_disk_that_is_full(capsys):
         full_disk(8000),
         pytest.raises(MediaError, match=r"File too large.*--latents=v\.2\.latents\.safetensors"),
     ):
-        _write(output, arguments, request)
+        _write_clip(output, arguments, request)
     assert sorted(path.name for path in Path().iterdir()) == [
         "v.2.latents.safetensors",
         "v.latents.safetensors",
@@ -207,7 +195,7 @@ def test_latents_survive_a_disk_that_is_full(capsys):
     assert np.array_equal(kept, latents)
     assert frames == 9
     Path("v.2.latents.safetensors").unlink()
-    _write(output, arguments, request)
+    _write_clip(output, arguments, request)
     assert sorted(path.name for path in Path().iterdir()) == ["v.latents.safetensors", "v.mp4", "v.png"]
 
 
@@ -293,3 +281,12 @@ def test_an_error_of_memory_is_one_line(capsys):
             cli.run(fail, "sample.py")
         assert stopped.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_warnings_are_lines_like_other_messages(capsys):
+    def warn():
+        logging.getLogger("fantasy_jax.media").warning("a%s", "\nb\x1b[2J")
+
+    with pytest.raises(SystemExit):
+        cli.run(warn, "sample.py")
+    assert capsys.readouterr().err == "warning: a b\\x1b[2J\n"

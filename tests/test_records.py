@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers import damage_record
 
-from fantasy_jax.data.records import check_metadata, open_split, read_metadata, write_dataset
+from fantasy_jax.data.records import ReadableRecords, check_metadata, open_split, read_metadata, write_dataset
 from fantasy_jax.disk import FullDiskError, full_disk_reported
 from fantasy_jax.errors import ConfigError
 
@@ -112,6 +113,32 @@ def test_config_error_for_a_missing_shard_or_split(folder, tmp_path, kind):
     damage(shard, kind)
     with pytest.raises(ConfigError, match=shard.name):
         open_split(copy, "train")
+
+
+def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(folder, tmp_path, caplog):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = [record["x"][0] for record in open_split(copy, "train")]
+    index = before.index(2)
+    damage_record(copy, "train", np.full(2, 2, np.float32).tobytes())
+    records = open_split(copy, "train")
+    assert records[index - 1]["x"][0] == before[index - 1]
+    with pytest.raises(OSError, match=f"{copy}, train: record {index} cannot be read") as caught:
+        list(records)
+    assert "\n" not in str(caught.value)
+    readable = ReadableRecords(records)
+    others = [i for i in range(3) if i != index]
+    assert [readable[i][0] for i in (*others, index, index)] == [*others, (index + 1) % 3, (index + 1) % 3]
+    (told,) = caplog.messages
+    assert f"record {index}" in told
+
+
+def test_records_that_are_all_damaged_are_an_error():
+    class Damaged(list):
+        def __getitem__(self, index):
+            raise OSError(f"record {index} cannot be read")
+
+    with pytest.raises(OSError, match="2 others"):
+        ReadableRecords(Damaged(range(3)))[0]
 
 
 def test_what_a_killed_run_has_left_is_removed(tmp_path):

@@ -129,6 +129,9 @@ def _write_media():
         Path(name).write_text("<html>no such page</html>")
     Path("empty").touch()
     Path("models/face.task").write_bytes(b"model")
+    for name in ("taken/weights/vae/mine.txt", "taken_2/weights/transformer"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).touch()
 
 
 def _write_links():

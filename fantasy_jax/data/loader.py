@@ -1,7 +1,6 @@
 """The data loader: batches of records by Grain, in an order that is a function of the step."""
 
 import ctypes
-import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from fantasy_jax.data.records import Record
-from fantasy_jax.processes import exit_with_parent, signals_blocked
+from fantasy_jax.data.records import MAX_UNREADABLE, ReadableRecords, Record
+from fantasy_jax.processes import init_worker, signals_blocked
 
 
 def batches(
@@ -24,7 +23,7 @@ def batches(
     num_workers: int,
     seed: int,
     rows: Sequence[int] | None = None,
-    max_unreadable: int = 10,
+    max_unreadable: int = MAX_UNREADABLE,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches without end, from batch number `start` on; closing the iterator ends its workers.
 
@@ -39,13 +38,13 @@ def batches(
         num_workers: Worker processes; 0 reads in threads of this process.
         seed: Seed of the order and of the random generators.
         rows: Which examples of each batch this process needs; None for all.
-        max_unreadable: Number of unreadable records that are logged and replaced by the next ones; with one
-            more in one process an OSError ends the run.
+        max_unreadable: Number of unreadable records that are replaced by the next ones (`ReadableRecords`);
+            with one more in one process an OSError ends the run.
 
     Yields:
         Arrays by name, and the indices of the records as `record`.
     """
-    dataset = grain.MapDataset.source(_Readable(source, max_unreadable)).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(ReadableRecords(source, max_unreadable)).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(_Transform(transform))
     if rows is not None:
         dataset = _Rows(dataset, batch_size, tuple(rows))
@@ -66,31 +65,6 @@ def batches(
         yield from iterator
     finally:
         iterator.close()
-
-
-class _Readable:
-    """Pairs of index and record; an unreadable record is replaced by the next one."""
-
-    def __init__(self, source: Any, limit: int):
-        self._source, self._limit = source, limit
-        self._unreadable: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> tuple[int, Record]:
-        while True:
-            try:
-                return index, self._source[index]
-            except Exception as error:  # damaged files make readers raise anything
-                known = index in self._unreadable
-                self._unreadable.add(index)
-                message = f"record {index} cannot be read ({type(error).__name__}: {error})"
-                if len(self._unreadable) > self._limit:
-                    raise OSError(f"{message}, and {self._limit} others; remake the dataset") from error
-                if not known:
-                    logging.getLogger(__name__).warning("%s; the next one takes its place", message)
-                index = (index + 1) % len(self)
 
 
 @dataclass(frozen=True)
@@ -127,7 +101,7 @@ _MALLOC = {-1: 2**30, -3: 2**25, -8: 1}
 
 def _init_worker(worker: int, num_workers: int) -> None:
     """Sets up a worker process."""
-    exit_with_parent()
+    init_worker()
     # Keeps the memory of one record for the next: returning it and allocating it again, page by page, would
     # take longer than reading.
     if platform.libc_ver()[0] == "glibc":

@@ -1,7 +1,8 @@
 """Datasets of records on disk: TFDS with array records, complete or absent. TensorFlow is not needed."""
 
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fantasy_jax.errors import ConfigError
 
 Record = dict[str, Any]
 METADATA_FILE = "metadata.json"
+MAX_UNREADABLE = 10
+"""Records of a split that are skipped if they cannot be read."""
 
 
 class _Uncompressed:
@@ -117,8 +120,61 @@ def check_unchanged(folder: Path, metadata: Mapping[str, Any]) -> None:
             )
 
 
-def open_split(folder: Path, split: str) -> Any:
-    """Returns the records of a split as a sequence.
+class Records(Sequence):
+    """The records of a split. One that is damaged raises an OSError, one line that names it."""
+
+    def __init__(self, name: str, source: Any):
+        """Wraps a data source of TFDS; `name` is for messages."""
+        self._name, self._source = name, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        try:
+            return self._source[index % len(self)]
+        except Exception as error:  # damaged files make readers raise anything
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"{self._name}: record {index} cannot be read ({type(error).__name__}: {reason}); copy the "
+                "dataset again, or remake it"
+            ) from error
+
+
+class ReadableRecords:
+    """Pairs of index and record; an unreadable record is replaced by the next one, which is logged once."""
+
+    def __init__(self, source: Any, limit: int = MAX_UNREADABLE):
+        """Wraps records.
+
+        Args:
+            source: Sequence of records.
+            limit: Number of unreadable records above which an OSError is raised.
+        """
+        self._source, self._limit = source, min(limit, len(source) - 1)
+        self._unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, Record]:
+        while True:
+            try:
+                return index, self._source[index]
+            except Exception as error:
+                known = index in self._unreadable
+                self._unreadable.add(index)
+                if len(self._unreadable) > self._limit:
+                    raise OSError(f"{error}; {self._limit} others cannot be read either") from error
+                if not known:
+                    logging.getLogger(__name__).warning("%s; the next one takes its place", error)
+                index = (index + 1) % len(self)
+
+
+def open_split(folder: Path, split: str) -> Records:
+    """Returns the records of a split.
 
     Raises:
         ConfigError: The folder holds no dataset, a damaged one, or one without this split.
@@ -129,7 +185,7 @@ def open_split(folder: Path, split: str) -> Any:
     for path in map(Path, builder.info.splits[split].filepaths):
         if not path.is_file() or not path.stat().st_size:
             raise ConfigError(f"{path}: is missing or empty; copy the dataset again, or remake it")
-    return builder.as_data_source(split)
+    return Records(f"{folder}, {split}", builder.as_data_source(split))
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:

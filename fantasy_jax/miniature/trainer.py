@@ -61,7 +61,7 @@ from fantasy_jax.training.stages import (
 from fantasy_jax.training.state import Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.store import save_network
+from fantasy_jax.weights.store import check_writable_store, save_network
 
 ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "vae": "vae"}
 """Slot of each encoder that is trained, by its section of the config, which also names its folder."""
@@ -137,6 +137,8 @@ class MiniatureTrainer:
         for name in ENCODERS:  # before another part is trained for nothing
             check_resumable(checkpoint_folder(self.workdir / name), self._encoder_settings(name))
         check_unchanged(encoded_folder(self.workdir / "encoded"), settings)
+        for folder in self._stores():
+            check_writable_store(folder)
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         with cli.timed("Clips"):
             clips = write_clips(self.data, self.video, self.workdir / "data")
@@ -159,12 +161,14 @@ class MiniatureTrainer:
             config=config,
             settings=settings,
         )
-        store = self.workdir / "weights"
         for index, transformer in stages:
-            is_last = index == len(config.stages) - 1
-            folder = store if is_last else self.workdir / stage_name(index) / "weights"
-            self._save(folder, networks, transformer)
-        return store
+            self._save(self._stores()[index], networks, transformer)
+        return self._stores()[-1]
+
+    def _stores(self) -> list[Path]:
+        """The stores that are written, one after each stage."""
+        earlier = range(len(self.config.stages) - 1)
+        return [self.workdir / stage_name(i) / "weights" for i in earlier] + [self.workdir / "weights"]
 
     def _settings(self) -> dict[str, Any]:
         """The settings that decide the encoded clips, by their config names."""

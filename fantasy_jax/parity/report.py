@@ -8,6 +8,7 @@ from importlib import metadata
 
 import jax
 
+from fantasy_jax import cli
 from fantasy_jax.parity.verify import Row
 
 PAGE = """\
@@ -43,8 +44,6 @@ Further tests compare with PyTorch programs of the versions below:
 
 ## Versions
 
-| | |
-| --- | --- |
 {versions}
 
 ## References
@@ -57,18 +56,15 @@ Further tests compare with PyTorch programs of the versions below:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table."""
-    lines = [
-        "| reference | output | shape | largest difference | relative difference | limit | |",
-        "| --- | --- | --- | --: | --: | --: | --- |",
-    ]
-    for row in rows:
-        limit = {None: "", 0.0: "equal"}.get(row.limit, f"{row.limit:.0e}" if row.limit else "")
-        shape = " x ".join(map(str, row.shape))
-        lines.append(
-            f"| {row.reference} | {row.output} | {shape} | {row.largest:.1e} | {row.relative:.1e} | {limit} "
-            f"| {row.verdict} |"
-        )
-    return "\n".join(lines)
+    texts, numbers = ("reference", "output", "shape"), ("largest difference", "relative difference", "limit")
+    return cli.markdown_table((*texts, *numbers, ""), map(_cells, rows), numbers=numbers)
+
+
+def _cells(row: Row) -> list[str]:
+    limit = {None: "", 0.0: "equal"}.get(row.limit, f"{row.limit:.0e}" if row.limit else "")
+    shape = " x ".join(map(str, row.shape))
+    measured = f"{row.largest:.1e}", f"{row.relative:.1e}"
+    return [row.reference, row.output, shape, *measured, limit, row.verdict]
 
 
 def to_json(rows: Sequence[Row]) -> str:
@@ -85,7 +81,7 @@ def to_markdown(rows: Sequence[Row], command: Sequence[str]) -> str:
     """
     return PAGE.format(
         command=" \\\n    ".join(command),
-        versions="\n".join(f"| {name} | {version} |" for name, version in _versions().items()),
+        versions=cli.markdown_table(("", ""), _versions().items()),
         count=len(rows),
         failed=sum(row.verdict == "fail" for row in rows),
         table=table(rows),

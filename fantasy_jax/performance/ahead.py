@@ -20,8 +20,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from fantasy_jax import LIBTPU_ENVIRONMENT
-from fantasy_jax.cli import timed
+from fantasy_jax import LIBTPU_ENVIRONMENT, cli
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.performance.chips import GIB, Chip, chip_of
@@ -215,7 +214,7 @@ def compile_programs(
             names.append(program.name)
             if not program.name.startswith(only):
                 continue
-            with timed(f"Compiling: {program.name}"):
+            with cli.timed(f"Compiling: {program.name}"):
                 reports.append(compile_program(program, topology, mesh))
     if not reports:
         raise ConfigError(f"--only={only}: no program has such a name; there are {', '.join(names)}")
@@ -318,24 +317,26 @@ def _shard_bytes(leaf: Leaf) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
 
-def markdown_table(reports: Sequence[CompiledReport]) -> str:
+def report_table(reports: Sequence[CompiledReport]) -> str:
     """Formats reports as a Markdown table, one row each."""
-    rows = [
-        "| program | slice | mesh | GiB per chip: arguments + temporaries of | PFLOP "
-        "| collectives, GB per chip | roofline, s | compile time |",
-        "|---|---|---|---|---|---|---|---|",
+    columns = ("program", "slice", "mesh", "GiB per chip: arguments + temporaries of", "PFLOP")
+    columns += ("collectives, GB per chip", "roofline, s", "compile time")
+    return cli.markdown_table(columns, map(_cells, reports))
+
+
+def _cells(report: CompiledReport) -> list[str]:
+    mesh = " x ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1) or "1"
+    needed = f"{report.argument_bytes / GIB:.2f} + {report.temporary_bytes / GIB:.2f}"
+    return [
+        report.program,
+        f"{report.topology}, {report.num_chips} chips",
+        mesh,
+        f"{needed} of {report.chip_memory / GIB:.0f}{'' if report.fits else ': does not fit'}",
+        f"{report.flops / 1e15:.3f}",
+        _collectives(report),
+        f"{report.roofline[report.bottleneck]:.2f}, {report.bottleneck}",
+        f"{report.compile_seconds:.0f} s",
     ]
-    for report in reports:
-        mesh = " x ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1) or "1"
-        needed = f"{report.argument_bytes / GIB:.2f} + {report.temporary_bytes / GIB:.2f}"
-        memory = f"{needed} of {report.chip_memory / GIB:.0f}{'' if report.fits else ': does not fit'}"
-        rows.append(
-            f"| {report.program} | {report.topology}, {report.num_chips} chips | {mesh} | {memory} "
-            f"| {report.flops / 1e15:.3f} | {_collectives(report)} "
-            f"| {report.roofline[report.bottleneck]:.2f}, {report.bottleneck} "
-            f"| {report.compile_seconds:.0f} s |"
-        )
-    return "\n".join(rows)
 
 
 def _collectives(report: CompiledReport) -> str:
@@ -360,7 +361,7 @@ def show(reports: Sequence[CompiledReport]) -> int:
     Returns:
         The exit code of the command: 1 if a program does not fit.
     """
-    print(markdown_table(reports))
+    print(report_table(reports))
     for report in reports:
         if not report.fits:
             print(f"{report.program} does not fit; its largest arguments, per chip:")

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fantasy_jax import cli
 from fantasy_jax.performance.chips import CHIPS, GIB
 from fantasy_jax.performance.program import Program
 from fantasy_jax.typing import Leaf
@@ -144,23 +145,24 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def markdown_table(timings: Sequence[Timing]) -> str:
+def timing_table(timings: Sequence[Timing]) -> str:
     """Formats timings as a Markdown table, one row each."""
-    rows = [
-        "| call | ms, median | quartiles | TFLOP | TFLOP/s | of peak | peak GiB so far | |",
-        "|---|--:|--:|--:|--:|--:|--:|---|",
+    numbers = ("ms, median", "quartiles", "TFLOP", "TFLOP/s", "of peak", "peak GiB so far")
+    return cli.markdown_table(("call", *numbers, ""), map(_cells, timings), numbers=numbers)
+
+
+def _cells(timing: Timing) -> list[str]:
+    low, high = timing.quartiles or (None, None)
+    return [
+        timing.name,
+        _number(timing.median, 1e3, ".1f"),
+        f"{_number(low, 1e3, '.1f')} to {_number(high, 1e3, '.1f')}",
+        _number(timing.flops, 1e-12, ".4f"),
+        _number(timing.flops_per_second, 1e-12, ".3f"),
+        _number(timing.peak_fraction, 100.0, ".1f", " %"),
+        _number(timing.memory, 1 / GIB, ".2f"),
+        timing.note,
     ]
-    for timing in timings:
-        low, high = timing.quartiles or (None, None)
-        rate, fraction = timing.flops_per_second, timing.peak_fraction
-        rows.append(
-            f"| {timing.name} | {_number(timing.median, 1e3, '.1f')} "
-            f"| {_number(low, 1e3, '.1f')} to {_number(high, 1e3, '.1f')} "
-            f"| {_number(timing.flops, 1e-12, '.4f')} | {_number(rate, 1e-12, '.3f')} "
-            f"| {_number(fraction, 100.0, '.1f', ' %')} | {_number(timing.memory, 1 / GIB, '.2f')} "
-            f"| {timing.note} |"
-        )
-    return "\n".join(rows)
 
 
 def _number(value: int | float | None, factor: float, digits: str, unit: str = "") -> str:

@@ -3,6 +3,7 @@
 import argparse
 
 from fantasy_jax import cli
+from fantasy_jax.config import NonNegativeFloat, PositiveFloat
 from fantasy_jax.preprocessing.face_masks import MASK_MODES
 
 EXAMPLES = """\
@@ -95,14 +96,14 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--start",
-        type=float,
+        type=cli.number(NonNegativeFloat),
         metavar="SECONDS",
         help="leave out this much of the sounds, or of the driving videos, at the beginning "
         "(--config.sample.start)",
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=cli.number(PositiveFloat),
         help="use this much of them (--config.sample.max_seconds; default: all)",
     )
     _add_latents(parser.add_argument_group("latents in files"))
@@ -127,7 +128,8 @@ def _add_latents(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--latents",
         metavar="FILE",
-        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is played",
+        help="decode such latents instead of sampling any; --audio, or --sound of FantasyPortrait, is "
+        "played; with --video, the options that say what is dubbed stay the same",
     )
 
 

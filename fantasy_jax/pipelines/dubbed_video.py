@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from fantasy_jax import media
@@ -73,6 +74,11 @@ class DubbedVideo:
     def seconds(self) -> float:
         """Duration of the video."""
         return float(self.plan.num_frames / self.fps)
+
+    @property
+    def latents(self) -> Float[Array, "1 F h w C"]:
+        """Final latents of all scenes, one after another."""
+        return jnp.concatenate([scene.latents for scene in self.scenes], axis=1)
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         """Yields the frames, RGB; one is held at a time.

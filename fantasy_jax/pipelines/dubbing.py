@@ -7,8 +7,9 @@ pasted into the source with a soft edge.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from fantasy_jax import media
 from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.windows import WindowSchedule
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.pipelines.base import AudioInput, NoiseInput, StepProgress, Timed, as_waveform, untimed
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.pipelines.dubbed_video import DubbedScene, DubbedVideo
@@ -60,6 +62,7 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
         audio_guidance_scale: float | None = None,
         seed: int = 0,
         noise: NoiseInput = None,
+        latents: Float[Array, "1 F h w C"] | None = None,
         callback_on_step_end: Callable[[StepProgress], None] | None = None,
         timed: Timed = untimed,
         progress: bool = False,
@@ -84,13 +87,16 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
             audio_guidance_scale: Guidance scale of the audio.
             seed: Seed of the initial noise of each scene.
             noise: Initial noise in place of the seed's, or a function that makes it, of the latents' shape.
+            latents: Latents of all scenes, from an earlier call with the same video, audio, mask, people and
+                boxes (`DubbedVideo.latents`); nothing is sampled then.
             callback_on_step_end: Called after each sampling step.
             timed: Called with the name of each stage; the stage runs inside the context that it returns.
             progress: Whether to show progress bars.
             report: Called with each note of the plan before sampling.
 
         Raises:
-            ConfigError: A setting is out of range or does not fit the video, or the face detector is missing.
+            ConfigError: A setting is out of range or does not fit the video, the face detector is missing,
+                or `latents` are not of these scenes.
             MediaError: Video or audio cannot be read, or nothing can be dubbed (`plan_dubbing`).
         """
         config = self._changed(
@@ -120,25 +126,69 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
             for note in plan.notes:
                 report(note)
         clips = self._clips(config, plan, waveform)
+        if latents is not None:
+            scenes = self._from_latents(latents, config, clips, progress=progress)
+        else:
+            drawn = [self._noise(noise, seed, clip.video) for clip in clips]
+            hooks = {"callback": callback_on_step_end, "timed": timed, "progress": progress}
+            scenes = self._sample(config, prompt, plan, clips, drawn, **hooks)
+        source = waveform if isinstance(audio, np.ndarray) else media.audio_part(audio, config.start, used)
+        return DubbedVideo(plan, scenes, source, seconds, background)
+
+    def _sample(
+        self,
+        config: SampleConfig,
+        prompt: str,
+        plan: DubbingPlan,
+        clips: Sequence["_Clip"],
+        noise: Sequence[Float[Array, "1 F h w C"]],
+        *,
+        timed: Timed,
+        **options: Any,
+    ) -> list[DubbedScene]:
+        """Encodes all scenes, then samples each from its noise; `options` are those of `_generate`."""
         with self._on_mesh() as networks:
             conditions = self._encode_clips(networks.for_stage(), config, prompt, plan, clips, timed)
             sampling, scenes = networks.for_stage(), []
-            for clip, (inputs, held) in zip(clips, conditions, strict=True):
+            for clip, drawn, (inputs, held) in zip(clips, noise, conditions, strict=True):
                 decode, latents = self._generate(
                     sampling,
                     config,
                     inputs,
-                    self._noise(noise, seed, clip.video),
+                    drawn,
                     clip.windows,
                     held=held,
                     strength=config.strength,
-                    callback=callback_on_step_end,
                     timed=timed,
-                    progress=progress,
+                    **options,
                 )
                 scenes.append(DubbedScene(clip.speaker, clip.rates, decode, latents))
-        source = waveform if isinstance(audio, np.ndarray) else media.audio_part(audio, config.start, used)
-        return DubbedVideo(plan, scenes, source, seconds, background)
+        return scenes
+
+    def _from_latents(
+        self,
+        latents: Float[Array, "1 F h w C"],
+        config: SampleConfig,
+        clips: Sequence["_Clip"],
+        *,
+        progress: bool,
+    ) -> list[DubbedScene]:
+        """The scenes of latents that were sampled before."""
+        channels = self.networks.config.vae.latent_channels
+        shapes = [clip.video.latent_shape(1, channels) for clip in clips]
+        counts = [shape[1] for shape in shapes]
+        wanted = (1, sum(counts), *shapes[0][2:])  # the scenes have one size
+        if latents.shape != wanted:
+            raise ConfigError(
+                f"latents: are {list(latents.shape)}, but the scenes that are dubbed need {list(wanted)}; "
+                "give the video, audio, mask, people and config with which they were sampled"
+            )
+        parts = jnp.split(latents, np.cumsum(counts)[:-1], axis=1)
+        decoders = [partial(self._decode, part, config, progress=progress) for part in parts]
+        return [
+            DubbedScene(clip.speaker, clip.rates, decode, part)
+            for clip, decode, part in zip(clips, decoders, parts, strict=True)
+        ]
 
     def _clips(
         self, config: SampleConfig, plan: DubbingPlan, waveform: Float[np.ndarray, " samples"]

@@ -159,7 +159,7 @@ def plan_dubbing(
             notes.append(f"{path}: {scene} are left as they are: {_reason(scene, person)}")
         else:
             speakers.append(speaker)
-            notes += _lost(source, scene, speaker)
+            notes += _untracked_frames(source, scene, speaker)
     if not speakers:
         raise _nothing_to_dub(source, scenes, num_frames, seconds)
     return DubbingPlan(source, num_frames, speakers, tuple(notes))
@@ -222,7 +222,7 @@ def _reason(scene: VideoScene, person: int | None) -> str:
     return "the audio ends too soon" if scene.faces else "no face is found"
 
 
-def _lost(source: SourceVideo, scene: VideoScene, speaker: Speaker) -> list[str]:
+def _untracked_frames(source: SourceVideo, scene: VideoScene, speaker: Speaker) -> list[str]:
     lost = sum(outline is None for outline in speaker.outlines)
     if not lost:
         return []

@@ -120,15 +120,21 @@ def save_latents(path: str | Path, latents: Float[Array, "B F h w C"], num_frame
 
 @contextmanager
 def keep_latents(
-    video: Path, latents: Float[Array, "B F h w C"], num_frames: int, *, saved: str | Path | None = None
+    video: Path,
+    latents: Float[Array, "B F h w C"],
+    num_frames: int | None,
+    *,
+    saved: str | Path | None = None,
+    needed: str = "config and sound",
 ) -> Iterator[None]:
     """Keeps latents in a file beside a video while the video is written, and for good if that fails.
 
     Args:
         video: The video that is written.
         latents: The latents.
-        num_frames: Frames of the video.
+        num_frames: Frames of the video; None: all that the latents hold.
         saved: File that holds the latents already; None: there is none.
+        needed: What else the command that decodes them needs as it was, for the message.
 
     Raises:
         MediaError: The video cannot be written; the message names the file of the latents.
@@ -141,7 +147,7 @@ def keep_latents(
         path = path or _save_near(video, latents, num_frames)
         if path is None:
             raise
-        advice = f"the latents are kept; decode them by --latents={path} with the same config and sound"
+        advice = f"the latents are kept; decode them by --latents={path} with the same {needed}"
         if isinstance(error, MediaError | OSError):
             raise MediaError(f"{error}; {advice}") from error
         print(advice, file=sys.stderr)
@@ -150,7 +156,7 @@ def keep_latents(
         path.unlink(missing_ok=True)
 
 
-def _save_near(video: Path, latents: Float[Array, "B F h w C"], num_frames: int) -> Path | None:
+def _save_near(video: Path, latents: Float[Array, "B F h w C"], num_frames: int | None) -> Path | None:
     """Saves latents beside a video or, where that fails, among the temporary files; None if both fail."""
     for folder in (video.parent, Path(tempfile.gettempdir())):
         path = _unused(folder / video.name)

@@ -84,8 +84,8 @@ class FantasyPortraitPipeline(Pipeline):
         )
         if seconds is not None and scene.num_frames + TEMPORAL_FACTOR <= seconds * fps:
             raise MediaError(
-                f"the drivers last {scene.num_frames / fps:.2f} s, less than sample.max_seconds, "
-                f"{seconds:g}; ask for less, or leave it out to use all"
+                f"the drivers last {scene.num_frames / fps:.2f} s, less than the {seconds:g} s of --seconds "
+                "or sample.max_seconds; ask for less, or leave it out to use all"
             )
         return scene
 

@@ -166,7 +166,7 @@ def make_scene(
     chosen = [_choose(driver, wanted if len(drivers) == 1 else 1, notes) for driver in tracked]
     num_frames = _common_length(chosen, video, notes)
     chosen = [driver.cut(num_frames) for driver in chosen]
-    notes += [note for driver in chosen for note in _lost(driver)]
+    notes += [note for driver in chosen for note in _lost_poses(driver)]
     count = sum(len(driver.people) for driver in chosen)
     assigned, more = assign(count, len(placed), targets, DRIVER)
     notes += more
@@ -234,7 +234,7 @@ def _common_length(drivers: Sequence[Driver], video: VideoConfig, notes: list[st
     return count
 
 
-def _lost(driver: Driver) -> list[str]:
+def _lost_poses(driver: Driver) -> list[str]:
     people = enumerate(driver.people, 1)
     return [
         f"{driver.name}: person {number} is not found in {person.lost} of {driver.length} frames, which "

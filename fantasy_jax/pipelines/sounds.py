@@ -107,7 +107,8 @@ def read_sounds(
             name = sounds[0] if isinstance(sounds[0], str | Path) else "audio"
             raise MediaError(
                 f"{name}: lasts {num_samples / SAMPLE_RATE:.2f} s{f' from {start:g} s on' if start else ''}, "
-                f"less than sample.max_seconds, {max_seconds:g}; ask for less, or leave it out to use all"
+                f"less than the {max_seconds:g} s of --seconds or sample.max_seconds; ask for less, or leave "
+                "it out to use all"
             )
         num_samples = round(max_seconds * SAMPLE_RATE)
     if len(sounds) > 1:

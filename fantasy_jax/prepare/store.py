@@ -31,7 +31,7 @@ from fantasy_jax.data.records import Record
 from fantasy_jax.prepare.analysis import Detectors, OpenDetectors, PrepareTask
 from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.prepare.stages import PreparedClip, prepare_video
-from fantasy_jax.processes import STOP_SIGNALS, exit_with_parent, signals_blocked
+from fantasy_jax.processes import STOP_SIGNALS, init_worker, signals_blocked
 
 _CLIPS = "clips.json"
 _DIGITS = 16
@@ -145,7 +145,7 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(work: Path, task: PrepareTask, open_detectors: OpenDetectors) -> None:
     _worker.update(work=work, task=task, open_detectors=open_detectors)
-    exit_with_parent()  # so that no worker writes where the next run does
+    init_worker()  # it ends with its parent, so that no worker writes where the next run does
     # A worker has nothing to save: Ctrl-C ends it without a word, from its start on.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -22,7 +22,7 @@ from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.typing import DType
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.loading import stored_networks
-from fantasy_jax.weights.store import LORA, network_hash, record_hashes, save_network
+from fantasy_jax.weights.store import LORA, check_writable_store, network_hash, record_hashes, save_network
 
 PIPELINE = "FantasyTalkingPipeline"
 
@@ -59,12 +59,12 @@ def finetune(
         ConfigError: The records were made with another VAE, size, length, frame rate or motion normaliser.
         WeightsError: The store is missing, damaged, or of another model or pipeline.
     """
+    check_writable_store(store := workdir / "weights")
     check_pipeline(weights, PIPELINE)
     networks = stored_networks(weights, model, new_adapters=True, merge_lora=False)
     hashes = record_hashes(weights)
     check_metadata(records, _wanted_metadata(weights, hashes, video))
     mesh = make_mesh(**config.mesh.axes)
-    store = workdir / "weights"
     stages = train_stages(
         networks,
         records,

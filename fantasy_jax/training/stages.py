@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from fantasy_jax import cli
 from fantasy_jax.config import Settings
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import open_split
+from fantasy_jax.data.records import ReadableRecords, open_split
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.media import write_audio, write_video
@@ -158,7 +158,7 @@ def train_stages(
         transformer = networks["transformer"]
     for stage in config.stages:  # an error in the last stage's rules must not show up after days
         parameter_modes(transformer, stage.parameters)
-    check_inputs(transformer, open_split(records, "train")[0])
+    check_inputs(transformer, ReadableRecords(open_split(records, "train"))[0][1])
     for index, stage in enumerate(config.stages):
         name = stage_name(index)
         with cli.timed(f"Stage {index + 1}"):
@@ -207,8 +207,9 @@ class _StageData:
 
     def _validator(self, pad: PadText, stage: StageConfig) -> Callable[[WanTransformer], dict[str, float]]:
         """Returns a function that computes the losses of a batch of held-out clips at each noise level."""
-        tests, rows = open_split(self.records, "test"), process_rows(stage.batch_size, self.mesh)
-        examples = [pad(tests[int(row) % len(tests)]) for row in rows]
+        tests = ReadableRecords(open_split(self.records, "test"))
+        rows = process_rows(stage.batch_size, self.mesh)
+        examples = [pad(tests[int(row) % len(tests)][1]) for row in rows]
         local = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         batch = make_global_batch(local, rows, stage.batch_size, self.mesh)
 
@@ -230,8 +231,8 @@ class _StageData:
         self, sampling: SampleConfig
     ) -> Callable[[WanTransformer, Path | None], dict[str, np.ndarray]]:
         """Returns a function that samples held-out clips, as images and, if a folder is given, as videos."""
-        tests = open_split(self.records, "test")
-        shown = [tests[i] for i in range(min(NUM_SAMPLES, len(tests)))]
+        tests = ReadableRecords(open_split(self.records, "test"))
+        shown = [tests[i][1] for i in range(min(NUM_SAMPLES, len(tests)))]
         inputs = ClipInputs.from_records(shown, self.empty_text)
         truth = jnp.asarray(np.stack([record["latents"] for record in shown]), jnp.float32)
         decode = nnx.jit(lambda vae, latents: vae.decode(latents))

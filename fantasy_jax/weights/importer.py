@@ -28,6 +28,7 @@ from fantasy_jax.weights.store import (
     TOKENIZER,
     NetworkRecord,
     SourceFile,
+    check_writable_store,
     item_name,
     read_record,
     write,
@@ -152,6 +153,7 @@ def import_weights(
 
 def _todo(jobs: list[Job], output: Path, progress: bool) -> list[Job]:
     """The networks that the store does not hold yet; checks those that it holds, and the disk's space."""
+    check_writable_store(output)
     stored = [job for job in jobs if (output / job.slot / RECORD).is_file()]
     for job in stored:
         _check_same(job, output / job.slot, [(path.name, path.stat().st_size) for path in job.files])

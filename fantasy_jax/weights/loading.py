@@ -1,7 +1,7 @@
 """Networks from a store, whole on one device or sharded over a mesh."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fantasy_jax.config import as_json
+from fantasy_jax.config import as_json, differences
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.models.lora import attach_lora, merged_kernel
@@ -87,7 +87,8 @@ def notes(directory: Path, slots: Sequence[str]) -> list[str]:
 
     Weights that are random, and adapters that were trained with another encoder than the store's.
     """
-    records = {slot: read_record(directory / slot)[1] for slot in slots}
+    stored = {slot: read_record(directory / slot) for slot in slots}
+    records = {slot: record for slot, (_, record) in stored.items()}
     random = [slot for slot, record in records.items() if record.get("random")]
     lines = [f"{directory}: the weights of {', '.join(random)} are random"] if random else []
     for slot, record in records.items():
@@ -97,7 +98,24 @@ def notes(directory: Path, slots: Sequence[str]) -> list[str]:
                     f"{directory / slot}: was trained with another {encoder} ({trained_with[:8]}) than the "
                     f"store's ({given[:8]})"
                 )
+        # Published files do not say what they were trained with; it is the first of the encoder's presets.
+        if record.get("preset") in stored[slot][0].presets and not record.get("trained_with"):
+            for encoder in set(stored[slot][0].encoders) & records.keys():
+                lines += _unlike_published(directory / slot, *stored[encoder])
     return lines
+
+
+def _unlike_published(adapter: Path, encoder: Component, record: Mapping[str, Any]) -> list[str]:
+    """What to know about an encoder whose settings are not those of the one that is published."""
+    name, published = next(iter(encoder.presets.items()))
+    found = differences(as_json(published), record["config"])
+    names = ", ".join(setting for setting, _, other in found if other is not None)
+    if not names:
+        return []
+    return [
+        f"{adapter}: was trained with {name}, from which the store's {encoder.slot} differs in {names}; "
+        "train the adapter on with it"
+    ]
 
 
 class StoredLoader:

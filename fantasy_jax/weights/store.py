@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -55,6 +56,8 @@ _STARTED = "started.json"
 _MARKER = "commit_success.txt"
 """Orbax's mark of a complete item; it contains a path, and the folder's name says as much."""
 _STACKS = ("blocks", "layers")
+_ITEM = re.compile(r"rest|blocks_\d+")
+"""Names that `item_name` makes."""
 
 Places = dict[str, dict[str, int | None]]
 """For each item: its parameters by path, and their layer of the stack; None where there is no stack."""
@@ -193,10 +196,7 @@ def write(
     optional = ("other_dtypes", "random", "trained_with")
     content = {name: x for name, x in as_json(record).items() if x or name not in optional}
     started = partial / _STARTED
-    others = [] if not folder.is_dir() else [x.name for x in folder.iterdir() if x.is_file()]
-    # Stores of earlier versions have no checksums that would name the normaliser.
-    if foreign := sorted(set(others) - {RECORD, SUMS, _STARTED, MOTION_FILE, *read_sums(folder)}):
-        raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
+    _check_replaceable(folder)
     try:
         if not (resume and started.is_file() and json.loads(started.read_text()) == content):
             shutil.rmtree(partial, ignore_errors=True)
@@ -220,6 +220,30 @@ def write(
         raise WeightsError(f"{started}: damaged ({error}); delete {partial}") from error
     except OSError as error:
         raise WeightsError(f"{partial}: cannot be written ({error.strerror or error})") from error
+
+
+def check_writable_store(store: Path) -> None:
+    """Checks, before any work, that networks can be written into a store without harm to other files.
+
+    Raises:
+        WeightsError: In the place of a network there is something else, or beside its files.
+    """
+    for slot in slots():
+        _check_replaceable(Path(store) / slot)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises a WeightsError if a network's folder is a file, or holds what is of no network."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise WeightsError(f"{folder}: is a file where a network is written; choose another folder")
+        return
+    # Stores of earlier versions have no checksums that would name the other files.
+    known = {RECORD, SUMS, _STARTED, MOTION_FILE, TOKENIZER}
+    known |= {Path(name).parts[0] for name in read_sums(folder)}
+    names = (path.name for path in folder.iterdir() if not _ITEM.fullmatch(path.name))
+    if foreign := sorted(set(names) - known):
+        raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
 
 
 def _replace(folder: Path, partial: Path) -> None:
