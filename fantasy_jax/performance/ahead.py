@@ -53,7 +53,8 @@ class CompiledReport:
         argument_bytes: Arguments, and results that do not reuse the arguments' memory.
         temporary_bytes: Everything else that is allocated.
         fits: Whether both fit a chip's memory.
-        flops: Floating point operations of a call, on all chips together.
+        flops: Model operations of a call, on all chips together (`performance.flops`).
+        hardware_flops: Operations of a call as the program runs, on all chips together.
         collectives: Collectives by kind; None if they could not be counted.
         roofline: Lower bounds of the run time in seconds: by `compute`, `memory` and `links`.
         compile_seconds: Time that compiling took.
@@ -69,6 +70,7 @@ class CompiledReport:
     temporary_bytes: int
     fits: bool
     flops: int
+    hardware_flops: int
     collectives: dict[str, Collective] | None
     roofline: dict[str, float]
     compile_seconds: float
@@ -280,8 +282,9 @@ def compile_program(program: Program, topology: str, mesh: Mesh) -> CompiledRepo
         temporary_bytes=temporaries,
         fits=fits,
         flops=program.flops,
+        hardware_flops=program.hardware_flops,
         collectives=found,
-        roofline=_roofline(chip, program.flops / mesh.size, arguments, temporaries, found or {}),
+        roofline=_roofline(chip, program.hardware_flops / mesh.size, arguments, temporaries, found or {}),
         compile_seconds=time.perf_counter() - start,
         largest_arguments={} if fits else largest_arrays(program.arguments),
     )
@@ -321,7 +324,7 @@ def _shard_bytes(leaf: Leaf) -> int:
 def markdown_table(reports: Sequence[CompiledReport]) -> str:
     """Formats reports as a Markdown table, one row each."""
     rows = [
-        "| program | slice | mesh | GiB per chip: arguments + temporaries of | PFLOP "
+        "| program | slice | mesh | GiB per chip: arguments + temporaries of | PFLOP: model, hardware "
         "| collectives, GB per chip | roofline, s | compile time |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -331,7 +334,7 @@ def markdown_table(reports: Sequence[CompiledReport]) -> str:
         memory = f"{needed} of {report.chip_memory / GIB:.0f}{'' if report.fits else ': does not fit'}"
         rows.append(
             f"| {report.program} | {report.topology}, {report.num_chips} chips | {mesh} | {memory} "
-            f"| {report.flops / 1e15:.3f} | {_collectives(report)} "
+            f"| {report.flops / 1e15:.3f}, {report.hardware_flops / 1e15:.3f} | {_collectives(report)} "
             f"| {report.roofline[report.bottleneck]:.2f}, {report.bottleneck} "
             f"| {report.compile_seconds:.0f} s |"
         )

@@ -16,7 +16,8 @@ class Program:
         name: Name for tables.
         lower: Lowers the function for the arguments.
         arguments: Pytree of `jax.ShapeDtypeStruct`s with shardings, one entry per argument of `call`.
-        flops: Floating point operations of a call, on all devices together.
+        flops: Model operations of a call, on all devices together (`performance.flops`).
+        hardware_flops: Operations of a call as the program runs, on all devices together.
         call: The function, of arrays like the arguments.
     """
 
@@ -24,4 +25,5 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     arguments: Leaf
     flops: int
+    hardware_flops: int
     call: Callable[..., Leaf]
