@@ -86,5 +86,6 @@ def _remat_policy(names: tuple[str, ...]) -> Callable[..., Any]:
     if "self_attention" in names:
         policies.append(is_cudnn_self_attention)
     if "products" in names:
-        policies += [saveable.dots_with_no_batch_dims_saveable, is_cudnn_forward]
+        named = saveable.save_only_these_names("self_attention")
+        policies += [saveable.dots_with_no_batch_dims_saveable, named, is_cudnn_forward]
     return reduce(saveable.save_from_both_policies, policies)
