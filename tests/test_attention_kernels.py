@@ -76,7 +76,9 @@ def test_kernels_of_a_training_step(backend, saved, forward):
 
 def test_the_fused_backward_kernel_equals_the_separate_ones(monkeypatch):
     monkeypatch.setattr(splash, "_LARGEST_BLOCK", 256)  # two blocks of queries and of keys
-    q, k, v = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 500, 1, 128)), jnp.float32) for i in range(3))
+    q, k, v = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(1, 500, 1, 128)), jnp.float32) for i in range(3)
+    )
 
     def gradients():
         attend = partial(splash.splash_attention, kv_lengths=None, scale=128**-0.5, interpret=True)
@@ -117,7 +119,8 @@ def test_segment_ids_are_given_where_keys_are_padded(keys, lengths, segmented):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "queries", "keys"), [("gather", "1x128x2x64", "1x256x2x64"), ("all_to_all", *["1x256x1x64"] * 2)]
+    ("strategy", "queries", "keys"),
+    [("gather", "1x128x2x64", "1x256x2x64"), ("all_to_all", *["1x256x1x64"] * 2)],
 )
 def test_cudnn_runs_on_the_arrays_of_each_device(strategy, queries, keys):
     x, text = array(2, 256, 4, 64), array(2, 160, 4, 64)
@@ -133,7 +136,9 @@ def test_cudnn_runs_on_the_arrays_of_each_device(strategy, queries, keys):
     assert clip[0][1].startswith("tensor<1x257x1x80xbf16>")
 
 
-@pytest.mark.parametrize(("backend", "padded"), [("splash", 512 * 384), ("cudnn", 500 * 300), ("xla", 500 * 300)])
+@pytest.mark.parametrize(
+    ("backend", "padded"), [("splash", 512 * 384), ("cudnn", 500 * 300), ("xla", 500 * 300)]
+)
 def test_flops_of_kernels_count_what_they_compute(backend, padded):
     q, k = array(2, 500, 4, 128), array(2, 300, 4, 128)
     products = 2 * 2 * 4 * 128
@@ -141,7 +146,7 @@ def test_flops_of_kernels_count_what_they_compute(backend, padded):
     backward = 4 if backend == "xla" else 5
     with use_backend(backend):
         assert hardware_flops(attention, q, k, k) == 2 * products * padded
-        # Beside its five products, splash's gradient multiplies the output by its gradient, element by element.
+        # Splash also multiplies the output by its gradient, element by element.
         expected = (2 + backward) * products * padded
         assert hardware_flops(gradient, q, k, k) == pytest.approx(expected, rel=1e-3)
     assert model_flops(gradient, q, k, k) == 6 * products * 500 * 300

@@ -274,7 +274,9 @@ def test_report_of_a_program_that_does_not_fit(message, on_v5e, capsys):
     assert report.argument_bytes + report.temporary_bytes == int(20.5 * 2**30)
     assert list(report.largest_arguments) == ["kernel", "bias"]
     assert ahead.show([report]) == 1
-    assert "0.500 GiB  kernel" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0.500 GiB  kernel" in printed
+    assert report.would_fit and all(f"  {setup}\n" in printed for setup in report.would_fit)
 
 
 def test_size_option():
@@ -374,7 +376,9 @@ def test_train_steps_of_the_14b_model_compile_for_64_chips(tmp_path):
         assert report["argument_bytes"] + report["temporary_bytes"] < 0.9 * report["chip_memory"]
         # Two operations per parameter and token forward; nearly as many backward, for gradients of adapters.
         forward = 2 * 16e9 * 16 * 21 * 32 * 32
-        assert 2 * forward < report["flops"] < 5 * forward
+        assert 2 * forward < report["flops"] < 4 * forward
+        # The forward kernel of self-attention is not run again, and its backward kernel is fused.
+        assert report["flops"] < report["hardware_flops"] < 45e15
         # Every device gathers all weights, forward and backward, and the other keys and values of its clips.
         weights = 2 * 2 * 14e9
         assert weights < report["collectives"]["all-gather"]["bytes"] < 3 * weights

@@ -19,6 +19,7 @@ class Program:
         flops: Model operations of a call, on all devices together (`performance.flops`).
         hardware_flops: Operations of a call as the program runs, on all devices together.
         call: The function, of arrays like the arguments.
+        batch_size: Clips of a training step, which can be computed in parts; None for other programs.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Program:
     flops: int
     hardware_flops: int
     call: Callable[..., Leaf]
+    batch_size: int | None = None

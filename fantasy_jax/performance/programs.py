@@ -68,6 +68,7 @@ def training_programs(
             model_flops(without_remat.step, *arguments),
             hardware_flops(trainer.step, *arguments),
             trainer.step,
+            stage.batch_size // stage.optimizer.grad_accum_steps,
         )
 
 
