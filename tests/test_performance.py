@@ -320,7 +320,7 @@ def compile_only(config, topology, tmp_path, *options, program="train.py"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5e:2x4", "v6e:2x4", "v7x:2x2x1"])
 def test_train_steps_compile_for_a_slice(topology, tmp_path):
     result, reports = compile_only("configs/fantasy_talking_14b.py:debug", topology, tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -49,8 +49,9 @@ def splash_attention(
         interpret: Whether XLA runs the kernel's operations, on any platform, as in tests.
     """
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    largest = _LARGER_BLOCKS.get(device_kind(), _LARGEST_BLOCK)
-    block_q, block_kv = choose_block(queries, largest), choose_block(keys, largest)
+    largest = _LARGER_BLOCKS.get(_device_kind(), _LARGEST_BLOCK)
+    block_q = choose_block(queries, largest)
+    block_kv = choose_block(keys, largest, halved=True)
     q, k, v = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
         for x, block in ((q * scale, block_q), (k, block_kv), (v, block_kv))
@@ -76,18 +77,24 @@ def splash_attention(
     return jax.vmap(attend)(q, k, v, kv_lengths)[:, :, :queries].swapaxes(1, 2).astype(v.dtype)
 
 
-def choose_block(length: int, largest: int) -> int:
-    """The block of a number of queries or keys: whole, half or three quarters of the largest one.
+def choose_block(length: int, largest: int, *, halved: bool = False) -> int:
+    """The block of a number of queries or keys.
 
-    Of these, the one that needs least padding; of several, the largest. A length of up to half of the largest
-    block is one block.
+    Up to the largest block that is one block. Otherwise it is the largest block, or half or three quarters of
+    it: the one that needs least padding and, of several, the largest.
+
+    Args:
+        length: The number.
+        largest: The largest block.
+        halved: Whether half of a block of more than half of the largest one must be possible, too.
     """
-    if length <= largest // 2:
-        return -(-length // _LANES) * _LANES
+    if length <= largest:
+        step = 2 * _LANES if halved and length > largest // 2 else _LANES
+        return -(-length // step) * step
     return min((largest, largest * 3 // 4, largest // 2), key=lambda block: -(-length // block) * block)
 
 
-def device_kind() -> str:
+def _device_kind() -> str:
     """Kind of the devices of the mesh in force, which need not be attached; of JAX's default without one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.devices()[0] if device is None else device).device_kind
