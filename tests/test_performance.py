@@ -276,7 +276,8 @@ def test_report_of_a_program_that_does_not_fit(message, on_v5e, capsys):
     assert ahead.show([report]) == 1
     printed = capsys.readouterr().out
     assert "0.500 GiB  kernel" in printed
-    assert report.would_fit and all(f"  {setup}\n" in printed for setup in report.would_fit)
+    assert report.would_fit
+    assert all(f"  {setup}\n" in printed for setup in report.would_fit)
 
 
 def test_size_option():
