@@ -101,8 +101,9 @@ def training(parameters: ParameterRules, batch_size: int) -> StagesConfig:
     stage = StageConfig(
         batch_size=batch_size,
         parameters=parameters,
-        # Attention outputs are expensive to recompute and small to save.
-        remat_save_names=("self_attention", "cross_attention"),
+        # Expensive to recompute and small to save. The MLP's output is saved where gates have gradients: with
+        # the motion adapter, and with all weights.
+        remat_save_names=("self_attention", "cross_attention", "mlp"),
         shift=5.0,
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000, beta2=0.999, ema_decay=0.9995),
     )

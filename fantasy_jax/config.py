@@ -334,6 +334,8 @@ def _convert_union(kind: Any, value: Any, path: str) -> Any:
         choices = [choice for choice in choices if _is_section_type(choice)]
     elif value is None and type(None) in choices:
         return None
+    else:
+        choices = [choice for choice in choices if choice is not type(None)]
     for choice in choices:
         try:
             return _convert(choice, value, path)

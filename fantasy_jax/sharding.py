@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fantasy_jax.config import Range, Settings
 from fantasy_jax.errors import ConfigError
@@ -196,6 +196,23 @@ def partition(*dimensions: str | None) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+def divisible_partition(
+    shape: Sequence[int], *dimensions: str | None, mesh: Mesh | AbstractMesh | None = None
+) -> PartitionSpec:
+    """Returns the partition of an array; a dimension that its mesh axes do not divide is not sharded.
+
+    Args:
+        shape: Shape of the array.
+        dimensions: Logical names of its dimensions.
+        mesh: The mesh; None: the current one.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    axes = partition(*dimensions)
+    return PartitionSpec(
+        *(entry if size % _size(entry, mesh) == 0 else None for entry, size in zip(axes, shape, strict=True))
+    )
+
+
 def replicate(tree: Leaf) -> Leaf:
     """Replicates every array on all devices of the current mesh; no-op without a mesh."""
     return tree if jax.sharding.get_abstract_mesh().empty else jax.device_put(tree, PartitionSpec())
@@ -212,10 +229,7 @@ def parameter_partition(path: str, shape: Sequence[int], mesh: Mesh) -> Partitio
     logical = next(dimensions for pattern, dimensions in PARAMETERS if re.search(pattern, path))
     if len(logical) > len(shape):
         raise ValueError(f"{path}: has {len(shape)} dimensions, but its rule needs {len(logical)} or more")
-    axes = partition(*[None] * (len(shape) - len(logical)), *logical)
-    return PartitionSpec(
-        *(entry if size % _size(entry, mesh) == 0 else None for entry, size in zip(axes, shape, strict=True))
-    )
+    return divisible_partition(shape, *[None] * (len(shape) - len(logical)), *logical, mesh=mesh)
 
 
 def parameter_shardings(tree: Leaf, mesh: Mesh) -> Leaf:
@@ -286,7 +300,7 @@ def make_global_batch(
     return {name: make_global(value) for name, value in local.items()}
 
 
-def _size(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+def _size(entry: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 

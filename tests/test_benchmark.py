@@ -55,7 +55,7 @@ def test_donated_arguments_are_replaced_by_results():
     drawn = random_arguments(arguments)
     assert not drawn[0]["opt_state"].any()
     assert drawn[0]["params"].all()
-    program = Program("step", lambda: step.lower(*arguments), arguments, 10, step)
+    program = Program("step", lambda: step.lower(*arguments), arguments, 10, 10, step)
     timing = time_program(program, 2, devices=1, dtype="bfloat16")
     assert len(timing.seconds) == 2
     assert timing.memory > 2**20

@@ -189,7 +189,7 @@ FIRST, SECOND = STAGES.stages
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"stages": (FIRST, replace(SECOND, num_steps=7, remat_save_names=("ffn",)))}, []),
+        ({"stages": (FIRST, replace(SECOND, num_steps=7, remat_save_names=("products",)))}, []),
         ({"loop": LoopConfig(log_every=7, save_every=7, keep_last=7, num_workers=7, validate_every=7)}, []),
         ({"mesh": MeshConfig(fsdp=7)}, []),
         ({"stages": (replace(FIRST, num_steps=7), SECOND)}, ["train.stages.0.num_steps"]),

@@ -21,7 +21,7 @@ from fantasy_jax.models.layers import scan_layers, stack_layers
 from fantasy_jax.models.rope import rotary_table
 from fantasy_jax.models.wan import SelfAttention, WanConfig
 from fantasy_jax.performance.collectives import collectives
-from fantasy_jax.performance.flops import count_flops
+from fantasy_jax.performance.flops import model_flops
 from fantasy_jax.sharding import (
     MESH_AXES,
     MeshConfig,
@@ -157,7 +157,7 @@ def test_flops_do_not_depend_on_the_strategy():
         with jax.set_mesh(mesh_of(sizes)):
             for strategy in STRATEGIES:
                 attend = functools.partial(context_attention, strategy=strategy)
-                assert count_flops(attend, shape, shape, shape) == 4 * BATCH * 160 * 160 * 8 * 16
+                assert model_flops(attend, shape, shape, shape) == 4 * BATCH * 160 * 160 * 8 * 16
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.models.vae import CausalConv, Downsample, Upsample, VAEConfig
 from fantasy_jax.performance.collectives import collectives
-from fantasy_jax.performance.flops import count_flops
+from fantasy_jax.performance.flops import model_flops
 from fantasy_jax.sharding import make_mesh, shard_module
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
@@ -73,7 +73,7 @@ def test_collectives_are_the_nearest_rows_and_keys_and_values(vae, on_one_device
     with jax.set_mesh(mesh):
         compiled = jax.jit(run).lower(state, jax.device_put(x, PartitionSpec())).compile()
         result = compiled(state, jax.device_put(x, PartitionSpec()))
-        assert count_flops(run, state, x) == count_flops(pure(function, vae, make_mesh())[0], state, x)
+        assert model_flops(run, state, x) == model_flops(pure(function, vae, make_mesh())[0], state, x)
     assert relative(result, on_one_device(function, *SQUARE)) < 1e-5
     assert result.sharding.spec[2] == ("context", "tensor")
     found = collectives(compiled.as_text())

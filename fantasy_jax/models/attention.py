@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 from jax.sharding import AxisType
 
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.sharding import partition
+from fantasy_jax.models.splash import splash_attention
+from fantasy_jax.sharding import divisible_partition
 from fantasy_jax.typing import Array, Bool, Float, Int, Leaf
 
 MASK_VALUE = -1e30
@@ -38,13 +39,13 @@ class Backend:
         name: Name for `use_backend` and for the log.
         platform: Platform of the devices on which it runs, or "any".
         supports: Whether it supports these queries and keys. Only the XLA backend takes biases.
-        run: Function of queries, keys, values, key lengths and scale.
+        run: Function of queries, keys, values, key lengths, scale, and the name of what it saves.
     """
 
     name: str
     platform: str
     supports: Callable[[Leaf, Leaf], bool]
-    run: Callable[[Array, Array, Array, Array | None, float], Array]
+    run: Callable[[Array, Array, Array, Array | None, float, str | None], Array]
 
 
 def use_backend(name: str) -> AbstractContextManager:
@@ -66,6 +67,7 @@ def attention(
     kv_lengths: Int[Array, " B"] | None = None,
     bias: Float[Array, "#B #N #Q L"] | None = None,
     scale: float | None = None,
+    name: str | None = None,
 ) -> Float[Array, "B Q N K"]:
     """Scaled dot-product attention; scores and softmax are float32.
 
@@ -76,14 +78,16 @@ def attention(
         kv_lengths: Number of keys of each sample; the keys after them are padding and are masked.
         bias: Bias of the scaled scores.
         scale: Factor of the scores; None for `1 / sqrt(K)`.
+        name: Name under which `jax.checkpoint` can save the output and, with it, what else the backward pass
+            of the backend needs, so that attention is not computed again (`models/layers.py`).
 
     Returns:
         The attention output, in the type of `v`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if bias is not None:
-        return _xla(q, k, v, kv_lengths, scale, bias)
-    return choose_backend(q, k).run(q, k, v, kv_lengths, scale)
+        return _xla(q, k, v, kv_lengths, scale, name, bias)
+    return choose_backend(q, k).run(q, k, v, kv_lengths, scale, name)
 
 
 def multi_head_attention(
@@ -164,9 +168,11 @@ def _xla(
     v: Array,
     kv_lengths: Array | None,
     scale: float,
+    name: str | None = None,
     bias: Array | None = None,
 ) -> Array:
-    return _attend(_scores(q, k, kv_lengths, scale, bias), v)
+    attended = _attend(_scores(q, k, kv_lengths, scale, bias), v)
+    return attended if name is None else checkpoint_name(attended, name)
 
 
 def _xla_with_lse(
@@ -203,49 +209,29 @@ def _splash_supports(q: Leaf, k: Leaf) -> bool:
 
 
 def _splash(
-    q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float, *, interpret: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_lengths: Array | None,
+    scale: float,
+    name: str | None = None,
+    *,
+    interpret: bool = False,
 ) -> Array:
-    """Runs the Pallas kernel on every device, for the device's samples, queries and heads."""
-    lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32) if kv_lengths is None else kv_lengths
-    run = functools.partial(_splash_local, scale=scale, interpret=interpret)
+    run = functools.partial(splash_attention, scale=scale, name=name, interpret=interpret)
+    return _on_each_device(run, q, k, v, kv_lengths)
+
+
+def _on_each_device(run: Callable, q: Array, k: Array, v: Array, kv_lengths: Array | None) -> Array:
+    """Runs a kernel on every device, for the device's samples, queries and heads."""
     if set(jax.sharding.get_abstract_mesh().axis_types) <= {AxisType.Manual}:  # no mesh, or in a shard_map
-        return run(q, k, v, lengths)
-    queries, keys = partition("batch", "space", "heads", None), partition("batch", None, "heads", None)
-    specs = (queries, keys, keys, partition("batch"))
-    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
-
-
-def _splash_local(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, interpret: bool) -> Array:
-    """Pads to whole blocks; segment ids mask the padding."""
-    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    block_q, block_kv = _block(queries), _block(keys)
-    q, k, v = (
-        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
-        for x, block in ((q * scale, block_q), (k, block_kv), (v, block_kv))
-    )
-    sizes = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
-    mask = splash_masks.MultiHeadMask([splash_masks.FullMask((q.shape[2], k.shape[2]))] * heads)
-    kernel = splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
-
-    def attend(q: Array, k: Array, v: Array, length: Array) -> Array:
-        valid = (jnp.arange(k.shape[1]) < length).astype(jnp.int32)
-        return kernel(q, k, v, splash.SegmentIds(jnp.ones(q.shape[1], jnp.int32), valid))
-
-    return jax.vmap(attend)(q, k, v, lengths)[:, :, :queries].swapaxes(1, 2).astype(v.dtype)
-
-
-def _block(length: int) -> int:
-    """Length of a block: the length rounded up to a multiple of 128, at most 512."""
-    return min(512, -(-length // 128) * 128)
+        return run(q, k, v, kv_lengths)
+    # Neither kernel can be sharded by the compiler. What does not divide is computed by several devices.
+    queries = divisible_partition(q.shape, "batch", "space", "heads", None)
+    keys = divisible_partition(k.shape, "batch", None, "heads", None)
+    lengths = None if kv_lengths is None else divisible_partition(kv_lengths.shape, "batch")
+    specs = (queries, keys, keys, lengths)
+    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, kv_lengths)
 
 
 def _cudnn_supports(q: Leaf, k: Leaf) -> bool:
@@ -253,7 +239,14 @@ def _cudnn_supports(q: Leaf, k: Leaf) -> bool:
     return half and k.shape[1] >= _MIN_KEYS and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
-def _cudnn(q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float) -> Array:
+def _cudnn(
+    q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float, name: str | None = None
+) -> Array:
+    del name  # results of the kernel have none; policies recognise it
+    return _on_each_device(functools.partial(_cudnn_local, scale=scale), q, k, v, kv_lengths)
+
+
+def _cudnn_local(q: Array, k: Array, v: Array, kv_lengths: Array | None, *, scale: float) -> Array:
     lengths = (
         {}
         if kv_lengths is None
@@ -263,6 +256,16 @@ def _cudnn(q: Array, k: Array, v: Array, kv_lengths: Array | None, scale: float)
         }
     )
     return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn", **lengths)
+
+
+def is_cudnn_forward(primitive: Primitive, *_: object, **__: object) -> bool:
+    """Policy of `jax.checkpoint` that saves what cuDNN's forward kernel computes, which has no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def is_cudnn_self_attention(primitive: Primitive, *arguments: Leaf, **_: object) -> bool:
+    """Policy that saves it where there are as many keys as queries or more."""
+    return is_cudnn_forward(primitive) and arguments[1].shape[1] >= arguments[0].shape[1]
 
 
 BACKENDS = (

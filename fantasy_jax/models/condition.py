@@ -126,7 +126,7 @@ class KVProjection(nnx.Module):
         match condition.tokens.ndim:
             case 3:
                 flat = q.reshape(len(q), -1, *q.shape[3:])
-                attended = attention(flat, k, v, kv_lengths=lengths).reshape(q.shape)
+                attended = _attend(flat, k, v, lengths).reshape(q.shape)
             case 4:
                 attended = jax.vmap(_attend, (2, 1, 1, 1), out_axes=2)(q, k, v, lengths)
             case _:
@@ -186,7 +186,7 @@ def zero_init_kv_layers(
 
 
 def _attend(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
-    return attention(q, k, v, kv_lengths=lengths)
+    return attention(q, k, v, kv_lengths=lengths, name="products")
 
 
 def _attend_people(q: Array, k: Array, v: Array, lengths: Array | None, mask: Array | None) -> Array:

@@ -9,7 +9,8 @@ With c devices, and M bytes of queries in all of them (as many of keys, and of v
     gather        2M (c-1)/c      2M (c-1)/c      2M
     all_to_all    4M (c-1)/c^2    4M (c-1)/c^2    4M/c
 
-The forward column counts twice where a block is rematerialised in the backward pass.
+The forward column counts again where a block is rematerialised: for `gather` all of it, for `all_to_all` half
+of it if the attended values are saved (`models.layers.Saved`).
 """
 
 import functools
@@ -100,7 +101,7 @@ def _log(strategy: str, tokens: tuple[int, ...], context: int) -> None:
 
 def _attend(q: Array, k: Array, v: Array, kv_length: int | None) -> Array:
     lengths = None if kv_length is None else jnp.full(q.shape[0], kv_length)
-    return attention(q, k, v, kv_lengths=lengths)
+    return attention(q, k, v, kv_lengths=lengths, name="self_attention")
 
 
 def _gather(q: Array, k: Array, v: Array, kv_length: int | None) -> Array:

@@ -4,15 +4,30 @@ Linear layers, norms and embeddings are those of Flax NNX; this file sets the ar
 from PyTorch (`use_fast_variance`), and adds stacking and scanning of layers.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fantasy_jax.models.attention import is_cudnn_forward, is_cudnn_self_attention
 from fantasy_jax.typing import Array
+
+Saved = tuple[Literal["self_attention", "cross_attention", "mlp", "products"], ...] | None
+"""What each layer of a stack saves for the backward pass, which computes the rest again; None: everything.
+
+- `self_attention`: the attended values of self-attention, before the output projection, and the log-sum-exp
+  of the scores, so that the backward pass does not run the forward kernel.
+- `cross_attention`: the output of cross-attention, after the output projection.
+- `mlp`: the output of the MLP. The backward pass needs it for the gradient of the gate alone.
+- `products`: the results of all linear layers and of all attention, so that no forward product runs twice.
+
+Each of the first three is as large as the layer's input, in the type of the matrix products: 8.2 GiB for a
+clip of 21,504 tokens in the 14B transformer. `products` is 14 times as large, with text, image and audio. The
+devices that share a clip share it.
+"""
 
 run = jax.jit(lambda network, *inputs: network(*inputs))
 """Runs a network as one compiled program. (`nnx.jit` would also return the parameters.)"""
@@ -72,7 +87,7 @@ def scan_layers(
     layers: Layers,
     carry: Carry,
     *,
-    remat_save_names: Sequence[str] | None = None,
+    remat_save_names: Saved = None,
 ) -> Carry:
     """Runs stacked layers one after another; the layers are traced and compiled once.
 
@@ -80,8 +95,7 @@ def scan_layers(
         step: Applies one layer: `(layer, carry) -> carry`.
         layers: Module built by `stack_layers`, or a tree of such modules.
         carry: Input of the first layer.
-        remat_save_names: None saves every activation for the backward pass. Otherwise activations are
-            rematerialised, except those that have one of these names (`jax.ad_checkpoint.checkpoint_name`).
+        remat_save_names: Activations that are saved for the backward pass.
 
     Returns:
         Output of the last layer.
@@ -92,6 +106,16 @@ def scan_layers(
         return step(nnx.merge(graphdef, layer_state), carry), None
 
     if remat_save_names is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*remat_save_names)
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        body = jax.checkpoint(body, policy=_remat_policy(remat_save_names), prevent_cse=False)
     return jax.lax.scan(body, carry, state)[0]
+
+
+def _remat_policy(names: tuple[str, ...]) -> Callable[..., Any]:
+    saveable = jax.checkpoint_policies
+    policies = [saveable.save_only_these_names(*names)]
+    if "self_attention" in names:
+        policies.append(is_cudnn_self_attention)
+    if "products" in names:
+        named = saveable.save_only_these_names("self_attention")
+        policies += [saveable.dots_with_no_batch_dims_saveable, named, is_cudnn_forward]
+    return reduce(saveable.save_from_both_policies, policies)

@@ -5,7 +5,7 @@ computed in the given `dtype`. Timestep, rotary angles, norms, modulation, softm
 float32 whatever the `dtype`, as in the official code under autocast.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -18,7 +18,7 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.base import Adapter
 from fantasy_jax.models.condition import Condition, KVProjection
 from fantasy_jax.models.context_attention import context_attention
-from fantasy_jax.models.layers import LayerNorm, RMSNorm, scan_layers, stack_layers
+from fantasy_jax.models.layers import LayerNorm, RMSNorm, Saved, scan_layers, stack_layers
 from fantasy_jax.models.rope import rotary_table, rotate, timestep_sinusoid
 from fantasy_jax.sharding import ContextParallelism, axis_size, constrain
 from fantasy_jax.typing import Array, DType, Float
@@ -181,11 +181,11 @@ class Block(nnx.Module):
             part[:, None, None] for part in jnp.moveaxis(parts, 1, 0)
         )
         attended = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space, strategy)
-        x = x + checkpoint_name(attended, "self_attention") * gate
+        x = x + attended * gate
         attended = self.cross_attention(self.cross_norm(x), conditions, adapters)
         x = x + checkpoint_name(attended, "cross_attention")
         hidden = nnx.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
-        return x + self.mlp_out(hidden) * mlp_gate
+        return x + checkpoint_name(self.mlp_out(hidden), "mlp") * mlp_gate
 
 
 class ImageProjection(nnx.Module):
@@ -216,7 +216,7 @@ class WanTransformer(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
-        remat_save_names: Sequence[str] | None = None,
+        remat_save_names: Saved = None,
         context_parallelism: ContextParallelism = "auto",
     ):
         """Builds the transformer.

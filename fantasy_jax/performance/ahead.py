@@ -25,6 +25,7 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.performance.chips import GIB, Chip, chip_of
 from fantasy_jax.performance.collectives import Collective, UnknownTripCountError, collectives
+from fantasy_jax.performance.fitting import setups_that_fit
 from fantasy_jax.performance.program import Program
 from fantasy_jax.sharding import MeshConfig, make_mesh
 from fantasy_jax.typing import Leaf
@@ -52,11 +53,13 @@ class CompiledReport:
         argument_bytes: Arguments, and results that do not reuse the arguments' memory.
         temporary_bytes: Everything else that is allocated.
         fits: Whether both fit a chip's memory.
-        flops: Floating point operations of a call, on all chips together.
+        flops: Model operations of a call, on all chips together (`performance.flops`).
+        hardware_flops: Operations of a call as the program runs, on all chips together.
         collectives: Collectives by kind; None if they could not be counted.
         roofline: Lower bounds of the run time in seconds: by `compute`, `memory` and `links`.
         compile_seconds: Time that compiling took.
         largest_arguments: Bytes of the largest arguments by path, if the program does not fit.
+        would_fit: What would fit, if the program does not (`performance.fitting`).
     """
 
     program: str
@@ -68,10 +71,12 @@ class CompiledReport:
     temporary_bytes: int
     fits: bool
     flops: int
+    hardware_flops: int
     collectives: dict[str, Collective] | None
     roofline: dict[str, float]
     compile_seconds: float
     largest_arguments: dict[str, int]
+    would_fit: list[str]
 
     @property
     def bottleneck(self) -> str:
@@ -227,7 +232,8 @@ def slice_devices(topology: str) -> list[jax.Device]:
     """Returns the devices of a TPU slice that need not be attached.
 
     Args:
-        topology: Name as libtpu has it: `v5p:4x4x4`, `v5e:16x16`, `v6e:2x4`; `v5p:2x2x2*2` is two slices.
+        topology: Name of chips and their arrangement: `v4:2x2x4`, `v5p:4x4x4`, `v5e:16x16`, `v6e:2x4`,
+            `v7x:2x2x4`; `v5p:2x2x2*2` is two slices.
 
     Raises:
         ConfigError: libtpu is not installed or does not know the name.
@@ -236,8 +242,11 @@ def slice_devices(topology: str) -> list[jax.Device]:
         os.environ.setdefault(name, value)
     try:
         name, star, count = topology.partition("*")
-        slices = {"num_slices": int(count)} if star else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices
+        options = {"num_slices": int(count)} if star else {}
+        if name.startswith("v4:"):  # as on hosts of v4, where the two cores of a chip are one device
+            options["chip_config_name"] = "megacore"
+        name = name.replace("v7x:", "tpu7x:")  # libtpu's name
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # JAX passes on whatever libtpu, or its absence, raises
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(
@@ -279,11 +288,20 @@ def compile_program(program: Program, topology: str, mesh: Mesh) -> CompiledRepo
         temporary_bytes=temporaries,
         fits=fits,
         flops=program.flops,
+        hardware_flops=program.hardware_flops,
         collectives=found,
-        roofline=_roofline(chip, program.flops / mesh.size, arguments, temporaries, found or {}),
+        roofline=_roofline(chip, program.hardware_flops / mesh.size, arguments, temporaries, found or {}),
         compile_seconds=time.perf_counter() - start,
         largest_arguments={} if fits else largest_arrays(program.arguments),
+        would_fit=[] if fits else _would_fit(program, mesh, arguments, temporaries, chip),
     )
+
+
+def _would_fit(program: Program, mesh: Mesh, arguments: int, temporaries: int, chip: Chip) -> list[str]:
+    found = list(map(str, setups_that_fit(program, mesh.shape, arguments, temporaries, chip.memory)))
+    if program.batch_size is not None:
+        found.append("less that is saved for the backward pass (remat_save_names), or fewer trained weights")
+    return found
 
 
 def _roofline(
@@ -319,7 +337,13 @@ def _shard_bytes(leaf: Leaf) -> int:
 
 def report_table(reports: Sequence[CompiledReport]) -> str:
     """Formats reports as a Markdown table, one row each."""
-    columns = ("program", "slice", "mesh", "GiB per chip: arguments + temporaries of", "PFLOP")
+    columns = (
+        "program",
+        "slice",
+        "mesh",
+        "GiB per chip: arguments + temporaries of",
+        "PFLOP: model, hardware",
+    )
     columns += ("collectives, GB per chip", "roofline, s", "compile time")
     return cli.markdown_table(columns, map(_cells, reports))
 
@@ -332,7 +356,7 @@ def _cells(report: CompiledReport) -> list[str]:
         f"{report.topology}, {report.num_chips} chips",
         mesh,
         f"{needed} of {report.chip_memory / GIB:.0f}{'' if report.fits else ': does not fit'}",
-        f"{report.flops / 1e15:.3f}",
+        f"{report.flops / 1e15:.3f}, {report.hardware_flops / 1e15:.3f}",
         _collectives(report),
         f"{report.roofline[report.bottleneck]:.2f}, {report.bottleneck}",
         f"{report.compile_seconds:.0f} s",
@@ -367,4 +391,6 @@ def show(reports: Sequence[CompiledReport]) -> int:
             print(f"{report.program} does not fit; its largest arguments, per chip:")
             for name, size in report.largest_arguments.items():
                 print(f"  {size / GIB:8.3f} GiB  {name}")
+            print("what would fit, by estimate:")
+            print("\n".join(f"  {setup}" for setup in report.would_fit))
     return 0 if all(report.fits for report in reports) else 1

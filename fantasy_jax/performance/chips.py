@@ -1,4 +1,4 @@
-"""Peak rates of known accelerators, per chip, from their vendors' pages."""
+"""Peak rates of known accelerators, per device of JAX, from their vendors' pages."""
 
 from dataclasses import dataclass
 
@@ -34,6 +34,8 @@ CHIPS = {
     "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
     "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
     "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9),
+    # A chip has two cores, which are devices of their own; the figures are those of a core.
+    "TPU7x": Chip("v7x", 1153.5e12, 96 * GIB, 3690e9, 300e9),
     "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40 * GIB, 1555e9, 600e9),
     "NVIDIA A100 80GB PCIe": Chip("A100 PCIe", 312e12, 80 * GIB, 1935e9, 600e9),
     "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80 * GIB, 2039e9, 600e9),

@@ -14,7 +14,7 @@ from fantasy_jax.diffusion.sampler import StepData, StepProgram, branch_conditio
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
-from fantasy_jax.performance.flops import count_flops
+from fantasy_jax.performance.flops import hardware_flops, model_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.sharding import RULES, batch_sharding
@@ -24,7 +24,7 @@ from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.system.streaming import decode_step
-from fantasy_jax.training.objective import velocity_objective
+from fantasy_jax.training.objective import StageConfig, velocity_objective
 from fantasy_jax.training.stages import StagesConfig, prepare_for_stage
 from fantasy_jax.training.state import Trainer
 from fantasy_jax.typing import DType, Leaf
@@ -45,8 +45,9 @@ def training_programs(
     networks = abstract_networks(model, mesh, config.mesh)
     empty_text = np.zeros((1, 1, model.text_encoder.dim), np.float32)
     step = _replicated((), mesh, np.int32)
-    for index, stage in enumerate(config.stages):
-        trainer = Trainer(
+
+    def make_trainer(stage: StageConfig) -> Trainer:
+        return Trainer(
             nnx.eval_shape(partial(prepare_for_stage, stage=stage, config=config), networks["transformer"]),
             partial(velocity_objective, config=stage, empty_text=empty_text),
             stage.optimizer,
@@ -55,14 +56,19 @@ def training_programs(
             mesh=mesh,
             rules=stage.parameters,
         )
+
+    for index, stage in enumerate(config.stages):
+        trainer, without_remat = make_trainer(stage), make_trainer(replace(stage, remat_save_names=None))
         batch = batch_spec(model, video, stage.batch_size, sharding=batch_sharding(mesh))
         arguments = (trainer.init_state(), trainer.frozen_state, batch, step)
         yield Program(
             f"stage {index + 1} step",
             partial(trainer.step.lower, *arguments),
             arguments,
-            count_flops(trainer.step, *arguments),
+            model_flops(without_remat.step, *arguments),
+            hardware_flops(trainer.step, *arguments),
             trainer.step,
+            stage.batch_size // stage.optimizer.grad_accum_steps,
         )
 
 
@@ -158,11 +164,13 @@ def guided_step_program(
     )
     static = (graphdef, StepProgram(config.batch_branches, window_group=group))
     arguments = (state, latents, conditions, data)
+    plain = partial(guided_step.__wrapped__, *static)
     return Program(
         name,
         partial(guided_step.lower, *static, *arguments),
         arguments,
-        count_flops(partial(guided_step.__wrapped__, *static), *arguments),
+        model_flops(plain, *arguments),
+        hardware_flops(plain, *arguments),
         partial(guided_step, *static),
     )
 
@@ -180,7 +188,9 @@ def _network_program(
         return function(nnx.merge(graphdef, state), *inputs, *static)
 
     lower = partial(function.lower, network, *inputs, *static)
-    return Program(name, lower, (state, *inputs), count_flops(plain, state, *inputs), call)
+    arguments = (state, *inputs)
+    counts = model_flops(plain, *arguments), hardware_flops(plain, *arguments)
+    return Program(name, lower, arguments, *counts, call)
 
 
 def _sharding(mesh: Mesh) -> NamedSharding:

@@ -27,7 +27,7 @@ class Timing:
     Attributes:
         name: Name of what was called.
         seconds: Duration of each call after the warm-up; empty if it could not be called (`note` says why).
-        flops: Floating point operations of a call, on all devices together; None if not counted.
+        flops: Model operations of a call (`performance.flops`), on all devices together; None if not counted.
         devices: Number of devices that share a call.
         peak_flops: Peak bfloat16 operations per second of a device; None if unknown, or if the call computes
             in float32.
@@ -63,7 +63,7 @@ class Timing:
 
     @property
     def peak_fraction(self) -> float | None:
-        """Fraction of the devices' peak operations per second."""
+        """Model operations per second as a fraction of the devices' peak (MFU)."""
         rate = self.flops_per_second
         return rate / (self.devices * self.peak_flops) if rate and self.peak_flops else None
 

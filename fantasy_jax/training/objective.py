@@ -19,6 +19,7 @@ from fantasy_jax.diffusion.flow import add_noise, draw_sigmas, velocity_target
 from fantasy_jax.diffusion.losses import velocity_loss
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.audio import AudioAttention
+from fantasy_jax.models.layers import Saved
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.system.conditioning import condition, velocity
 from fantasy_jax.system.inputs import ClipInputs
@@ -57,8 +58,8 @@ class StageConfig(Settings):
         shift: Shift of the noise levels, as in sampling; 1 leaves them as they are drawn.
         optimizer: Settings of the optimizer.
         parameters: Ordered rules that select the trained, frozen and LoRA parameters (`training.parameters`).
-        remat_save_names: Activations that blocks save for the backward pass, by `checkpoint_name`; the others
-            are recomputed. None saves all.
+        remat_save_names: Activations that blocks save for the backward pass (`models.layers.Saved`); the
+            others are recomputed. None saves all.
     """
 
     audio_attention: AudioAttention = "clip"
@@ -74,7 +75,7 @@ class StageConfig(Settings):
     shift: PositiveFloat = 3.0
     optimizer: OptimizerConfig = OptimizerConfig()
     parameters: ParameterRules = ALL_TRAINED
-    remat_save_names: tuple[str, ...] | None = None
+    remat_save_names: Saved = None
 
     def __post_init__(self):
         super().__post_init__()
