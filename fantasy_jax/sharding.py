@@ -38,6 +38,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "space": "context",
     "rows": ("context", "tensor"),  # a VAE has no heads to shard: all devices of a clip shard its rows
     "heads": "tensor",  # also the hidden units of MLPs
+    "kept": ("tensor", "fsdp", "context"),  # all heads of keys and values that are kept over the steps
     # FSDP: parameters only; each layer is all-gathered just before use. Sharding along `context` too would
     # save more memory, but the TPU compiler then all-reduces instead of all-gathering, which sends twice the
     # bytes; along `data` the gathers would cross slices.
@@ -181,6 +182,20 @@ def constrain(x: Array, *dimensions: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(*dimensions))
+
+
+def last_partition(x: Leaf, name: str) -> PartitionSpec:
+    """Returns the partition of an array whose last dimension has a logical name, if its axes divide it."""
+    axes = RULES[name]
+    devices = math.prod(map(axis_size, (axes,) if isinstance(axes, str) else axes or ()))
+    return partition(*[None] * (len(x.shape) - 1), name if x.shape[-1] % devices == 0 else None)
+
+
+def constrain_last(x: Array, name: str) -> Array:
+    """Constrains an activation to `last_partition`; no-op without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, last_partition(x, name))
 
 
 def partition(*dimensions: str | None) -> PartitionSpec:

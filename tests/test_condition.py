@@ -1,6 +1,7 @@
 """Conditions of cross-attention: people, lengths and scales."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ from helpers import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fantasy_jax.diffusion.sampler import StepData, StepProgram, branch_conditions, guided_step
 from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.adapters.expression import ExpressionAdapter
 from fantasy_jax.models.condition import Condition
+from fantasy_jax.performance.flops import inner_jaxprs
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.conditioning import condition, velocity
 from fantasy_jax.system.inputs import ClipInputs
@@ -120,6 +123,48 @@ def portrait():
     latents, inputs = tiny_inputs(wan, size=(FRAMES, 10, 6), expression=features)
     labels = np.random.default_rng(1).integers(0, 5, (BATCH, FRAMES, 15))  # person 4 has no driver
     return model, latents, replace(inputs, labels=jnp.asarray(labels, jnp.int32))
+
+
+def products(jaxpr):
+    """Shapes of the kernels, the matrices that all samples are multiplied by."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and equation.invars[1].aval.ndim == 2:
+            found.append(equation.invars[1].aval.shape)
+        for inner in inner_jaxprs(equation):
+            found += products(inner)
+    return found
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_step_projects_only_what_a_long_clip_cannot_keep(single):
+    wan, audio = replace(TINY_WAN, num_layers=2), replace(TINY_AUDIO, num_layers=2)
+    graphdef, state = nnx.split(tiny_transformer(wan, audio=abstract(AudioAdapter, audio)))
+    latents, inputs = tiny_inputs(wan, batch=1, audio=(19, audio.feature_width))
+    dropped = (("text", "audio"), ("audio",), ())
+    conditions = branch_conditions(graphdef, dropped, (), 9, single, state, inputs)
+    step = partial(guided_step.__wrapped__, graphdef, StepProgram())
+    data = StepData(np.zeros(2, np.float32), np.zeros(2, np.float32))
+    kernels = products(jax.make_jaxpr(step)(state, latents, conditions, data).jaxpr)
+    # Five around the blocks, and eight in a block: attention has four and two, the MLP two.
+    projections = [(audio.token_width, wan.dim)] * 2
+    assert len(kernels) == (13 if single else 13 + len(projections))
+    assert all(kernels.count(shape) == (0 if single else 2) for shape in projections)
+    # Branches differ in the text only.
+    rows = {"text": 2, "image": 1, "audio": 1} if single else {"text": 2, "image": 1}
+    assert {name: k.shape[:2] for name, (k, _) in conditions.kept.items()} == {
+        name: (wan.num_layers, count) for name, count in rows.items()
+    }
+
+
+def test_kept_keys_and_values_are_shared_by_the_devices_of_a_clip():
+    graphdef, state = nnx.split(tiny_transformer(replace(TINY_WAN, num_layers=2)))
+    _, inputs = tiny_inputs(batch=1)
+    with jax.set_mesh(make_mesh(fsdp=2, context=2, tensor=2)):
+        placed = jax.device_put((state, inputs), PartitionSpec())
+        kept = branch_conditions(graphdef, ((),), (), 9, True, *placed).kept
+    for x in jax.tree.leaves(kept):
+        assert {shard.data.nbytes for shard in x.addressable_shards} == {x.nbytes // 8}
 
 
 def predict(model, latents, inputs):

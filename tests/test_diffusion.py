@@ -296,13 +296,9 @@ def windowed(velocity):
         total, count = jnp.zeros_like(latents), np.zeros(latents.shape[1])
         for start in range(latents.shape[1] - 1):
             frames = slice(start, start + 2)
-            audio = conditions.attended["audio"]
-            audio = replace(audio, tokens=audio.tokens[:, frames], lengths=audio.lengths[:, frames])
-            part = replace(
-                conditions,
-                first_frame=conditions.first_frame[:, frames],
-                attended=conditions.attended | {"audio": audio},
-            )
+            rows = jnp.arange(len(latents))
+            part = conditions.at_frames(jnp.full_like(rows, start), 2, rows)
+            part = replace(part, first_frame=part.first_frame[:, frames])
             total = total.at[:, frames].add(velocity(latents[:, frames], sigma, part))
             count[frames] += 1
         return total / count[:, None, None, None]

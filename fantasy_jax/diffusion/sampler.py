@@ -21,9 +21,16 @@ from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
 from fantasy_jax.diffusion.held import HeldLatents, first_step, hold, noised
 from fantasy_jax.diffusion.windows import Windows, WindowSchedule, windowed
+from fantasy_jax.models.condition import KeysValues
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.sharding import axis_size
-from fantasy_jax.system.conditioning import AdapterOptions, Conditions, condition, velocity
+from fantasy_jax.system.conditioning import (
+    AdapterOptions,
+    Conditions,
+    condition,
+    share_keys_and_values,
+    velocity,
+)
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.typing import Array, Float, Leaf
 from fantasy_jax.video import video_frames
@@ -122,6 +129,20 @@ class StepData:
     noise: Leaf = None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BranchConditions:
+    """The conditions of all guidance branches, the same in every step.
+
+    Attributes:
+        each: Conditions whose arrays have a leading axis of branches.
+        kept: Keys and values that the branches share, by condition (`share_keys_and_values`).
+    """
+
+    each: Conditions
+    kept: dict[str, KeysValues]
+
+
 def sample(
     transformer: WanTransformer,
     noise: Float[Array, "B F h w C"],
@@ -165,10 +186,12 @@ def sample(
     graphdef, state = nnx.split(transformer)
     dropped = tuple(branch.dropped for branch in guidance)
     num_frames = video_frames(noise.shape[1])
-    conditions = branch_conditions(graphdef, dropped, hashable(options), num_frames, state, inputs)
     if windows is None and len(noise) == 1:  # the program of longer clips, which takes less memory
         windows = WindowSchedule.single(noise.shape[1])
-    group = 1 if windows is None else config.window_group(windows.count)
+    count = 1 if windows is None else windows.count
+    static = (graphdef, dropped, hashable(options), num_frames, count == 1)
+    conditions = branch_conditions(*static, state, inputs)
+    group = 1 if windows is None else config.window_group(count)
     program = StepProgram(config.batch_branches, solver, tuple(wrappers), group)
     first = 0 if held is None else first_step(sigmas, strength)
     latents = noised(held.latents, noise, sigmas[first]) if first else noise
@@ -195,15 +218,16 @@ def hashable(options: AdapterOptions | None) -> HashableOptions:
     return tuple((name, tuple(sorted(values.items()))) for name, values in sorted((options or {}).items()))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def branch_conditions(
     graphdef: nnx.GraphDef,
     dropped: tuple[tuple[str, ...], ...],
     options: HashableOptions,
     num_frames: int,
+    single: bool,
     state: nnx.State,
     inputs: ClipInputs,
-) -> Conditions:
+) -> BranchConditions:
     """The conditions of each guidance branch.
 
     Args:
@@ -211,11 +235,13 @@ def branch_conditions(
         dropped: Dropout groups that each branch leaves out.
         options: From `hashable`.
         num_frames: Video frames T that the inputs of adapters span.
+        single: Whether a clip is a single window. In one of several, keys and values of tokens per latent
+            frame are projected in every step: for ten minutes they would take 40 GiB.
         state: State of the transformer.
         inputs: What the clips are conditioned on.
 
     Returns:
-        Conditions whose arrays have a leading axis of branches.
+        Conditions whose tokens are replaced by keys and values.
     """
     transformer = nnx.merge(graphdef, state)
     settings = {name: dict(values) for name, values in options}
@@ -225,7 +251,9 @@ def branch_conditions(
         )
         for groups in dropped
     ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    texts = [int("text" in groups) for groups in dropped]
+    each, kept = share_keys_and_values(transformer, each, texts, per_frame=single)
+    return BranchConditions(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), kept)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -234,7 +262,7 @@ def guided_step(
     program: StepProgram,
     state: nnx.State,
     latents: Float[Array, "B F h w C"],
-    conditions: Conditions,
+    conditions: BranchConditions,
     data: StepData,
 ) -> Float[Array, "B F h w C"]:
     """One guided step.
@@ -247,7 +275,7 @@ def guided_step(
         conditions: From `branch_conditions`.
         data: What differs from step to step.
     """
-    function: Velocity = partial(velocity, nnx.merge(graphdef, state))
+    function: Velocity = partial(velocity, nnx.merge(graphdef, state), kept=conditions.kept)
     for wrap in program.wrappers:
         function = wrap(function)
     branches = len(data.scales) + 1
@@ -263,5 +291,5 @@ def guided_step(
 
     if data.windows is not None:
         guided = windowed(guided, data.windows, program.window_group)
-    latents = program.solver(partial(guided, conditions=conditions), latents, data.sigmas)
+    latents = program.solver(partial(guided, conditions=conditions.each), latents, data.sigmas)
     return latents if data.held is None else hold(latents, data.held, data.noise, data.sigmas[1])

@@ -21,7 +21,7 @@ import numpy as np
 
 from fantasy_jax.diffusion.flow import add_noise
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.sharding import axis_size, constrain
+from fantasy_jax.sharding import constrain, constrain_last
 from fantasy_jax.system.conditioning import Conditions
 from fantasy_jax.typing import Array, Float, Float32, Int, Leaf
 
@@ -216,14 +216,13 @@ def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
 
 def _spread(x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
     """Shards what spans a track over the devices that share a clip, so that none has another whole one."""
-    devices = axis_size("context") * axis_size("tensor")
-    return constrain(x, *[None] * (x.ndim - 1), "rows") if x.shape[-1] % devices == 0 else x
+    return constrain_last(x, "rows")
 
 
 def _spread_tokens(conditions: Conditions) -> Conditions:
     """Conditions whose tokens per latent frame are sharded likewise; they have an axis of branches first."""
     attended = {
-        name: replace(x, tokens=_spread(x.tokens)) if x.tokens.ndim > 4 else x
+        name: replace(x, tokens=_spread(x.tokens)) if x.rows is None and x.tokens.ndim > 4 else x
         for name, x in conditions.attended.items()
     }
     return replace(conditions, attended=attended)

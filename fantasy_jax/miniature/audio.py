@@ -95,4 +95,4 @@ class RotaryAudioAdapter(AudioAdapter):
             jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape)
             for x, shape in zip((middles, times), shapes, strict=True)
         )
-        return TimedCondition(plain.tokens, plain.lengths, plain.scale, None, frame_times, token_times)
+        return TimedCondition(**vars(plain), frame_times=frame_times, token_times=token_times)

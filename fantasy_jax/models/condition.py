@@ -15,9 +15,14 @@ from flax import nnx
 
 from fantasy_jax.models.attention import attention, grouped_attention
 from fantasy_jax.models.layers import RMSNorm, stack_layers
+from fantasy_jax.sharding import constrain, constrain_last
 from fantasy_jax.typing import Array, DType, Float, Int, Leaf
 
 _XAVIER = nnx.initializers.xavier_uniform()
+
+KeysValues = tuple[Float[Array, "... L D"], Float[Array, "... L D"]]
+"""Keys and values of a condition that are kept over the steps, `[R, L, D]` of R rows, with people and latent
+frames where `Condition.tokens` has them; those of all blocks have an axis of blocks first."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,19 +32,29 @@ class Condition:
 
     Attributes:
         tokens: For every video token (`[B, L, D]`), per latent frame (`[B, F, L, D]`), or per person and
-            latent frame (`[B, P, F, L, D]`).
+            latent frame (`[B, P, F, L, D]`). None where their keys and values are kept.
         lengths: Number of tokens that are not padding, for each sample (`[B]`) or each sample and latent
             frame (`[B, F]`); None: all.
         scale: Multiplier of the attended values, a number or `[B]`; 0 removes the condition exactly.
         mask: Whose tokens each video token attends to, bool `[B, S, F, P]`, for tokens per person; sharded
             along space like the video tokens. A video token that attends to nobody's gets exactly zero.
             None: everybody's.
+        rows: Row of the kept keys and values that each sample attends to, int32 `[B]`; None: the tokens are
+            projected in every block.
+        start: The latent frame of these keys and values at which each sample begins, int32 `[B]`.
     """
 
     tokens: Leaf
     lengths: Leaf = None
     scale: Leaf = 1.0
     mask: Leaf = None
+    rows: Leaf = None
+    start: Leaf = None
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether each latent frame has tokens of its own."""
+        return self.tokens.ndim > 3
 
     @property
     def per_person(self) -> bool:
@@ -54,16 +69,18 @@ class Condition:
             count: Number of latent frames.
             row: The sample; where there are fewer, the last one.
         """
-        tokens, lengths, scale, mask = (
+        tokens, lengths, scale, mask, rows = (
             None if x is None else select_row(jnp.atleast_1d(x), row)
-            for x in (self.tokens, self.lengths, self.scale, self.mask)
+            for x in (self.tokens, self.lengths, self.scale, self.mask, self.rows)
         )
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
-        if tokens.ndim > 2:
+        if tokens is not None and tokens.ndim > 2:
             tokens = cut(tokens, axis=tokens.ndim - 3)
         lengths = cut(lengths, axis=0) if lengths is not None and lengths.ndim else lengths
         mask = None if mask is None else cut(mask, axis=1)
-        return replace(self, tokens=tokens, lengths=lengths, scale=scale, mask=mask)
+        first = None if self.start is None else select_row(self.start, row) + start
+        parts = {"tokens": tokens, "lengths": lengths, "scale": scale, "mask": mask, "rows": rows}
+        return replace(self, **parts, start=first)
 
 
 def select_row(x: Array, row: Int[Array, ""]) -> Array:
@@ -118,16 +135,24 @@ class KVProjection(nnx.Module):
         )
         self.num_heads = num_heads
 
-    def __call__(self, q: Float[Array, "B S F N K"], condition: Condition) -> Float[Array, "B S F N K"]:
-        """Attends from every video token to the condition's tokens and applies the scale."""
-        k, v = self.keys_and_values(condition)
+    def __call__(
+        self, q: Float[Array, "B S F N K"], condition: Condition, kept: KeysValues | None = None
+    ) -> Float[Array, "B S F N K"]:
+        """Attends from every video token to the condition's tokens and applies the scale.
+
+        Args:
+            q: Queries.
+            condition: What they attend to.
+            kept: Keys and values of this block that `condition.rows` selects from; None: of the tokens.
+        """
+        k, v = self.keys_and_values(condition) if kept is None else self._select(condition, kept, q.shape[2])
         q = self.positioned_queries(q, condition)
         lengths = condition.lengths
-        match condition.tokens.ndim:
-            case 3:
+        match k.ndim:
+            case 4:
                 flat = q.reshape(len(q), -1, *q.shape[3:])
                 attended = _attend(flat, k, v, lengths).reshape(q.shape)
-            case 4:
+            case 5:
                 attended = jax.vmap(_attend, (2, 1, 1, 1), out_axes=2)(q, k, v, lengths)
             case _:
                 in_axes = (2, 2, 2, 1, 2)
@@ -145,12 +170,50 @@ class KVProjection(nnx.Module):
         k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (k, v))
         return k, v
 
+    def _select(
+        self, condition: Condition, kept: KeysValues, frames: int
+    ) -> tuple[Float[Array, "B *n L N K"], Float[Array, "B *n L N K"]]:
+        """Kept keys and values of each sample's rows and frames, split into heads, sharded for attention."""
+        rows = condition.rows
+
+        def select(x: Float[Array, "R ... L D"]) -> Float[Array, "B ... L N K"]:
+            x = x if len(x) == len(rows) == 1 else jnp.take(x, rows, axis=0, mode="clip")
+            if x.ndim > 3 and x.shape[-3] > frames:
+                cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=x.ndim - 4)
+                x = jax.vmap(cut)(x, condition.start)
+            x = x.reshape(*x.shape[:-1], self.num_heads, -1)
+            return constrain(x, "batch", *[None] * (x.ndim - 3), "heads", None)
+
+        k, v = map(select, kept)
+        return k, v
+
     def positioned_queries(
         self, q: Float[Array, "B S F N K"], condition: Condition
     ) -> Float[Array, "B S F N K"]:
         """The queries as they attend to this condition; a subclass can add positions."""
         del condition
         return q
+
+
+def keep_keys_and_values(layers: KVProjection, condition: Condition) -> KeysValues:
+    """Keys and values of a condition in all blocks.
+
+    Args:
+        layers: Stacked projections of all blocks.
+        condition: Its samples are the rows.
+
+    Returns:
+        With an axis of blocks first. Their width is sharded over the devices that share a clip, so that they
+        are gathered block by block, like sharded parameters.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def project(state: nnx.State) -> KeysValues:
+        k, v = nnx.merge(graphdef, state).keys_and_values(condition)
+        k, v = (constrain_last(x.reshape(*x.shape[:-2], -1), "kept") for x in (k, v))
+        return k, v
+
+    return jax.lax.map(project, state)
 
 
 def zero_init_kv_layers(

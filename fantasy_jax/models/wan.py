@@ -7,6 +7,7 @@ float32 whatever the `dtype`, as in the official code under autocast.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fantasy_jax.config import Depth, NonNegativeFloat, Settings, Width
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.adapters.base import Adapter
-from fantasy_jax.models.condition import Condition, KVProjection
+from fantasy_jax.models.condition import Condition, KeysValues, KVProjection
 from fantasy_jax.models.context_attention import context_attention
 from fantasy_jax.models.layers import LayerNorm, RMSNorm, Saved, scan_layers, stack_layers
 from fantasy_jax.models.rope import rotary_table, rotate, timestep_sinusoid
@@ -131,12 +132,13 @@ class CrossAttention(nnx.Module):
         x: Float[Array, "B S F D"],
         conditions: Mapping[str, Condition],
         adapters: Mapping[str, KVProjection],
+        kept: Mapping[str, KeysValues] = MappingProxyType({}),
     ) -> Float[Array, "B S F D"]:
         """Sums the attended values of every condition, then projects once."""
         heads = (*x.shape[:3], self.num_heads, -1)
         q = self.query_norm(self.query(x)).reshape(heads).astype(self.dtype)
         kv_layers = {"text": self.text, "image": self.image, **adapters}
-        attended = sum(kv_layers[name](q, condition) for name, condition in conditions.items())
+        attended = sum(kv_layers[name](q, x, kept.get(name)) for name, x in conditions.items())
         return self.out(attended.reshape(x.shape))
 
 
@@ -163,6 +165,7 @@ class Block(nnx.Module):
         conditions: Mapping[str, Condition],
         adapters: Mapping[str, KVProjection],
         strategy: ContextParallelism = "auto",
+        kept: Mapping[str, KeysValues] = MappingProxyType({}),
     ) -> Float[Array, "B S F D"]:
         """Runs the block.
 
@@ -174,6 +177,7 @@ class Block(nnx.Module):
             conditions: Conditions of cross-attention.
             adapters: Key and value projections of this block for the conditions other than text and image.
             strategy: Collective by which self-attention spans the `context` axis of the mesh.
+            kept: Keys and values of this block that are not projected again, by condition.
         """
         x = constrain(x, "batch", "space", None, None)
         parts = modulation + self.modulation.astype(jnp.float32)
@@ -182,7 +186,7 @@ class Block(nnx.Module):
         )
         attended = self.self_attention(self.norm(x) * (1 + scale) + shift, rotary, space, strategy)
         x = x + attended * gate
-        attended = self.cross_attention(self.cross_norm(x), conditions, adapters)
+        attended = self.cross_attention(self.cross_norm(x), conditions, adapters, kept)
         x = x + checkpoint_name(attended, "cross_attention")
         hidden = nnx.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
         return x + checkpoint_name(self.mlp_out(hidden), "mlp") * mlp_gate
@@ -261,6 +265,12 @@ class WanTransformer(nnx.Module):
             **types,
         )
 
+    def kv_layers(self, name: str) -> KVProjection:
+        """The key and value projections of a condition, stacked over the blocks."""
+        attention = self.blocks.cross_attention
+        base = {"text": attention.text, "image": attention.image}
+        return base[name] if name in base else self.adapters[name].layers
+
     def conditions(self, text: Float[Array, "_ L C"], image: Float[Array, "B I E"]) -> dict[str, Condition]:
         """The base model's two conditions; those of adapters are added to the result.
 
@@ -291,6 +301,7 @@ class WanTransformer(nnx.Module):
         timestep: Float[Array, " B"],
         conditions: Mapping[str, Condition],
         time_offset: Float[Array, "B D"] | None = None,
+        kept: Mapping[str, KeysValues] = MappingProxyType({}),
     ) -> Float[Array, "B F h w C"]:
         """Predicts velocity, noise minus data.
 
@@ -300,6 +311,7 @@ class WanTransformer(nnx.Module):
             timestep: In [0, 1000], fractional.
             conditions: From `conditions` and from adapters.
             time_offset: Added to the timestep embedding.
+            kept: Keys and values of conditions that have `rows`, in all blocks (`keep_keys_and_values`).
 
         Returns:
             The velocity, float32.
@@ -328,13 +340,13 @@ class WanTransformer(nnx.Module):
             time = time + time_offset
         modulation = self.time_modulation(nnx.silu(time)).reshape(-1, 6, config.dim)
 
-        def step(layer: tuple[Block, Mapping[str, KVProjection]], x: Array) -> Array:
-            block, kv_layers = layer
-            return block(x, modulation, rotary, space, conditions, kv_layers, self.context_parallelism)
+        def step(layer: tuple, x: Array) -> Array:
+            block, kv_layers, kept = layer
+            return block(x, modulation, rotary, space, conditions, kv_layers, self.context_parallelism, kept)
 
         conditions = {name: _shard_mask(condition, padding) for name, condition in conditions.items()}
         kv_layers = {name: adapter.layers for name, adapter in self.adapters.items() if name in conditions}
-        x = scan_layers(step, (self.blocks, kv_layers), x, remat_save_names=self.remat_save_names)
+        x = scan_layers(step, (self.blocks, kv_layers, dict(kept)), x, remat_save_names=self.remat_save_names)
 
         shift, scale = jnp.moveaxis(self.modulation_out + time[:, None], 1, 0)[:, :, None, None]
         x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)

@@ -17,7 +17,7 @@ from fantasy_jax.models.layers import run
 from fantasy_jax.performance.flops import hardware_flops, model_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
-from fantasy_jax.sharding import RULES, batch_sharding
+from fantasy_jax.sharding import RULES, batch_sharding, last_partition, place
 from fantasy_jax.system.encoders import encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
@@ -147,10 +147,10 @@ def guided_step_program(
     window = ClipInputs.spec(model, video, 1, sharding=_sharding(mesh))
     inputs = replace(inputs, first_frame=window.first_frame)
     dropped, options = tuple(branch.dropped for branch in branches), hashable(config.adapter_options)
-    build = partial(branch_conditions, graphdef, dropped, options, clip.num_frames)
-    conditions = jax.eval_shape(build, state, inputs)
     shape = clip.latent_shape(1, model.transformer.latent_channels)
     windows = config.windows(clip, video) or WindowSchedule.single(shape[1])
+    static = (graphdef, dropped, options, clip.num_frames, windows.count == 1)
+    conditions = jax.eval_shape(partial(branch_conditions, *static), state, inputs)
     group = config.window_group(windows.count)
     noise = np.zeros((1, 1, *shape[2:]), np.float32)
     given = replace(windows.at(multiple=group), noise=noise)
@@ -162,6 +162,8 @@ def guided_step_program(
         lambda x: _replicated(x.shape, mesh, x.dtype),
         (jax.ShapeDtypeStruct(shape, np.float32), conditions, data),
     )
+    spread = jax.tree.map(lambda x: NamedSharding(mesh, last_partition(x, "kept")), conditions.kept)
+    conditions = replace(conditions, kept=place(conditions.kept, spread))
     static = (graphdef, StepProgram(config.batch_branches, window_group=group))
     arguments = (state, latents, conditions, data)
     plain = partial(guided_step.__wrapped__, *static)

@@ -1,13 +1,14 @@
 """From the inputs of a clip to the transformer's conditions, and from these to the velocity."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fantasy_jax.models.condition import Condition, select_row
+from fantasy_jax.models.condition import Condition, KeysValues, keep_keys_and_values, select_row
 from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.typing import Array, Float, Int, Leaf
@@ -104,11 +105,45 @@ def condition(
     return Conditions(first_frame, attended, offset)
 
 
+def share_keys_and_values(
+    transformer: WanTransformer, branches: Sequence[Conditions], texts: Sequence[int], *, per_frame: bool
+) -> tuple[list[Conditions], dict[str, KeysValues]]:
+    """Replaces tokens by keys and values, so that they are projected once, not in every step and branch.
+
+    Branches that differ in their texts share all other tokens: what they leave out has a scale of 0.
+
+    Args:
+        transformer: With its adapters.
+        branches: Conditions of the same clips.
+        texts: A number for each branch; branches with the same number have the same text.
+        per_frame: Whether tokens per latent frame are replaced, too; else those remain tokens.
+
+    Returns:
+        The conditions of each branch, and the keys and values that they share, by condition.
+    """
+    branches, kept = list(branches), {}
+    for name, first in branches[0].attended.items():
+        if first.per_frame and not per_frame:
+            continue
+        numbers = texts if name == "text" else [0] * len(branches)
+        contents = list(dict.fromkeys(numbers))
+        tokens = [branches[numbers.index(x)].attended[name].tokens for x in contents]
+        whole = replace(first, tokens=jnp.concatenate(tokens))
+        kept[name] = keep_keys_and_values(transformer.kv_layers(name), whole)
+        for i, (branch, number) in enumerate(zip(branches, numbers, strict=True)):
+            count = len(first.tokens)
+            rows = contents.index(number) * count + jnp.arange(count)
+            given = replace(branch.attended[name], tokens=None, rows=rows, start=jnp.zeros_like(rows))
+            branches[i] = replace(branch, attended=branch.attended | {name: given})
+    return branches, kept
+
+
 def velocity(
     transformer: WanTransformer,
     latents: Float[Array, "B F h w C"],
     sigma: Float[Array, ""] | Float[Array, " B"],
     conditions: Conditions,
+    kept: Mapping[str, KeysValues] = MappingProxyType({}),
 ) -> Float[Array, "B F h w C"]:
     """The transformer's prediction of noise minus data.
 
@@ -116,10 +151,12 @@ def velocity(
         transformer: With its adapters.
         latents: Noisy latents.
         sigma: Noise level in [0, 1], of all samples or of each.
-        conditions: From `condition`.
+        conditions: From `condition` or `share_keys_and_values`.
+        kept: From `share_keys_and_values`.
     """
     timestep = jnp.broadcast_to(jnp.asarray(NUM_TIMESTEPS * sigma, jnp.float32), latents.shape[:1])
-    return transformer(latents, conditions.first_frame, timestep, conditions.attended, conditions.time_offset)
+    given = conditions.first_frame, timestep, conditions.attended, conditions.time_offset
+    return transformer(latents, *given, kept)
 
 
 def _select_text(transformer: WanTransformer, inputs: ClipInputs, keep: Kept) -> Float[Array, "B L D"]:
