@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import section
+from fantasy_jax.diffusion.guidance import GatingConfig
+from fantasy_jax.diffusion.magcache import Calibration, MagCacheConfig, write_curve
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
@@ -53,7 +55,7 @@ OPTIONS = {
 
 REPLACED = {
     "latents": (
-        *("image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
+        *("calibrate", "image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
         *("driver", "overlay", "size"),
     ),
     "noise": ("seed",),
@@ -77,13 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     if ahead.is_requested(arguments, also=("size",)):
         programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
+    if arguments.calibrate:  # the exact steps are measured
+        settings = replace(settings, gating=GatingConfig(), magcache=MagCacheConfig())
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
     _check_files(arguments, config, requests)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
     dubbed = pipeline_type is FantasyDubbingPipeline
     sample = _decode if arguments.latents and not dubbed else SAMPLERS[pipeline_type]
-    return run_batch(requests, partial(sample, pipeline, arguments))
+    pipeline.calibration = Calibration() if arguments.calibrate else None
+    status = run_batch(requests, partial(sample, pipeline, arguments))
+    if pipeline.calibration is not None:
+        write_curve(pipeline.calibration.curve(settings.shift, settings.guidance), arguments.calibrate)
+        print(f"Wrote {arguments.calibrate}: what --config.sample.magcache.curve takes")
+    return status
 
 
 def _check_files(arguments: argparse.Namespace, config: ConfigDict, requests: Sequence[ClipRequest]) -> None:
@@ -92,7 +101,8 @@ def _check_files(arguments: argparse.Namespace, config: ConfigDict, requests: Se
     given = [arguments.batch, arguments.noise, arguments.latents, arguments.sound, arguments.background]
     used = [*cli.config_files(arguments.config, config), *store_paths(_weights(arguments, config))]
     videos = [arguments.overlay, *(r.output for r in requests)]
-    written = [arguments.save_latents, arguments.overlay, *(x for r in requests for x in r.outputs)]
+    outputs = [arguments.save_latents, arguments.calibrate, arguments.overlay]
+    written = [*outputs, *(x for r in requests for x in r.outputs)]
     check_outputs(written, [*used, *given, *read])
     for path in filter(None, videos):
         media.video_format(path)

@@ -19,6 +19,7 @@ from fantasy_jax.config import section
 from fantasy_jax.data.encoded import batch_spec, features
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import open_split, write_dataset
+from fantasy_jax.diffusion.magcache import MagCacheConfig
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.miniature.trainer import MiniatureConfig
@@ -27,6 +28,7 @@ from fantasy_jax.performance.ahead import with_size
 from fantasy_jax.performance.program import Program
 from fantasy_jax.performance.programs import (
     guided_step_program,
+    guided_step_programs,
     training_programs,
     vae_decode_program,
     vae_encode_program,
@@ -139,10 +141,11 @@ def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterab
         return
     networks = abstract_networks(model, mesh, sample.mesh)
     if part == "forward":  # a step whose guidance has one branch
-        unguided = replace(sample, text_guidance_scale=1.0, audio_guidance_scale=1.0)
+        exact = replace(sample, magcache=MagCacheConfig())
+        unguided = replace(exact, text_guidance_scale=1.0, audio_guidance_scale=1.0)
         yield replace(guided_step_program(networks, unguided, video, mesh), name=part)
     elif part == "guided_step":
-        yield guided_step_program(networks, sample, video, mesh)
+        yield from guided_step_programs(networks, sample, video, mesh)
     else:
         yield vae_encode_program(networks, video, mesh)
         yield vae_decode_program(networks, sample, video, mesh)

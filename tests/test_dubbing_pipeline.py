@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_faces import clip, open_squares
-from helpers import full_disk, randomise, small_networks
+from helpers import full_disk, small_networks
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax import FantasyDubbingPipeline, media

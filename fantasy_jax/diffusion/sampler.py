@@ -1,32 +1,46 @@
 """From noise to latents: a velocity function, guidance and a solver, compiled as one program for every step.
 
-A velocity function takes latents, a noise level and conditions. What changes it, such as a cache, is a
-wrapper: a function from velocity function to velocity function. Guidance combines the velocities of its
-branches; windows over time (`diffusion/windows.py`) wrap the guided velocity. A solver takes it from one
-noise level to the next.
+A velocity function takes latents, a noise level and conditions. What changes it is a wrapper: a function from
+velocity function to velocity function. Guidance combines the velocities of its branches; windows over time
+(`diffusion/windows.py`) wrap the guided velocity. A solver takes it from one noise level to the next.
+
+Approximations, which are off by default, take over from one step to the next what a step does not compute
+(`diffusion/caching.py`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from fantasy_jax.config import PositiveFloat, PositiveInt, Range, Settings
+from fantasy_jax.diffusion.caching import EvaluationPlan, StepCache
 from fantasy_jax.diffusion.flow import sampling_sigmas
-from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
+from fantasy_jax.diffusion.guidance import (
+    GatingConfig,
+    GuidanceBranch,
+    add_differences,
+    combine,
+    difference_scales,
+    needed_branches,
+)
 from fantasy_jax.diffusion.held import HeldLatents, first_step, hold, noised
-from fantasy_jax.diffusion.windows import Windows, WindowSchedule, windowed
+from fantasy_jax.diffusion.magcache import MagCacheConfig, curve_of, skipped_steps
+from fantasy_jax.diffusion.windows import Residuals, Windows, WindowSchedule, windowed
 from fantasy_jax.models.condition import KeysValues
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.sharding import axis_size
 from fantasy_jax.system.conditioning import (
     AdapterOptions,
     Conditions,
+    cached_velocity,
     condition,
     share_keys_and_values,
     velocity,
@@ -79,12 +93,29 @@ class SamplerConfig(Settings):
         batch_branches: Whether the branches of guidance are evaluated as one batch, which is faster where
             memory allows, or one after another.
         windows_per_device: Windows of a long clip that a device evaluates as one batch.
+        gating: Approximates guidance in later steps by its last differences.
+        magcache: Approximates the blocks in some steps by what they added in the step before.
     """
 
     num_inference_steps: Annotated[int, Range(1, 10_000)] = 30
     shift: PositiveFloat = 5.0
     batch_branches: bool = True
     windows_per_device: PositiveInt = 1
+    gating: GatingConfig = GatingConfig()
+    magcache: MagCacheConfig = MagCacheConfig()
+
+    def evaluation_plan(self, guidance: Sequence[GuidanceBranch], first: int = 0) -> EvaluationPlan:
+        """What each step computes, where sampling starts from step `first`.
+
+        Raises:
+            ConfigError: The curve of `magcache` cannot be read, or is of other settings.
+        """
+        steps = self.num_inference_steps
+        skipped = np.zeros(steps, bool)
+        if self.magcache.curve is not None:
+            curve = curve_of(self.magcache, guidance, self.shift)
+            skipped = skipped_steps(np.array(curve.ratios), self.magcache, first)
+        return EvaluationPlan(needed_branches(guidance, self.gating, steps, first), skipped)
 
     def window_group(self, count: int) -> int:
         """How many of `count` windows are evaluated as one batch on the current mesh."""
@@ -101,12 +132,16 @@ class StepProgram:
         solver: Takes latents from one noise level to the next.
         wrappers: Applied to the transformer's velocity, the first one innermost.
         window_group: Windows that are evaluated as one batch, on all devices together.
+        keeps_differences: Whether the step returns the differences of its branches.
+        keeps_residuals: Whether the step returns the residuals of its blocks, or adds earlier ones.
     """
 
     batch_branches: bool = True
     solver: Solver = euler
     wrappers: tuple[Wrapper, ...] = ()
     window_group: int = 1
+    keeps_differences: bool = False
+    keeps_residuals: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +155,7 @@ class StepData:
         windows: Windows of a single clip; None for a batch of clips.
         held: Latents that are held; with it, `noise` is their noise `[1, F, h, w, C]`.
         noise: Initial noise.
+        cache: What the step uses of earlier ones.
     """
 
     sigmas: Leaf
@@ -127,6 +163,7 @@ class StepData:
     windows: Windows | None = None
     held: HeldLatents | None = None
     noise: Leaf = None
+    cache: StepCache = StepCache()
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +178,10 @@ class BranchConditions:
 
     each: Conditions
     kept: dict[str, KeysValues]
+
+    def last(self, count: int) -> "BranchConditions":
+        """The conditions of the last branches."""
+        return replace(self, each=jax.tree.map(lambda x: x if len(x) == count else x[-count:], self.each))
 
 
 def sample(
@@ -158,6 +199,7 @@ def sample(
     strength: float = 1.0,
     progress: bool = False,
     callback: Callable[[int, Array], None] | None = None,
+    residual_callback: Callable[[int, Residuals], None] | None = None,
 ) -> Float[Array, "B F h w C"]:
     """Integrates the guided velocity from noise to latents.
 
@@ -177,9 +219,15 @@ def sample(
             and 0 returns the held latents. Needs `held` unless it is 1.
         progress: Whether to show a progress bar.
         callback: Called with the step's number, from 0, and the latents after it.
+        residual_callback: Called with the step's number and the residuals of its branches
+            (`magcache.Calibration`).
 
     Returns:
         Latents, float32, normalised as the VAE gives them.
+
+    Raises:
+        ConfigError: The curve of MagCache does not fit the settings.
+        ValueError: There are wrappers, and residuals, which are those of the transformer alone.
     """
     sigmas = sampling_sigmas(config.num_inference_steps, config.shift)
     scales = difference_scales(guidance)
@@ -192,20 +240,29 @@ def sample(
     static = (graphdef, dropped, hashable(options), num_frames, count == 1)
     conditions = branch_conditions(*static, state, inputs)
     group = 1 if windows is None else config.window_group(count)
-    program = StepProgram(config.batch_branches, solver, tuple(wrappers), group)
     first = 0 if held is None else first_step(sigmas, strength)
+    plan = config.evaluation_plan(guidance, first)
+    kept = plan.gates, plan.skips or residual_callback is not None
+    if wrappers and kept[1]:
+        raise ValueError("wrappers do not go with residuals, which are those of the transformer alone")
+    program, cache = StepProgram(config.batch_branches, solver, tuple(wrappers), group, *kept), StepCache()
     latents = noised(held.latents, noise, sigmas[first]) if first else noise
     latents = jnp.array(latents, jnp.float32)  # a copy: the step donates its argument
     steps = range(first, config.num_inference_steps)
     for i in tqdm(steps, desc="Sampling", unit="step", disable=not progress):
-        data = StepData(sigmas[i : i + 2], scales[i], None, held, None if held is None else noise)
+        needed, skipped = plan.at(i)
+        conditions, cache = conditions.last(needed), cache.given(needed, skipped)
+        data = StepData(sigmas[i : i + 2], scales[i], None, held, None if held is None else noise, cache)
         if windows is not None:
             data = replace(data, windows=replace(windows.at(i, multiple=group), noise=noise[:, :1]))
-        latents = guided_step(graphdef, program, state, latents, conditions, data)
+        latents, computed = guided_step(graphdef, program, state, latents, conditions, data)
+        cache = cache.updated(computed)
         if progress:
             latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
         if callback is not None:
             callback(i, latents)
+        if residual_callback is not None:
+            residual_callback(i, cache.residuals)
     return latents
 
 
@@ -264,7 +321,7 @@ def guided_step(
     latents: Float[Array, "B F h w C"],
     conditions: BranchConditions,
     data: StepData,
-) -> Float[Array, "B F h w C"]:
+) -> tuple[Float[Array, "B F h w C"], StepCache]:
     """One guided step.
 
     Args:
@@ -272,24 +329,72 @@ def guided_step(
         program: Solver and wrappers.
         state: State of the transformer.
         latents: Latents at the first noise level; donated.
-        conditions: From `branch_conditions`.
+        conditions: From `branch_conditions`, of the branches that are evaluated.
         data: What differs from step to step.
-    """
-    function: Velocity = partial(velocity, nnx.merge(graphdef, state), kept=conditions.kept)
-    for wrap in program.wrappers:
-        function = wrap(function)
-    branches = len(data.scales) + 1
 
-    def guided(latents: Array, sigma: Array, conditions: Conditions) -> Array:
-        if program.batch_branches:
-            merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), conditions)
-            repeated = jnp.concatenate([latents] * branches)
-            velocities = function(repeated, sigma, merged).reshape(branches, *latents.shape)
-        else:
-            velocities = jax.lax.map(lambda branch: function(latents, sigma, branch), conditions)
-        return combine(list(velocities), data.scales)
+    Returns:
+        The latents at the second noise level, and what is kept of the step.
+    """
+    function = _step_velocity(nnx.merge(graphdef, state), program, conditions.kept)
+    used, scales = data.cache, data.scales
+    gated = len(used.differences)
+
+    def guided(
+        latents: Array, sigma: Array, conditions: Conditions, residuals: Residuals
+    ) -> tuple[tuple[Array, ...], Residuals]:
+        velocities, kept = _each_branch(function, program, latents, sigma, conditions, residuals)
+        fields = [combine(velocities, scales[gated:])]
+        if program.keeps_differences:
+            fields += [other - one for one, other in pairwise(velocities)]
+        return tuple(fields), kept
 
     if data.windows is not None:
-        guided = windowed(guided, data.windows, program.window_group)
-    latents = program.solver(partial(guided, conditions=conditions.each), latents, data.sigmas)
-    return latents if data.held is None else hold(latents, data.held, data.noise, data.sigmas[1])
+        fields = 1 + (len(scales) - gated if program.keeps_differences else 0)
+        guided = windowed(guided, data.windows, program.window_group, fields)
+    computed = StepCache()
+
+    def advance(latents: Array, sigma: Array) -> Array:
+        nonlocal computed  # a solver may call it several times, of which the last counts
+        (guided_velocity, *differences), residuals = guided(latents, sigma, conditions.each, used.residuals)
+        computed = StepCache(tuple(differences), residuals)
+        return add_differences(guided_velocity, scales[:gated], used.differences)
+
+    latents = program.solver(advance, latents, data.sigmas)
+    latents = latents if data.held is None else hold(latents, data.held, data.noise, data.sigmas[1])
+    return latents, computed
+
+
+BranchVelocity = Callable[[Array, Array, Conditions, Array | None], tuple[Array, Array | None]]
+"""A velocity function that also takes a residual, or gives one (`conditioning.cached_velocity`)."""
+
+
+def _step_velocity(
+    transformer: WanTransformer, program: StepProgram, kept: dict[str, KeysValues]
+) -> BranchVelocity:
+    """The velocity with residuals, or the wrapped one without."""
+    if program.keeps_residuals:
+        return partial(cached_velocity, transformer, kept=kept)
+    function: Velocity = partial(velocity, transformer, kept=kept)
+    for wrap in program.wrappers:
+        function = wrap(function)
+    return lambda latents, sigma, conditions, _: (function(latents, sigma, conditions), None)
+
+
+def _each_branch(
+    function: BranchVelocity,
+    program: StepProgram,
+    latents: Array,
+    sigma: Array,
+    conditions: Conditions,
+    residuals: Residuals,
+) -> tuple[list[Array], Residuals]:
+    """The velocities of all branches, and the residuals that are kept."""
+    added = jnp.stack(residuals) if residuals else None
+    if program.batch_branches:
+        branches = len(conditions.first_frame)
+        merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (conditions, added))
+        found = function(jnp.concatenate([latents] * branches), sigma, *merged)
+        velocities, kept = jax.tree.map(lambda x: x.reshape(branches, -1, *x.shape[1:]), found)
+    else:
+        velocities, kept = jax.lax.map(lambda x: function(latents, sigma, *x), (conditions, added))
+    return list(velocities), () if kept is None else tuple(kept)

@@ -29,8 +29,12 @@ Anchor = Literal["picture", "preceding", "track"]
 """What the first position of a later window holds: the picture's latent at the step's noise level, or the
 latent before the window, both of which are thrown away after the step; or the window's own first latent."""
 
-Guided = Callable[[Array, Array, Conditions], Array]
-"""The guided velocity: of latents `[B, W, h, w, C]`, sigma, and conditions with an axis of branches first."""
+Residuals = tuple[Leaf, ...]
+"""Of each branch, what the blocks add to the tokens (`diffusion/caching.py`); empty without a cache."""
+Guided = Callable[[Array, Array, Conditions, Residuals], tuple[tuple[Array, ...], Residuals]]
+"""The guided velocity: of latents `[B, W, h, w, C]`, sigma, conditions with an axis of branches first, and
+residuals that are added in place of running the blocks. The velocity is the first of several fields, of the
+shape of the latents, and comes with residuals that are kept."""
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +171,7 @@ def _rise(position: Int[np.ndarray, " W"], length: int, *, from_zero: bool) -> F
     return np.clip((position + 1) / (length + 1), 0, 1)
 
 
-def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
+def windowed(guided: Guided, windows: Windows, group: int, fields: int = 1) -> Guided:
     """Wraps a guided velocity so that it is predicted window by window and cross-faded.
 
     Args:
@@ -175,15 +179,20 @@ def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
         windows: Windows of the step; their number is a multiple of `group`.
         group: Windows that are predicted at once, as a batch. Groups follow each other, so that memory is
             that of one group.
+        fields: Number of fields that it gives, which are cross-faded alike.
 
     Returns:
         A guided velocity of a track, `[1, F, h, w, C]`. Its conditions span the whole track, except those of
-        the first frame and the image, which have a row for each `reference`.
+        the first frame and the image, which have a row for each `reference`. Residuals have an axis of groups
+        first.
     """
 
     def run(
-        track: Float[Array, "1 F h w C"], sigma: Float[Array, ""], conditions: Conditions
-    ) -> Float[Array, "1 F h w C"]:
+        track: Float[Array, "1 F h w C"],
+        sigma: Float[Array, ""],
+        conditions: Conditions,
+        residuals: Residuals,
+    ) -> tuple[tuple[Float[Array, "1 F h w C"], ...], Residuals]:
         length, (_, num_frames, *size) = windows.weights.shape[1], track.shape
         flat, conditions = _spread(track.reshape(num_frames, -1)), _spread_tokens(conditions)
 
@@ -192,7 +201,10 @@ def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
             given = jax.vmap(lambda x: x.at_frames(some.start, length, some.reference))(conditions)
             return latents.reshape(-1, length, *size), given
 
-        def add(total: Array, some: Windows) -> tuple[Array, None]:
+        def add(
+            totals: tuple[Array, ...], part: tuple[Windows, Residuals]
+        ) -> tuple[tuple[Array, ...], Residuals]:
+            some, added = part
             latents, given = cut(some)
             # The picture alone is encoded to one latent frame, the first of the first-frame condition.
             picture = given.first_frame[-1, :, 0, ..., -size[-1] :]
@@ -201,15 +213,21 @@ def windowed(guided: Guided, windows: Windows, group: int) -> Guided:
             first = jnp.where(some.anchored[:, None, None, None], noised, latents[:, 0])
             # The transformer's activations are not sharded as the track is.
             latents = constrain(latents.at[:, 0].set(first), "batch", None, None, None, None)
-            velocity = constrain(guided(latents, sigma, given), "batch", None, None, None, None)
-            weighted = velocity.reshape(-1, length, flat.shape[1]) * some.weights[..., None]
+            predicted, kept = guided(latents, sigma, given, added)
             frames = some.start[:, None] + jnp.arange(length)
-            return _spread(total.at[frames].add(weighted)), None
+
+            def faded(total: Array, field: Array) -> Array:
+                field = constrain(field, "batch", None, None, None, None)
+                weighted = field.reshape(-1, length, flat.shape[1]) * some.weights[..., None]
+                return _spread(total.at[frames].add(weighted))
+
+            return tuple(map(faded, totals, predicted)), kept
 
         parts = (windows.start, windows.weights, windows.anchored, windows.reference)
         groups = Windows(*(x.reshape(-1, group, *x.shape[1:]) for x in map(jnp.asarray, parts)))
-        total, _ = jax.lax.scan(add, _spread(jnp.zeros(flat.shape, jnp.float32)), groups)
-        return total.reshape(track.shape)
+        zeros = (_spread(jnp.zeros(flat.shape, jnp.float32)),) * fields
+        totals, kept = jax.lax.scan(add, zeros, (groups, residuals))
+        return tuple(total.reshape(track.shape) for total in totals), kept
 
     return run
 

@@ -5,7 +5,7 @@ Shared by `lip_sync` and `controls`, which compare what is generated with the gr
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fantasy_jax.data.encoded import encode_records
 from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.sampler import sample
+from fantasy_jax.diffusion.windows import Residuals
 from fantasy_jax.evaluation.metrics import correlation
 from fantasy_jax.evaluation.mouth import mouth_opening
 from fantasy_jax.files import atomic_write, check_outputs
@@ -114,8 +115,27 @@ class HeldOutClips:
             held: Latents of all clips that are kept, as arrays of numpy.
             settings: Changes of the sampling settings.
         """
-        config = replace(self.config, **settings)
-        videos = []
+        batches = self.sample(examples, description, replace(self.config, **settings), held=held)
+        return np.concatenate([self.decode(latents) for latents in batches])
+
+    def sample(
+        self,
+        examples: Sequence[Record],
+        description: str,
+        config: SampleConfig,
+        *,
+        held: HeldLatents | None = None,
+        residual_callback: Callable[[int, Residuals], None] | None = None,
+    ) -> Iterator[Float[Array, "B F h w C"]]:
+        """Yields the latents of encoded clips, batch after batch.
+
+        Args:
+            examples: Encoded clips.
+            description: Label of the progress bar.
+            config: Sampling settings.
+            held: Latents of all clips that are kept, as arrays of numpy.
+            residual_callback: As of `sampler.sample`.
+        """
         for i, batch in enumerate(tqdm(batched(examples), desc=description, unit="batch")):
             kept = jax.tree.map(lambda x, first=i * _BATCH_SIZE: jnp.asarray(x[first:][:_BATCH_SIZE]), held)
             inputs = ClipInputs.from_records(batch, self.empty_text)
@@ -123,7 +143,7 @@ class HeldOutClips:
                 motion = jnp.array([[config.face_motion, config.body_motion]] * len(batch), jnp.float32)
                 inputs = replace(inputs, adapters=inputs.adapters | {"motion": motion})
             shape = self.video.latent_shape(len(batch), self.networks.config.vae.latent_channels)
-            latents = sample(
+            yield sample(
                 self.networks["transformer"],
                 initial_noise(self.seed + i, shape),
                 inputs,
@@ -132,9 +152,8 @@ class HeldOutClips:
                 options=config.adapter_options,
                 held=kept,
                 strength=config.strength,
+                residual_callback=residual_callback,
             )
-            videos.append(self.decode(latents))
-        return np.concatenate(videos)
 
     def decode(self, latents: Float[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
         """Decodes latents to frames."""

@@ -236,6 +236,7 @@ class WanTransformer(nnx.Module):
         """
         types = {"rngs": rngs, "param_dtype": param_dtype}
         self.config = config
+        self.dtype = dtype
         self.adapters = nnx.Dict(adapters or {})
         self.remat_save_names = remat_save_names
         self.context_parallelism = context_parallelism
@@ -319,25 +320,49 @@ class WanTransformer(nnx.Module):
         Raises:
             ValueError: Latents are not divisible into patches, or a condition has no adapter.
         """
-        _, frames, height, width, _ = latents.shape
-        (rows, columns), config = self.config.patch, self.config
+        grid = self.grid(*latents.shape[2:4])
+        tokens, time = self.embed(latents, first_frame, timestep, time_offset)
+        return self.head(self.run_blocks(tokens, time, grid, conditions, kept), time, grid)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of latents; ValueError if they are not divisible into patches."""
+        rows, columns = self.config.patch
         if height % rows or width % columns:
             raise ValueError(
                 f"latents of {height} x {width} are not divisible into patches {rows} x {columns}"
             )
+        return height // rows, width // columns
+
+    def embed(
+        self,
+        latents: Float[Array, "B F h w C"],
+        first_frame: Float[Array, "B F h w E"],
+        timestep: Float[Array, " B"],
+        time_offset: Float[Array, "B D"] | None = None,
+    ) -> tuple[Float[Array, "B S F D"], Float[Array, "B D"]]:
+        """Embeds what the blocks run on: video tokens, whose space may be padded, and time; float32."""
+        x = self.patch_in(_patchify(jnp.concatenate([latents, first_frame], axis=-1), self.config.patch))
+        padding = -x.shape[1] % axis_size("context")
+        x = constrain(_pad_space(x.astype(jnp.float32), 1, padding), "batch", "space", None, None)
+        sinusoid = timestep_sinusoid(timestep, self.config.frequency_dim)
+        time = self.time_out(nnx.silu(self.time_in(sinusoid)))
+        return x, time if time_offset is None else time + time_offset
+
+    def run_blocks(
+        self,
+        x: Float[Array, "B S F D"],
+        time: Float[Array, "B D"],
+        grid: tuple[int, int],
+        conditions: Mapping[str, Condition],
+        kept: Mapping[str, KeysValues] = MappingProxyType({}),
+    ) -> Float[Array, "B S F D"]:
+        """Runs the blocks on embedded tokens; ValueError if a condition has no adapter."""
         if unknown := set(conditions) - {"text", "image"} - set(self.adapters):
             raise ValueError(f"no adapter for {sorted(unknown)}; the model has {sorted(self.adapters)}")
-        grid = (height // rows, width // columns)
-        space = grid[0] * grid[1]
-        padding = -space % axis_size("context")
-
-        x = self.patch_in(_patchify(jnp.concatenate([latents, first_frame], axis=-1), config.patch))
-        x = constrain(_pad_space(x.astype(jnp.float32), 1, padding), "batch", "space", None, None)
-        rotary = rotary_table(frames, *grid, config.dim // config.num_heads)
+        config, space = self.config, grid[0] * grid[1]
+        padding = x.shape[1] - space
+        rotary = rotary_table(x.shape[2], *grid, config.dim // config.num_heads)
         rotary = tuple(_pad_space(table, 0, padding) for table in rotary)
-        time = self.time_out(nnx.silu(self.time_in(timestep_sinusoid(timestep, config.frequency_dim))))
-        if time_offset is not None:
-            time = time + time_offset
         modulation = self.time_modulation(nnx.silu(time)).reshape(-1, 6, config.dim)
 
         def step(layer: tuple, x: Array) -> Array:
@@ -346,11 +371,17 @@ class WanTransformer(nnx.Module):
 
         conditions = {name: _shard_mask(condition, padding) for name, condition in conditions.items()}
         kv_layers = {name: adapter.layers for name, adapter in self.adapters.items() if name in conditions}
-        x = scan_layers(step, (self.blocks, kv_layers, dict(kept)), x, remat_save_names=self.remat_save_names)
+        layers = (self.blocks, kv_layers, dict(kept))
+        return scan_layers(step, layers, x, remat_save_names=self.remat_save_names)
 
+    def head(
+        self, x: Float[Array, "B S F D"], time: Float[Array, "B D"], grid: tuple[int, int]
+    ) -> Float[Array, "B F h w C"]:
+        """The velocity from the tokens after the blocks, float32."""
         shift, scale = jnp.moveaxis(self.modulation_out + time[:, None], 1, 0)[:, :, None, None]
         x = self.patch_out(self.norm_out(x) * (1 + scale) + shift)
-        return _unpatchify(x[:, :space].astype(jnp.float32), grid, config.patch)
+        space = grid[0] * grid[1]
+        return _unpatchify(x[:, :space].astype(jnp.float32), grid, self.config.patch)
 
 
 _XAVIER = nnx.initializers.xavier_uniform()

@@ -10,14 +10,23 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fantasy_jax.data.encoded import batch_spec
-from fantasy_jax.diffusion.sampler import StepData, StepProgram, branch_conditions, guided_step, hashable
+from fantasy_jax.diffusion.caching import StepCache
+from fantasy_jax.diffusion.sampler import (
+    BranchConditions,
+    StepData,
+    StepProgram,
+    branch_conditions,
+    euler,
+    guided_step,
+    hashable,
+)
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
 from fantasy_jax.performance.flops import hardware_flops, model_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
-from fantasy_jax.sharding import RULES, batch_sharding, last_partition, place
+from fantasy_jax.sharding import RULES, batch_sharding, last_partition, partition, place
 from fantasy_jax.system.encoders import encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
@@ -90,7 +99,7 @@ def sampling_programs(
             arrays = [_replicated(shape, mesh, dtype) for shape, dtype in inputs(model, video)]
             yield _network_program(slot.replace("_", " "), networks[slot], run, *arrays)
     yield vae_encode_program(networks, video, mesh)
-    yield guided_step_program(networks, config, video, mesh, people=people)
+    yield from guided_step_programs(networks, config, video, mesh, people=people)
     yield vae_decode_program(networks, config, video, mesh)
 
 
@@ -131,7 +140,14 @@ def vae_decode_program(networks: Networks, config: PipelineConfig, video: VideoC
 def guided_step_program(
     networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
 ) -> Program:
-    """A step of the sampler with all its guidance branches.
+    """A step of the sampler with all its guidance branches; the arguments are those of the next function."""
+    return next(guided_step_programs(networks, config, video, mesh, people=people))
+
+
+def guided_step_programs(
+    networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
+) -> Iterator[Program]:
+    """Yields the steps of the sampler: the first one, and those that approximate (`EvaluationPlan.kinds`).
 
     Args:
         networks: Abstract networks on the mesh.
@@ -140,32 +156,55 @@ def guided_step_program(
         mesh: The current mesh.
         people: People of the clip who have inputs of their own.
     """
-    model, branches = networks.config, config.guidance
     clip = video if config.max_seconds is None else video.for_seconds(config.max_seconds)
-    graphdef, state = nnx.split(networks["transformer"])
-    inputs = ClipInputs.spec(model, clip, 1, people=people, sharding=_sharding(mesh))
-    window = ClipInputs.spec(model, video, 1, sharding=_sharding(mesh))
-    inputs = replace(inputs, first_frame=window.first_frame)
-    dropped, options = tuple(branch.dropped for branch in branches), hashable(config.adapter_options)
-    shape = clip.latent_shape(1, model.transformer.latent_channels)
+    shape = clip.latent_shape(1, networks.config.transformer.latent_channels)
     windows = config.windows(clip, video) or WindowSchedule.single(shape[1])
-    static = (graphdef, dropped, options, clip.num_frames, windows.count == 1)
-    conditions = jax.eval_shape(partial(branch_conditions, *static), state, inputs)
-    group = config.window_group(windows.count)
-    noise = np.zeros((1, 1, *shape[2:]), np.float32)
-    given = replace(windows.at(multiple=group), noise=noise)
-    name = f"guided step, {len(branches)} branches"
-    if windows.count > 1:
-        name += f", {len(given.start)} windows in groups of {group}"
-    data = StepData(np.zeros(2, np.float32), np.zeros(len(branches) - 1, np.float32), given)
-    latents, conditions, data = jax.tree.map(
+    group, branches = config.window_group(windows.count), len(config.guidance)
+    given = replace(windows.at(multiple=group), noise=np.zeros((1, 1, *shape[2:]), np.float32))
+    suffix = f", {len(given.start)} windows in groups of {group}" if windows.count > 1 else ""
+    arrays = StepData(np.zeros(2, np.float32), np.zeros(branches - 1, np.float32), given)
+    conditions = _branch_conditions(networks, config, video, clip, people, single=windows.count == 1)
+    latents, data, conditions = jax.tree.map(
         lambda x: _replicated(x.shape, mesh, x.dtype),
-        (jax.ShapeDtypeStruct(shape, np.float32), conditions, data),
+        (jax.ShapeDtypeStruct(shape, np.float32), arrays, conditions),
     )
     spread = jax.tree.map(lambda x: NamedSharding(mesh, last_partition(x, "kept")), conditions.kept)
     conditions = replace(conditions, kept=place(conditions.kept, spread))
-    static = (graphdef, StepProgram(config.batch_branches, window_group=group))
-    arguments = (state, latents, conditions, data)
+    graphdef, state = nnx.split(networks["transformer"])
+    plan, residuals = config.evaluation_plan(config.guidance), ()
+    static = (graphdef, StepProgram(config.batch_branches, euler, (), group, plan.gates, plan.skips))
+    for needed, skipped in plan.kinds:
+        last = replace(conditions, each=jax.tree.map(partial(_first, needed, mesh), conditions.each))
+        cache = StepCache((latents,) * (branches - needed), residuals[-needed:] if skipped else ())
+        name = f"guided step, {needed} branch" + ("es" if needed > 1 else "") + suffix
+        name += ", blocks skipped" if skipped else ""
+        step = _guided_step(name, static, (state, latents, last, replace(data, cache=cache)))
+        yield step
+        if plan.skips and not residuals:
+            sharding = NamedSharding(mesh, partition(None, "batch", "space", None, None))
+            found = jax.eval_shape(step.call, *step.arguments)[1].residuals
+            residuals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in found)
+
+
+def _branch_conditions(
+    networks: Networks,
+    config: PipelineConfig,
+    video: VideoConfig,
+    clip: VideoConfig,
+    people: int,
+    *,
+    single: bool,
+) -> BranchConditions:
+    """Abstract conditions of all guidance branches."""
+    inputs = ClipInputs.spec(networks.config, clip, 1, people=people)
+    inputs = replace(inputs, first_frame=ClipInputs.spec(networks.config, video, 1).first_frame)
+    dropped = tuple(branch.dropped for branch in config.guidance)
+    graphdef, state = nnx.split(networks["transformer"])
+    static = (graphdef, dropped, hashable(config.adapter_options), clip.num_frames, single)
+    return jax.eval_shape(partial(branch_conditions, *static), state, inputs)
+
+
+def _guided_step(name: str, static: tuple, arguments: tuple) -> Program:
     plain = partial(guided_step.__wrapped__, *static)
     return Program(
         name,
@@ -193,6 +232,10 @@ def _network_program(
     arguments = (state, *inputs)
     counts = model_flops(plain, *arguments), hardware_flops(plain, *arguments)
     return Program(name, lower, arguments, *counts, call)
+
+
+def _first(count: int, mesh: Mesh, x: Leaf) -> jax.ShapeDtypeStruct:
+    return _replicated((count, *x.shape[1:]), mesh, x.dtype)
 
 
 def _sharding(mesh: Mesh) -> NamedSharding:

@@ -29,6 +29,11 @@ examples:
   a song: the separated voice moves the mouth, and the video plays the whole song:
   python sample.py --config=configs/fantasy_talking_14b.py --image=woman.png --audio=song.mp3 \\
       --voice=vocals.wav --prompt="A woman sings." --output=out/song.mp4
+  fewer evaluations, which is an approximation (docs/approximate.md): measure MagCache's curve on a few clips,
+  then use it, and gate the guidance:
+  python sample.py --config=configs/fantasy_talking_14b.py --batch=pairs.csv --calibrate=out/curve.json
+  python sample.py --config=configs/fantasy_talking_14b.py --image=woman.png --audio=woman.wav \\
+      --output=out/fast.mp4 --config.sample.magcache.curve=out/curve.json --config.sample.gating.enabled=True
 
   The 14B model, with weights from `convert_weights.py import --output=weights/fantasy_talking_14b`:
   python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
@@ -105,6 +110,12 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
         "--seconds",
         type=cli.number(PositiveFloat),
         help="use this much of them (--config.sample.max_seconds; default: all)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="also measure the curve of --config.sample.magcache.curve on the clips that are sampled, and "
+        "write it to this JSON file",
     )
     _add_latents(parser.add_argument_group("latents in files"))
     _add_people(parser.add_argument_group("several people in the picture"))

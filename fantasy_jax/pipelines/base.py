@@ -15,7 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from fantasy_jax import media
+from fantasy_jax.diffusion.caching import EvaluationPlan
 from fantasy_jax.diffusion.held import HeldLatents
+from fantasy_jax.diffusion.magcache import Calibration
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
@@ -86,6 +88,7 @@ class Pipeline:
         mesh: Mesh of the devices.
         origins: Where the weights of each network come from (`weights.inspect.store_origins`); empty if they
             are not from a store.
+        calibration: Measures MagCache's curve on every clip that is sampled; None: not measured.
     """
 
     required: ClassVar[Sequence[str]] = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -114,6 +117,7 @@ class Pipeline:
         self.video, self.config = video, config
         self.mesh = make_mesh(**config.mesh.axes)
         self.origins: dict[str, str] = {}
+        self.calibration: Calibration | None = None
         self._said_origins = False
         self._sharded: Networks | None = None
 
@@ -241,7 +245,8 @@ class Pipeline:
         if progress:
             seconds = video_frames(noise.shape[1]) / self.video.fps
             self._print_origins()
-            print(_plan(seconds, windows.count if windows else 1, config), flush=True)
+            plan = config.evaluation_plan(config.guidance)
+            print(_plan(seconds, windows.count if windows else 1, plan), flush=True)
         with timed("Transformer"):
             latents = sample(
                 networks["transformer"],
@@ -254,6 +259,7 @@ class Pipeline:
                 strength=strength,
                 progress=progress,
                 callback=_progress(callback, config.num_inference_steps),
+                residual_callback=self.calibration,
             )
         return partial(self._decode, latents, config, progress=progress), latents
 
@@ -299,13 +305,15 @@ class Pipeline:
                     yield from frames
 
 
-def _plan(seconds: float, windows: int, config: PipelineConfig) -> str:
+def _plan(seconds: float, windows: int, plan: EvaluationPlan) -> str:
     """How much work a clip is."""
-    factors = windows, config.num_inference_steps, len(config.guidance)
+    factors = windows, *plan.evaluations.shape
     product = " x ".join(map(str, factors))
+    total, count = math.prod(factors), windows * int(plan.evaluations.sum())
+    made = f", of which {count} are made" if count < total else ""
     return (
-        f"{seconds:.2f} s of video: {math.prod(factors)} evaluations of the transformer ({product}: windows, "
-        "steps, branches of guidance)"
+        f"{seconds:.2f} s of video: {total} evaluations of the transformer ({product}: windows, steps, "
+        f"branches of guidance){made}"
     )
 
 

@@ -76,6 +76,12 @@ class PipelineConfig(SamplerConfig):
         super().__post_init__()
         if not all(stride <= tile for tile, stride in zip(self.tile, self.tile_stride, strict=True)):
             raise ConfigError(f"tile_stride {self.tile_stride} must be at most tile {self.tile}")
+        if self.moving and self.magcache.curve is not None:
+            raise ConfigError(
+                "moving is True, but MagCache needs windows that stay; set moving to False, or "
+                "magcache.curve to None"
+            )
+        self.evaluation_plan(self.guidance)  # finds a curve that does not fit before any work
 
     def windows(self, clip: VideoConfig, window: VideoConfig) -> WindowSchedule | None:
         """The windows of a clip; None if it is a single one.

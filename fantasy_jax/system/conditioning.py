@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fantasy_jax.models.condition import Condition, KeysValues, keep_keys_and_values, select_row
 from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
+from fantasy_jax.sharding import constrain
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.typing import Array, Float, Int, Leaf
 from fantasy_jax.video import video_frames
@@ -154,9 +155,45 @@ def velocity(
         conditions: From `condition` or `share_keys_and_values`.
         kept: From `share_keys_and_values`.
     """
-    timestep = jnp.broadcast_to(jnp.asarray(NUM_TIMESTEPS * sigma, jnp.float32), latents.shape[:1])
-    given = conditions.first_frame, timestep, conditions.attended, conditions.time_offset
+    given = conditions.first_frame, _timestep(latents, sigma), conditions.attended, conditions.time_offset
     return transformer(latents, *given, kept)
+
+
+def cached_velocity(
+    transformer: WanTransformer,
+    latents: Float[Array, "B F h w C"],
+    sigma: Float[Array, ""] | Float[Array, " B"],
+    conditions: Conditions,
+    residual: Float[Array, "B S F D"] | None = None,
+    *,
+    kept: Mapping[str, KeysValues] = MappingProxyType({}),
+) -> tuple[Float[Array, "B F h w C"], Float[Array, "B S F D"] | None]:
+    """The velocity with what the blocks add to the tokens, or from what they added at another noise level.
+
+    Args:
+        transformer: With its adapters.
+        latents: Noisy latents.
+        sigma: Noise level in [0, 1], of all samples or of each.
+        conditions: From `condition`.
+        residual: Added to the embedded tokens in place of running the blocks; None runs them.
+        kept: From `share_keys_and_values`.
+
+    Returns:
+        The velocity; and the tokens after the blocks minus those before, in the transformer's `dtype`, or
+        None where `residual` is given.
+    """
+    grid = transformer.grid(*latents.shape[2:4])
+    timestep = _timestep(latents, sigma)
+    before, time = transformer.embed(latents, conditions.first_frame, timestep, conditions.time_offset)
+    if residual is not None:
+        return transformer.head(before + residual, time, grid), None
+    after = transformer.run_blocks(before, time, grid, conditions.attended, kept)
+    added = constrain((after - before).astype(transformer.dtype), "batch", "space", None, None)
+    return transformer.head(after, time, grid), added
+
+
+def _timestep(latents: Array, sigma: Float[Array, ""] | Float[Array, " B"]) -> Float[Array, " B"]:
+    return jnp.broadcast_to(jnp.asarray(NUM_TIMESTEPS * sigma, jnp.float32), latents.shape[:1])
 
 
 def _select_text(transformer: WanTransformer, inputs: ClipInputs, keep: Kept) -> Float[Array, "B L D"]:
