@@ -24,6 +24,7 @@ from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.models.lora import LoRASizes
 from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.weights.detect import detect
 from fantasy_jax.weights.loading import StoredLoader, load_network
@@ -246,6 +247,17 @@ def test_the_velocity_is_the_same_merged_and_beside(store, network, base, tmp_pa
     assert relative(velocity(network), wanted) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("settings", "word"), [({"lora_alpha": "8"}, "'8'"), ({"alpha_pattern": {"q": 3}}, "pattern")]
+)
+def test_settings_of_peft_that_cannot_be_used(network, base, tmp_path, settings, word):
+    path = write(tmp_path / "adapter_model.safetensors", wrong(base))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    lora = OpenLoRA(read_lora(open_weights(path), CONFIG, flat_parameters(network)), 1.0)
+    with pytest.raises(WeightsError, match=word):
+        merged(network, lora)
+
+
 @pytest.mark.parametrize(("spelling", "settings"), [("peft", "beside"), ("diffusers", "inside")])
 def test_alpha_in_the_settings_of_peft(network, base, tmp_path, spelling, settings):
     """peft writes it beside the file, diffusers into it; a key of the file would take precedence."""
@@ -261,13 +273,23 @@ def test_alpha_in_the_settings_of_peft(network, base, tmp_path, spelling, settin
     check_equal(merged(network, lora), expected(network, by_hand(base, with_alpha, {}, 1.0)))
 
 
-def test_a_file_for_text_alone_has_patches_without_a_first_frame(network, base, tmp_path):
-    difference = random(0, 32, CONFIG.latent_channels, 1, 2, 2)
-    low_rank = products(base, ["blocks.0.cross_attn.k"], alpha=False)
-    lora = opened(tmp_path, network, spelled("comfyui", low_rank, {("patch_embedding", "diff"): difference}))
-    padded = np.pad(difference, [(0, 0), (0, CONFIG.condition_channels), (0, 0), (0, 0), (0, 0)])
-    state = by_hand(base, low_rank, {("patch_embedding", "diff"): padded}, 1.0)
-    check_equal(merged(network, lora), expected(network, state))
+def test_patches_of_a_file_for_text_alone_and_a_modulation_in_names_for_comfyui(network, base, tmp_path):
+    patches = random(0, 32, CONFIG.latent_channels, 1, 2, 2)
+    padded = np.pad(patches, [(0, 0), (0, CONFIG.condition_channels), (0, 0), (0, 0), (0, 0)])
+    modulation, low_rank = random(1, 1, 6, 32), products(base, ["blocks.0.cross_attn.k"], alpha=False)
+    written = {("patch_embedding", "diff"): patches, ("blocks.1.modulation", "diff"): modulation}
+    added = {("patch_embedding", "diff"): padded, ("blocks.1", "diff_m"): modulation}
+    lora = opened(tmp_path, network, spelled("comfyui", low_rank, written))
+    check_equal(merged(network, lora), expected(network, by_hand(base, low_rank, added, 1.0)))
+
+
+def test_a_product_of_convolutions_is_merged(network, base, tmp_path):
+    shape = base["patch_embedding.weight"].shape
+    a, b = random(0, 3, *shape[1:]), random(1, shape[0], 3, 1, 1, 1)
+    lora = opened(tmp_path, network, spelled("comfyui", {"patch_embedding": (a, b, None)}, {}), 0.7)
+    product = np.tensordot(b[..., 0, 0, 0], a, 1)
+    wanted = expected(network, by_hand(base, {}, {("patch_embedding", "diff"): product}, 0.7))
+    check_equal(merged(network, lora, products=False), wanted)
 
 
 def test_the_own_export_is_read_back_equal(store, tmp_path, capsys):
@@ -319,6 +341,7 @@ KEY = "diffusion_model.blocks.0.ffn.0.lora_{}.weight"
         ({KEY.format("B"): None}, "without the matrices"),
         ({KEY.format("B"): np.ones((48, 7), np.float32)}, "cannot be multiplied"),
         ({"blocks.0.ffn.0.lora_down.weight": np.ones((1, 32))}, "are for the same layer"),
+        ({"blocks.0.ffn.0.alpha": np.ones(2)}, "is not a number"),
         ({KEY.format("A"): np.ones((1, 32), np.int8), KEY.format("B"): np.ones((48, 1), np.int8)}, "int8"),
         ({KEY.format(x): None for x in "AB"} | {"x": np.ones(2)}, "is no LoRA"),
     ],
@@ -401,3 +424,17 @@ def test_a_file_of_the_full_size_maps_completely(tmp_path, capsys):
     assert "component   lora, lightx2v keys, sizes of wan2.1_i2v_14b\n" in out
     assert "products    487 of rank 64; 0 with alpha\n" in out
     assert out.endswith("complete\n")
+
+
+def test_a_pipeline_with_a_file(tmp_path):
+    """The bundled weights, changed in one norm."""
+    networks = FantasyTalkingPipeline.from_pretrained().networks
+    scale = np.linspace(-1, 1, networks.config.transformer.dim, dtype=np.float32)
+    path = write(tmp_path / "x.safetensors", {"blocks.0.self_attn.norm_q.diff": scale})
+    pipeline = FantasyTalkingPipeline.from_pretrained(loras=[f"{path}:0.5"])
+    assert pipeline.config.loras == (LoRAFile(path, 0.5),)
+    assert pipeline.origins["LoRA file 1"].startswith("x.safetensors, strength 0.5, ")
+    place = "blocks/self_attention/query_norm/scale"
+    plain = flat_parameters(networks["transformer"])[place][0]
+    found = flat_parameters(pipeline.networks["transformer"])[place][0]
+    np.testing.assert_allclose(found, plain + 0.5 * scale, rtol=1e-6)

@@ -14,6 +14,7 @@ Sources: diffusers, `loaders/lora_conversion_utils.py`; LightX2V, `utils/lora_lo
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -138,12 +139,14 @@ class LoRATensors:
         return down, up * np.float32(self._scale(change, len(down)))
 
     def _scale(self, change: Change, rank: int) -> float:
-        if change.alpha:
-            return _read(self.weights, change.alpha).item() / rank
-        settings = self._settings
+        path, settings = self.weights.path, {} if change.alpha else self._settings
         if settings.get("alpha_pattern"):
-            raise WeightsError(f"{self.weights.path}: has an alpha_pattern of peft, which is not supported")
-        alpha = settings.get("lora_alpha") or rank
+            raise WeightsError(f"{path}: has an alpha_pattern of peft, which is not supported")
+        alpha = settings.get("lora_alpha", rank)
+        if change.alpha:
+            alpha = _read(self.weights, change.alpha).item()
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise WeightsError(f"{path}: alpha is {alpha!r}, not a number")
         return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
@@ -234,8 +237,10 @@ def _fault(change: Change, specs: Mapping[str, TensorSpec]) -> str:
     if not change.down:
         return ""
     down, up = specs[change.down].shape, specs[change.up].shape
-    if min(len(down), len(up)) < 2 or down[0] != up[1]:
+    if min(len(down), len(up)) < 2 or down[0] != up[1] or not down[0]:
         return f"{change.down} {list(down)} and {change.up} {list(up)} cannot be multiplied"
+    if change.alpha and math.prod(specs[change.alpha].shape) != 1:
+        return f"{change.alpha} {list(specs[change.alpha].shape)} is not a number"
     product = (up[0], *down[1:])
     if change.difference and specs[change.difference].shape != product:
         return f"{change.difference} {list(specs[change.difference].shape)} must be {list(product)}"
@@ -294,4 +299,5 @@ def _adapter_settings(path: Path) -> Mapping[str, Any]:
     except (SafetensorError, ValueError, OSError):  # of another kind, which has no metadata
         return {}
     prefix = "transformer."
+    settings = settings if isinstance(settings, dict) else {}
     return {k.removeprefix(prefix): x for k, x in settings.items() if k.startswith(prefix)}
