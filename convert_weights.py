@@ -20,11 +20,13 @@ from fantasy_jax.parity.verify import verify
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import slots
 from fantasy_jax.weights.check import check_store
-from fantasy_jax.weights.download import download
+from fantasy_jax.weights.download import download, hosted_slots
 from fantasy_jax.weights.exporter import export_weights
 from fantasy_jax.weights.importer import import_options, import_weights
 from fantasy_jax.weights.initial import init_store
 from fantasy_jax.weights.inspect import inspect
+from fantasy_jax.weights.lora import parse_lora
+from fantasy_jax.weights.store import LORA
 
 EXAMPLES = """\
 examples:
@@ -41,15 +43,17 @@ DOWNLOAD_EXAMPLES = """\
 examples:
   python convert_weights.py download --config=configs/fantasy_talking_14b.py --output=downloads
   python convert_weights.py download --config=configs/fantasy_portrait_14b.py --output=downloads
-  python convert_weights.py download --output=downloads     both
+  python convert_weights.py download --output=downloads     both, and the LoRA of fantasy_talking_14b.py:fast
+  python convert_weights.py download --component=lora --output=downloads    this LoRA alone
 
-80 GiB for one, 84 GiB for both. After an interruption, run the same command again: it continues.
+80 GiB for one, 85 GiB for all. After an interruption, run the same command again: it continues.
 """
 
 INSPECT_EXAMPLES = """\
 examples:
   python convert_weights.py inspect downloads/Wan2.1-I2V-14B-720P         the official folder of seven shards
   python convert_weights.py inspect downloads/fantasytalking_model.ckpt   the FantasyTalking adapter
+  python convert_weights.py inspect lora.safetensors                      a LoRA of any program
   python convert_weights.py inspect manifest.json --map                   names and shapes; places of all keys
 """
 
@@ -94,6 +98,9 @@ examples:
   python convert_weights.py export --weights=out/lora/weights --component=lora --output=lora.safetensors
   python convert_weights.py export --weights=out/lora/weights --component=transformer --merge_lora \\
       --output=merged.safetensors
+  a LoRA of another program, for good:
+  python convert_weights.py export --weights=weights --component=transformer --lora=style.safetensors:0.8 \\
+      --output=merged.safetensors
 """
 
 VERIFY_EXAMPLES = """\
@@ -110,9 +117,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _download(arguments: argparse.Namespace) -> int:
-    networks = None
+    networks = [arguments.component] if arguments.component else None
     if arguments.config:
-        networks = section(ModelConfig, load_config(arguments.config), "model").networks
+        config = load_config(arguments.config)
+        networks = list(section(ModelConfig, config, "model").networks)
+        networks += [LORA] * bool(config.get("sample", {}).get("loras"))
     download(arguments.output, networks)
     return 0
 
@@ -156,7 +165,8 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     where = (arguments.weights, arguments.component, arguments.output)
-    print(export_weights(*where, layout=arguments.layout, merge_lora=arguments.merge_lora))
+    options = {"layout": arguments.layout, "merge_lora": arguments.merge_lora}
+    print(export_weights(*where, **options, loras=[parse_lora(text) for text in arguments.lora]))
     return 0
 
 
@@ -212,11 +222,13 @@ def _add_download(commands: Any) -> None:
     command.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the files; created if needed"
     )
-    command.add_argument(
+    chosen = command.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--config",
-        metavar="FILE",
+        metavar="FILE[:ARGUMENT]",
         help="config file whose networks are downloaded (default: all published networks)",
     )
+    chosen.add_argument("--component", choices=hosted_slots(), help="the only network to download")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -303,6 +315,13 @@ def _add_export(commands: Any) -> None:
     )
     command.add_argument(
         "--merge_lora", action="store_true", help="add the store's LoRA to the transformer's weights"
+    )
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="add a LoRA of another program to the transformer's weights; may be repeated",
     )
     command.add_argument(
         "--output", required=True, metavar="FILE", help="file to write, such as adapter.safetensors"

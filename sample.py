@@ -38,6 +38,7 @@ from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_paths
+from fantasy_jax.weights.lora import parse_lora
 
 PIPELINES: dict[str, type[Pipeline]] = {
     "talking": FantasyTalkingPipeline,
@@ -56,7 +57,7 @@ OPTIONS = {
 REPLACED = {
     "latents": (
         *("calibrate", "image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
-        *("driver", "overlay", "size"),
+        *("driver", "overlay", "size", "lora"),
     ),
     "noise": ("seed",),
 }
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     video = section(VideoConfig, config, "video")
     settings = section(pipeline_type.config_type, config, "sample")
     piece = {"start": arguments.start, "max_seconds": arguments.seconds}
+    if arguments.lora:
+        piece["loras"] = tuple(map(parse_lora, arguments.lora))
     settings = replace(settings, **{name: x for name, x in piece.items() if x is not None})
     if ahead.is_requested(arguments, also=("size",)):
         programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = replace(settings, gating=GatingConfig(), magcache=MagCacheConfig())
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
-    _check_files(arguments, config, requests)
+    _check_files(arguments, config, requests, settings)
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
     dubbed = pipeline_type is FantasyDubbingPipeline
     sample = _decode if arguments.latents and not dubbed else SAMPLERS[pipeline_type]
@@ -95,11 +98,17 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _check_files(arguments: argparse.Namespace, config: ConfigDict, requests: Sequence[ClipRequest]) -> None:
+def _check_files(
+    arguments: argparse.Namespace,
+    config: ConfigDict,
+    requests: Sequence[ClipRequest],
+    settings: PipelineConfig,
+) -> None:
     """Checks all outputs before any work: none is an input, and each can be written as what its name says."""
     read = [*arguments.driver, *arguments.voice, *(x for r in requests for x in (r.image, *r.audio))]
     given = [arguments.batch, arguments.noise, arguments.latents, arguments.sound, arguments.background]
     used = [*cli.config_files(arguments.config, config), *store_paths(_weights(arguments, config))]
+    used += [file.path for file in settings.loras]
     videos = [arguments.overlay, *(r.output for r in requests)]
     outputs = [arguments.save_latents, arguments.calibrate, arguments.overlay]
     written = [*outputs, *(x for r in requests for x in r.outputs)]
@@ -293,6 +302,8 @@ def _pipeline(
         return pipeline_type.from_pretrained(
             weights, model=model, video=video, config=settings, keep=settings.keep
         )
+    if settings.loras:
+        raise ConfigError("sample.loras: change stored weights, and none are given; --weights names a store")
     print("No weights given: they are random, and the video will be noise.")
     return pipeline_type(random_networks(model, byte_tokenizer()), video, settings)
 

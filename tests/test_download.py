@@ -10,8 +10,10 @@ import pytest
 from helpers import run_convert_weights
 
 import convert_weights
+from configs import fantasy_talking_14b
 from fantasy_jax import disk
 
+LORA = "Wan21_I2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors"
 Sibling = namedtuple("Sibling", "rfilename size")
 Info = namedtuple("Info", "siblings")
 
@@ -40,6 +42,7 @@ def hub(monkeypatch):
         ],
         "acvlab/FantasyTalking": ["fantasytalking_model.ckpt"],
         "acvlab/FantasyPortrait": ["fantasyportrait_model.ckpt", "pd_fpg.pth"],
+        "lightx2v/Wan2.1-I2V-14B-480P-StepDistill-CfgDistill-Lightx2v": [f"loras/{LORA}", "README.md"],
         "facebook/wav2vec2-base-960h": ["config.json", "model.safetensors", "pytorch_model.bin"],
     }
     fetched = []
@@ -62,18 +65,18 @@ def hub(monkeypatch):
 def test_download_of_the_files_that_are_needed_and_missing(tmp_path, command, hub):
     code, out, err = command("download", "--output", tmp_path)
     assert (code, err) == (0, "")
-    assert len(hub) == 11
+    assert len(hub) == 12
     assert not any("README" in name or "assets" in name or ".bin" in name for name in hub)
     assert (tmp_path / "fantasytalking_model.ckpt").is_file()
     assert (tmp_path / "pd_fpg.pth").is_file()
     assert (tmp_path / "Wan2.1-I2V-14B-720P" / "google" / "umt5-xxl" / "spiece.model").is_file()
-    assert out.count("to download\n") == 11
+    assert out.count("to download\n") == 12
 
     hub.clear()
     (tmp_path / "fantasytalking_model.ckpt").write_bytes(bytes(4))
     code, out, _ = command("download", "--output", tmp_path)
     assert (code, hub) == (0, ["acvlab/FantasyTalking/fantasytalking_model.ckpt"])
-    assert out.count("complete\n") == 10
+    assert out.count("complete\n") == 11
 
 
 @pytest.mark.parametrize("name", ["talking", "portrait"])
@@ -96,9 +99,22 @@ def test_download_of_the_networks_of_a_config(tmp_path, command, hub, name):
     assert len(hub) - len(adapters) == 6
 
 
+def test_download_of_the_lora_for_few_steps(tmp_path, command, hub):
+    config = fantasy_talking_14b.get_config("fast")
+    options = ("--config", "configs/fantasy_talking_14b.py:fast")
+    assert command("download", "--output", tmp_path / "downloads", *options)[0] == 0
+    with_config = [name for name in hub if "lightx2v" in name]
+    hub.clear()
+    assert command("download", "--output", tmp_path / "alone", "--component=lora")[0] == 0
+    assert hub == with_config
+    assert len(hub) == 1
+    (file,) = config.sample.loras
+    assert (tmp_path / file.path).is_file()
+
+
 def test_download_prints_sizes_and_checks_the_disk_before_it_starts(tmp_path, command, hub, monkeypatch):
     usage = namedtuple("Usage", "free")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(109))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(119))
     code, out, err = command("download", "--output", tmp_path / "new")
     assert (code, hub, err.count("\n")) == (2, [], 1)
     assert "to download into" in out

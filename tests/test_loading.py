@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import random_network
+from safetensors.numpy import save_file
 
 from configs import fantasy_portrait_14b
 from configs.fantasy_talking_14b import small_model
@@ -17,8 +18,10 @@ from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.parameters import lora_layers
 from fantasy_jax.weights import loading
 from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.lora import LoRAFile
 from fantasy_jax.weights.store import LORA, save_network
 
+FILE = "lora.safetensors"
 MESH = MeshConfig(fsdp=2, context=2, tensor=2)
 RULES = (("^blocks/.*kernel$|text_in/kernel", "lora"), ("", "frozen"))
 
@@ -35,7 +38,23 @@ def folder(tmp_path_factory):
             network.blocks.mlp_in.kernel = nnx.Param(kernel[...].astype(jnp.bfloat16))
             save_network(folder / LORA, lora(network), component=LORA)
         save_network(folder / slot, network, component=component_of(config).name)
+    save_file(file_tensors(), folder / FILE)
     return folder
+
+
+def file_tensors():
+    """A LoRA of another program: products of one block and outside the blocks, and a difference."""
+    shapes = {
+        "blocks.1.self_attn.q.lora_A.weight": (2, 48),
+        "blocks.1.self_attn.q.lora_B.weight": (48, 2),
+        "text_embedding.0.lora_A.weight": (3, 32),
+        "text_embedding.0.lora_B.weight": (48, 3),
+        "blocks.0.ffn.0.diff": (96, 48),
+    }
+    random = np.random.default_rng(5)
+    return {
+        f"diffusion_model.{key}": random.standard_normal(shape, np.float32) for key, shape in shapes.items()
+    }
 
 
 def lora(transformer):
@@ -105,7 +124,8 @@ def test_networks_without_a_mesh_are_whole_also_while_a_mesh_is_in_force(folder)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merged_lora_on_a_mesh_equals_the_one_in_host_memory(folder, dtype):
-    networks = stored_networks(folder, small_model().replace(dtype=dtype))
+    files = [LoRAFile(str(folder / FILE), 0.5)]
+    networks = stored_networks(folder, small_model().replace(dtype=dtype), loras=files)
     merged = check_on_mesh(networks, "transformer")
     assert lora_of(merged) is None
     plain = stored_networks(folder, small_model().replace(dtype=dtype), merge_lora=False)["transformer"]
@@ -115,9 +135,11 @@ def test_a_merged_lora_on_a_mesh_equals_the_one_in_host_memory(folder, dtype):
 
 
 def test_a_lora_beside_the_weights_is_sharded_too(folder):
-    networks = stored_networks(folder, small_model(), merge_lora=False)
+    files = [LoRAFile(str(folder / FILE), 0.5)]
+    networks = stored_networks(folder, small_model(), merge_lora=False, loras=files)
     unmerged = check_on_mesh(networks, "transformer")
-    assert lora_of(unmerged).config.rank == 3
+    ranks = {unmerged.blocks.self_attention.query: 3 + 2, unmerged.blocks.mlp_out: 3, unmerged.text_in: 3 + 3}
+    assert all(layer.dot_general.config.rank == rank for layer, rank in ranks.items())
 
 
 def test_each_block_is_read_once_and_in_shards(folder, monkeypatch):

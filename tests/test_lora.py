@@ -16,7 +16,8 @@ from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.sharding import make_mesh, parameter_shardings
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.parameters import ALL_TRAINED, lora_layers, parameter_modes, trainable
-from fantasy_jax.weights.loading import StoredLoader, load_network, lora_merge
+from fantasy_jax.weights.loading import StoredLoader, load_network
+from fantasy_jax.weights.lora import lora_merge
 from fantasy_jax.weights.store import LORA, save_network
 
 RULES = (("^blocks/.*kernel$", "lora"), ("", "frozen"))

@@ -9,7 +9,7 @@ fine-tuning. In bfloat16, a small A B would also be lost to rounding. For stacke
 axis of the stack too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -166,15 +166,50 @@ def lora_of(network: nnx.Module) -> LoRA | None:
     return lora
 
 
+def add_products(
+    network: nnx.Module,
+    products: Mapping[
+        str, tuple[Float[Array | np.ndarray, "*stack I R"], Float[Array | np.ndarray, "*stack R O"]]
+    ],
+) -> None:
+    """Adds low-rank products beside layers of a network, in place, and to those that are there already.
+
+    Args:
+        network: Any network.
+        products: A and B by path of the layer, with the axis of its stack; B is multiplied by its scale.
+    """
+    for path, (a, b) in products.items():
+        layer = _layer(network, path)
+        dtype = layer.kernel.dtype
+        if isinstance(there := layer.dot_general, LowRankDot):
+            a = jnp.concatenate([there.lora_a[...], a], -1)
+            b = jnp.concatenate([there.config.scale * there.lora_b[...], b], -2)
+        product = _empty_product(layer.kernel.shape, a.shape[-1])
+        product.lora_a, product.lora_b = (nnx.Param(jnp.asarray(x, dtype)) for x in (a, b))
+        layer.dot_general = nnx.data(product)
+
+
+def _empty_product(shape: tuple[int, ...], rank: int) -> LowRankDot:
+    """A product of scale 1, without its matrices."""
+    return nnx.eval_shape(lambda: LowRankDot(shape, LoRAConfig(rank, float(rank)), rngs=nnx.Rngs(0)))
+
+
 def merged_kernel(
     kernel: Float[Array | np.ndarray, "I O"],
     a: Float[Array | np.ndarray, "I R"],
     b: Float[Array | np.ndarray, "R O"],
     scale: float,
 ) -> Float[Array | np.ndarray, "I O"]:
-    """A kernel plus the low-rank product, float32."""
+    """A kernel plus the low-rank product, float32; that of a sharded kernel is sharded likewise."""
+    if isinstance(kernel, jax.Array):
+        return jax.jit(_merged, out_shardings=kernel.sharding)(kernel, a, b, scale)
     kernel, a, b = (matrix.astype(np.float32) for matrix in (kernel, a, b))
-    return kernel + scale * (a @ b)
+    return kernel + np.float32(scale) * (a @ b)
+
+
+def _merged(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+    kernel, a, b = (matrix.astype(jnp.float32) for matrix in (kernel, a, b))
+    return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _products(network: nnx.Module) -> dict[str, LowRankDot]:

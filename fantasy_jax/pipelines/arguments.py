@@ -45,6 +45,9 @@ examples:
   the video of latents that were saved, or that were kept because the disk was full:
   python sample.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
       --latents=out/latents.safetensors --audio=woman.wav --output=out/woman.mp4
+  four steps in place of thirty, with a LoRA that convert_weights.py download --component=lora fetches:
+  python sample.py --config=configs/fantasy_talking_14b.py:fast --image=woman.png --audio=woman.wav \\
+      --output=out/fast.mp4
   the same path with small random weights:
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
@@ -92,6 +95,14 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
         "--weights",
         metavar="DIR",
         help="the store of weights (default: the config's; with '' they are random)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of another program that is added to the transformer, as kohya's trainers, ComfyUI, "
+        "LightX2V, peft and diffusers write it; several add up (default: --config.sample.loras)",
     )
     parser.add_argument(
         "--seed",

@@ -35,6 +35,7 @@ from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
 from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.lora import LoRAFile, lora_origin, parse_lora
 from fantasy_jax.weights.store import LORA
 
 ImageInput = str | Path | Image.Image | np.ndarray
@@ -131,6 +132,7 @@ class Pipeline:
         config: PipelineConfig | None = None,
         dtype: str | None = None,
         keep: Keep = "all",
+        loras: Sequence[LoRAFile | str | Path] | None = None,
     ) -> AnyPipeline:
         """A pipeline from a store of weights.
 
@@ -141,10 +143,13 @@ class Pipeline:
             config: Settings of sampling; likewise.
             dtype: Type of weights and products; None: float32 for the bundled weights, else bfloat16.
             keep: Networks that stay in memory between calls: `all`, `transformer` or `none`.
+            loras: LoRA files that are added to the transformer, each a `LoRAFile`, `FILE` or `FILE:STRENGTH`;
+                None: those of `config`.
 
         Raises:
             ConfigError: No directory is given, and no weights come with the package.
-            WeightsError: The store is missing, incomplete, damaged, or of another pipeline.
+            WeightsError: The store is missing, incomplete, damaged, or of another pipeline; or a LoRA file is
+                missing, damaged or for another transformer.
         """
         if directory is None and cls.bundled is None:
             raise ConfigError(f"{cls.__name__}: has no bundled weights; name the folder of a store")
@@ -152,10 +157,17 @@ class Pipeline:
         directory = cls.bundled if directory is None else Path(directory)
         defaults = read_pipeline(directory, cls.stored_as or cls.__name__, cls.config_type)
         video, config = video or defaults[0], config or defaults[1]
-        networks = stored_networks(directory, model, dtype=dtype, merge_lora=config.merge_lora)
+        if loras is not None:
+            files = (file if isinstance(file, LoRAFile) else parse_lora(str(file)) for file in loras)
+            config = replace(config, loras=tuple(files))
+        networks = stored_networks(
+            directory, model, dtype=dtype, merge_lora=config.merge_lora, loras=config.loras
+        )
         pipeline = cls(networks, video, config, keep=keep)
         used = (*networks.config.networks, LORA)
         pipeline.origins = {slot: x for slot, x in store_origins(directory).items() if slot in used}
+        for index, file in enumerate(config.loras, 1):
+            pipeline.origins[f"LoRA file {index}"] = lora_origin(file)
         return pipeline
 
     def _print_origins(self) -> None:

@@ -21,6 +21,7 @@ from fantasy_jax.system.conditioning import AdapterOptions
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.checksums import SUMS, damaged_files, skipped, write_sums
+from fantasy_jax.weights.lora import LoRAFile
 
 PIPELINE_FILE = "pipeline.json"
 
@@ -45,8 +46,9 @@ class PipelineConfig(SamplerConfig):
         negative_prompt: What the video should not show.
         mesh: Sizes of the mesh; `tensor` shards weights, too. In the VAE, `context` and `tensor` together
             share the rows.
-        merge_lora: Whether a LoRA of the store is added to the weights. Beside them it costs a percent more
-            operations (at rank 32), and nothing is rounded.
+        merge_lora: Whether LoRAs are added to the weights. Beside them a LoRA costs a percent more operations
+            (at rank 32), and nothing is rounded.
+        loras: LoRA files of other programs, whose changes add up; `from_pretrained` reads them.
         keep: Networks that stay in memory between clips.
         tile: Rows and columns of latents that are decoded at once, where one device decodes.
         tile_stride: Rows and columns from one tile to the next; overlaps are blended.
@@ -63,6 +65,7 @@ class PipelineConfig(SamplerConfig):
     negative_prompt: str = NEGATIVE_PROMPT
     mesh: MeshConfig = MeshConfig(fsdp=1)
     merge_lora: bool = True
+    loras: tuple[LoRAFile, ...] = ()
     keep: Literal["all", "transformer", "none"] = "none"
     tile: tuple[PositiveInt, PositiveInt] = (30, 52)
     tile_stride: tuple[PositiveInt, PositiveInt] = (15, 26)

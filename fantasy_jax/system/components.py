@@ -332,6 +332,11 @@ LORA = register(
         {"none": LoRASizes()},
         None,
         # It is stored and exported as a network. No file is detected as one: files do not hold its sizes.
+        # Those of other programs are read as they are (`convert.lora`), such as this one for four steps.
         (Layout("comfyui", (), wan.lora_rules),),
+        download=Download(
+            "lightx2v/Wan2.1-I2V-14B-480P-StepDistill-CfgDistill-Lightx2v",
+            ("loras/Wan21_I2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors",),
+        ),
     )
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.convert.files import WeightsFile
+from fantasy_jax.convert.lora import is_lora
 from fantasy_jax.convert.rules import Plan, Rule, TensorSpec, check, flat_parameters, load, make_plan
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.registry import Component, Layout, components
@@ -73,6 +74,8 @@ def detect(weights: WeightsFile, *, preset: str | None = None) -> list[Detected]
     matches = [
         (component, match) for component in components().values() if (match := _match(component, weights))
     ]
+    if not matches and is_lora(weights):
+        raise WeightsError(f"{weights.path}: is a LoRA, not a network; give it to sample.py with --lora")
     if not matches:
         names = ", ".join(row.name for row in components().values() if _detectable(row))
         raise WeightsError(f"{weights.path}: holds none of the known networks ({names})")

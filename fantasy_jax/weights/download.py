@@ -40,6 +40,11 @@ class HostedFile:
         return path.is_file() and path.stat().st_size == self.bytes
 
 
+def hosted_slots() -> list[str]:
+    """Returns the slots of the networks that are published, in the order of their rows."""
+    return list(dict.fromkeys(row.slot for row in components().values() if row.download.repository))
+
+
 def repositories(networks: Collection[str] | None = None) -> list[Repository]:
     """Returns the repositories of networks, by their slots; None: of all."""
     found: dict[str, Repository] = {}
@@ -84,7 +89,7 @@ def download(output: str | Path, networks: Collection[str] | None = None) -> Non
     """Downloads all files and prints their sizes first; continues an interrupted call.
 
     Args:
-        output: A folder; 84 GiB are needed for all networks.
+        output: A folder; 85 GiB are needed for all networks.
         networks: Slots of the networks; None: all.
 
     Raises:

@@ -1,6 +1,6 @@
 """Export of a stored network to a safetensors file with the keys of PyTorch programs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import check_outputs
 from fantasy_jax.system.registry import Component, Layout
 from fantasy_jax.weights.inspect import store_paths
-from fantasy_jax.weights.loading import lora_merge
+from fantasy_jax.weights.lora import LoRAFile, chain_merges, lora_merge, open_loras
 from fantasy_jax.weights.store import LORA, item_name, items, read_item, read_record
 
 
@@ -24,6 +24,7 @@ def export_weights(
     *,
     layout: str = "official",
     merge_lora: bool = False,
+    loras: Sequence[LoRAFile] = (),
     progress: bool = True,
 ) -> str:
     """Writes one network of a store as safetensors, one block at a time.
@@ -34,6 +35,7 @@ def export_weights(
         output: The file to write.
         layout: Layout of the keys: `official`, `diffusers`, or another one that the network has.
         merge_lora: Whether the store's LoRA is added to the transformer's weights.
+        loras: Files of LoRAs that are added to them too.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -46,7 +48,7 @@ def export_weights(
     folder, output = Path(directory) / slot, Path(output)
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: the name must end in .safetensors")
-    if merge_lora and slot != "transformer":
+    if (merge_lora or loras) and slot != "transformer":
         raise WeightsError(f"{folder}: a LoRA can only be merged into the transformer")
     component, record = read_record(folder)
     config = component.read_config(record["config"], folder)
@@ -57,8 +59,10 @@ def export_weights(
     specs = {entry.key: _spec(entry, target[entry.path].shape, record) for entry in entries}
     total = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
     places = items(component, config)
-    merge = lora_merge(Path(directory) / LORA) if merge_lora else lambda item, values: values
-    check_outputs([output], store_paths(directory))
+    merges = [lora_merge(Path(directory) / LORA)] if merge_lora else []
+    merges += [lora.merge() for lora in open_loras(loras, config)] if loras else []
+    merge = chain_merges(merges)
+    check_outputs([output], [*store_paths(directory), *(file.path for file in loras)])
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         item, values = "", {}

@@ -2,22 +2,31 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fantasy_jax.convert.files import open_weights
-from fantasy_jax.convert.rules import Plan
-from fantasy_jax.system.registry import slots
+from fantasy_jax.convert.files import WeightsFile, open_weights
+from fantasy_jax.convert.lora import is_lora, read_lora
+from fantasy_jax.convert.rules import Plan, flat_parameters
+from fantasy_jax.system.registry import Layout, find_component, slots
 from fantasy_jax.weights.detect import Detected, detect
-from fantasy_jax.weights.store import RECORD, network_hash, read_record
+from fantasy_jax.weights.store import LORA, RECORD, network_hash, read_record
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """One network of a file, and how it maps onto the module."""
+    """One network of a file, and how it maps onto the module.
+
+    Attributes:
+        detected: The network.
+        plan: Where its tensors belong.
+        notes: Further lines about it.
+    """
 
     detected: Detected
     plan: Plan
+    notes: Sequence[str] = ()
 
     def lines(self, *, every_key: bool = False) -> list[str]:
         """The result as text.
@@ -41,6 +50,7 @@ class Inspection:
             + f" ({sizes.total() / 2**30:.2f} GiB)",
             f"mapped      {len(self.plan.entries)}: "
             + ", ".join(f"{count} to {group}" for group, count in groups.items()),
+            *self.notes,
         ]
         for pattern, count in Counter(self.plan.ignored.values()).items():
             lines.append(f"ignored     {count} that match {pattern}")
@@ -56,7 +66,7 @@ class Inspection:
 
 
 def inspect(path: str | Path, *, preset: str | None = None, variant: str = "") -> list[Inspection]:
-    """Inspects every network in a file; reads no weights.
+    """Inspects every network in a file, or the LoRA that it is; reads no weights.
 
     Args:
         path: The file or folder.
@@ -67,7 +77,24 @@ def inspect(path: str | Path, *, preset: str | None = None, variant: str = "") -
         WeightsError: The file cannot be read, or no network is detected in it.
     """
     weights = open_weights(path, variant=variant)
+    if is_lora(weights):
+        return [_inspect_lora(weights)]
     return [Inspection(found, found.plan()[1]) for found in detect(weights, preset=preset)]
+
+
+def _inspect_lora(weights: WeightsFile) -> Inspection:
+    """Inspects a LoRA for the transformer of the config.json beside it, or for the published one."""
+    transformer, component = find_component("wan2.1_i2v_dit"), find_component(LORA)
+    preset, config = next(iter(transformer.presets.items()))
+    if (beside := transformer.published_config(weights.config)) is not None:
+        preset, config = "config.json", beside
+    lora = read_lora(weights, config, flat_parameters(transformer.abstract(config)))
+    layout = Layout(lora.spelling, (), component.layouts[0].rules)
+    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(lora.ranks.items()))
+    alphas = sum(bool(change.alpha) for _, change in lora.changes)
+    differences = sum(bool(change.difference) for _, change in lora.changes)
+    notes = [f"products    {ranks or 'none'}; {alphas} with alpha", f"differences {differences}"]
+    return Inspection(Detected(component, layout, weights, preset, config), lora.plan, notes)
 
 
 def store_origins(directory: str | Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Networks from a store, whole on one device or sharded over a mesh."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fantasy_jax.config import as_json, differences
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.models.lora import attach_lora, merged_kernel
+from fantasy_jax.models.lora import attach_lora
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.sharding import shard_module
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, RandomLoader
 from fantasy_jax.system.registry import Component, component_of
 from fantasy_jax.typing import DType
+from fantasy_jax.weights.lora import (
+    LoRAFile,
+    Merge,
+    OpenLoRA,
+    Values,
+    chain_merges,
+    check_exist,
+    lora_merge,
+    open_loras,
+)
 from fantasy_jax.weights.store import (
     LORA,
     TOKENIZER,
@@ -34,10 +44,6 @@ from fantasy_jax.weights.store import (
     stored_networks_of,
 )
 
-Values = dict[str, Any]
-Merge = Callable[[str, Values], Values]
-"""Hook `(item, parameters by path) -> parameters`, such as one that adds LoRA deltas."""
-
 
 def stored_networks(
     directory: str | Path,
@@ -46,6 +52,7 @@ def stored_networks(
     dtype: str = "bfloat16",
     new_adapters: bool = False,
     merge_lora: bool = True,
+    loras: Sequence[LoRAFile] = (),
 ) -> Networks:
     """Networks from a store, each loaded when it is asked for.
 
@@ -55,12 +62,14 @@ def stored_networks(
             sizes.
         dtype: Type of weights and products where there is no `config`.
         new_adapters: Whether adapters that the store lacks are initialised, to be trained.
-        merge_lora: Whether the store's LoRA is added to the transformer's weights, or stays beside them.
+        merge_lora: Whether low-rank products are added to the transformer's weights, or stay beside them.
+        loras: Files of LoRAs that are added to the transformer, after the store's LoRA.
 
     Raises:
         WeightsError: A network is missing, damaged, or of another model; no weights are read to find out.
     """
     directory = Path(directory)
+    check_exist(loras)  # before the store, which takes longer to make
     found = stored_networks_of(directory)
     if config is None:
         config = ModelConfig(dtype=dtype, **{slot: sizes for slot, (_, sizes) in found.items()})
@@ -77,9 +86,9 @@ def stored_networks(
         _check_sizes(directory / slot, sizes)
     for note in notes(directory, [slot for slot in config.networks if slot not in new]):
         logging.getLogger(__name__).warning("%s", note)
-    return Networks(
-        config, StoredLoader(directory, new=new, merge_lora=merge_lora), partial(_tokenizer, directory)
-    )
+    opened = open_loras(loras, config.transformer)
+    loader = StoredLoader(directory, new=new, merge_lora=merge_lora, loras=opened)
+    return Networks(config, loader, partial(_tokenizer, directory))
 
 
 def notes(directory: Path, slots: Sequence[str]) -> list[str]:
@@ -121,21 +130,34 @@ def _unlike_published(adapter: Path, encoder: Component, record: Mapping[str, An
 class StoredLoader:
     """Loads networks from a store (a `system.networks.Loader`)."""
 
-    def __init__(self, directory: Path, *, new: set[str] = frozenset(), merge_lora: bool = True):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        new: set[str] = frozenset(),
+        merge_lora: bool = True,
+        loras: Sequence[OpenLoRA] = (),
+    ):
         """Keeps where they are; those of the slots in `new` are initialised instead."""
-        self.directory, self.new, self.merge_lora = directory, new, merge_lora
+        self.directory, self.new, self.merge_lora, self.loras = directory, new, merge_lora, loras
 
     def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
-        """Loads one network; the transformer with the store's LoRA."""
+        """Loads one network; the transformer with the LoRAs of store and files."""
         if component.slot in self.new:
             return RandomLoader()(component, config, dtype, mesh)
+        load = partial(load_network, dtype=dtype, mesh=mesh)
         folder, lora = self.directory / component.slot, self.directory / LORA
-        if component.slot != "transformer" or not lora.exists():
-            return load_network(folder, config, dtype=dtype, mesh=mesh)
+        if component.slot != "transformer":
+            return load(folder, config)
+        merges = [lora.merge(products=self.merge_lora) for lora in self.loras]
         if self.merge_lora:
-            return load_network(folder, config, dtype=dtype, mesh=mesh, merge=lora_merge(lora))
-        network = load_network(folder, config, dtype=dtype, mesh=mesh)
-        attach_lora(network, load_network(lora, read_config(lora)[1], dtype=dtype, mesh=mesh))
+            stored = [lora_merge(lora)] if lora.exists() else []
+            return load(folder, config, merge=chain_merges([*stored, *merges]))
+        network = load(folder, config, merge=chain_merges(merges))
+        if lora.exists():
+            attach_lora(network, load(lora, read_config(lora)[1]))
+        for file in self.loras:
+            file.attach(network)
         # Beside a layer, A and B are sharded like its kernel.
         return network if mesh is None else shard_module(network, mesh)
 
@@ -180,29 +202,6 @@ def load_network(
                 values.get(path), target[path], read.pop(path), layer, np.dtype(others.get(path, dtype))
             )
     return component.build(config, dtype, values)
-
-
-def lora_merge(folder: Path) -> Merge:
-    """A hook that adds a stored LoRA to the network that it is for, item by item.
-
-    Raises:
-        WeightsError: The LoRA is missing or damaged. The hook raises it where the LoRA is for another
-            network.
-    """
-    component, config = read_config(folder)
-    places = items(component, config)
-
-    def merge(item: str, values: Values) -> Values:
-        thin = read_item(folder, item, places[item]) if item in places else {}
-        merged = {}
-        for layer in {path.rpartition("/")[0] for path in thin}:
-            kernel, (a, b) = f"{layer}/kernel", (thin[f"{layer}/{name}"] for name in ("lora_a", "lora_b"))
-            if kernel not in values or values[kernel].shape != (len(a), b.shape[1]):
-                raise WeightsError(f"{folder}: is for {layer} of {len(a)} x {b.shape[1]}, of another model")
-            merged[kernel] = merged_kernel(values[kernel], a, b, config.scale)
-        return values | merged
-
-    return merge
 
 
 def _put_numpy(stack: Any, spec: Any, value: Any, layer: int | None, dtype: np.dtype) -> np.ndarray:
