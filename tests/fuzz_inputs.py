@@ -138,6 +138,8 @@ def changed_settings(random: Random, seeds: Seeds) -> tuple[str, bytes]:
     lines = []
     for setting in random.choices(settings, k=random.choice((1, 1, 2, 4))):
         name, _, value = setting.partition("=")
+        if random.random() < 0.1:  # its section
+            name = name.rpartition(".")[0]
         word = random.choice(_WORDS)
         line = random.choice((f"{name}={word}", f"{name}={word}", f"{name}=({word}, {value})", setting))
         if random.random() < 0.2:
@@ -210,8 +212,8 @@ def videos(folder: Path) -> Seeds:
             stream.width, stream.height = 32, 16
             formats = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24"}
             stream.pix_fmt = formats.get(codec, "yuv420p")
-            for i in range(4):
-                pixels = np.full((16, 32, 3), 40 * i, np.uint8)
+            for i in range(12 if suffix == "ts" else 4):  # a shorter MPEG transport stream is not recognised
+                pixels = np.full((16, 32, 3), 20 * i, np.uint8)
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
             output.mux(stream.encode(None))
     return [(path.suffix, path.read_bytes()) for path in sorted(folder.iterdir())]
@@ -227,7 +229,10 @@ def weights(folder: Path) -> Seeds:
     }
     scaled = {"a.weight": np.ones((2, 3), np.int8), "a.weight_scale": np.ones(2, np.float32)}
     tensors = {"a.weight": [2, 3], "b": [4]}
-    index = {"weight_map": {"a": "1.safetensors", "b": "../2.safetensors"}, "metadata": {"total_size": 8}}
+    for name in ("a", "b"):  # the index, as all inputs, lies in the folder above
+        (folder / f"{name}.safetensors").write_bytes(save({name: np.ones(1, np.float32)}))
+    files = {name: f"{folder.name}/{name}.safetensors" for name in ("a", "b")}
+    index = {"weight_map": files, "metadata": {"total_size": 8}}
     return [
         (".safetensors", save({k: np.asarray(x) for k, x in plain.items()}, {"format": "pt"})),
         (".safetensors", save(scaled)),
@@ -271,20 +276,21 @@ def settings(folder: Path) -> Seeds:
 
 
 def _settings(section, prefix: str = ""):
-    """Names and values of all settings, and of sections."""
+    """Names and values of all settings."""
     pairs = section.items() if hasattr(section, "items") else enumerate(section)
     for name, value in pairs:
-        yield f"{prefix}{name}", "" if hasattr(value, "items") else value
         parts = value if isinstance(value, tuple) else [value]
         if any(hasattr(part, "items") for part in parts):
             yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def batches(folder: Path) -> Seeds:
     """Rows of clips."""
     return [
-        (".csv", b'image,audio,prompt,output\na.png,a.wav,"A man, talking",out/a.mp4\nb.png,b.wav,,b.mp4\n'),
-        (".csv", b"\xef\xbb\xbfoutput,image,audio\r\na.mp4,a.png,a.wav\r\n"),
+        (".csv", b'image,audio,prompt,output\na.png,a.wav,"A man, talking",out/a.mp4\nb.png,b.wav,,c.mp4\n'),
+        (".csv", b"\xef\xbb\xbfoutput,image,audio\r\nc.mp4,a.png,a.wav\r\n"),
     ]
 
 
