@@ -278,17 +278,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition("batch"))
 
 
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises a ConfigError if a global batch cannot be sharded evenly."""
+    shards = _size(RULES["batch"], mesh)
+    if batch_size % shards:
+        raise ConfigError(
+            f"batch_size ({batch_size}) must be a multiple of data x fsdp of the mesh ({shards})"
+        )
+
+
 def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " R"]:
     """Returns the rows of a global batch that this process loads; processes that share a clip load the same.
 
     Raises:
         ConfigError: The batch cannot be sharded evenly.
     """
-    shards = _size(RULES["batch"], mesh)
-    if batch_size % shards:
-        raise ConfigError(
-            f"batch_size ({batch_size}) must be a multiple of data x fsdp of the mesh ({shards})"
-        )
+    check_batch_size(batch_size, mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 

@@ -26,7 +26,7 @@ from fantasy_jax.models.layers import run
 from fantasy_jax.performance.flops import hardware_flops, model_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
-from fantasy_jax.sharding import RULES, batch_sharding, last_partition, partition, place
+from fantasy_jax.sharding import RULES, batch_sharding, check_batch_size, last_partition, partition, place
 from fantasy_jax.system.encoders import encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
@@ -50,6 +50,9 @@ def training_programs(
         config: Settings of the stages.
         video: Size and length of the clips.
         mesh: The current mesh.
+
+    Raises:
+        ConfigError: A batch cannot be sharded evenly.
     """
     networks = abstract_networks(model, mesh, config.mesh)
     empty_text = np.zeros((1, 1, model.text_encoder.dim), np.float32)
@@ -67,6 +70,7 @@ def training_programs(
         )
 
     for index, stage in enumerate(config.stages):
+        check_batch_size(stage.batch_size, mesh)
         trainer, without_remat = make_trainer(stage), make_trainer(replace(stage, remat_save_names=None))
         batch = batch_spec(model, video, stage.batch_size, sharding=batch_sharding(mesh))
         arguments = (trainer.init_state(), trainer.frozen_state, batch, step)
