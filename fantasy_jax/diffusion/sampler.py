@@ -21,7 +21,6 @@ from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GuidanceBranch, combine, difference_scales
 from fantasy_jax.diffusion.held import HeldLatents, first_step, hold, noised
 from fantasy_jax.diffusion.windows import Windows, WindowSchedule, windowed
-from fantasy_jax.models.condition import KeysValues
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.sharding import axis_size
 from fantasy_jax.system.conditioning import (
@@ -140,7 +139,7 @@ class BranchConditions:
     """
 
     each: Conditions
-    kept: dict[str, KeysValues]
+    kept: dict[str, Leaf]
 
 
 def sample(
@@ -256,7 +255,8 @@ def branch_conditions(
     return BranchConditions(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), kept)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+# Projections that are not used again are in memory all the same; `keep_unused` counts them (`--compile_only`).
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, keep_unused=True)
 def guided_step(
     graphdef: nnx.GraphDef,
     program: StepProgram,
