@@ -18,6 +18,7 @@ from fantasy_jax.config import section
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
+from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.arguments import sampling_parser
 from fantasy_jax.pipelines.base import Pipeline
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
     _check_files(arguments, config, requests)
+    keep_compiled_programs()
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
     sample = _decode if arguments.latents else SAMPLERS[pipeline_type]
     return run_batch(requests, partial(sample, pipeline, arguments))
