@@ -255,7 +255,7 @@ def branch_conditions(
     return BranchConditions(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), kept)
 
 
-# Projections that are not used again are in memory all the same; `keep_unused` counts them (`--compile_only`).
+# Projections that a step does not use are in memory all the same; with `keep_unused` they are counted.
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, keep_unused=True)
 def guided_step(
     graphdef: nnx.GraphDef,
