@@ -20,6 +20,7 @@ from fantasy_jax.diffusion.magcache import Calibration, MagCacheConfig, write_cu
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
+from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.arguments import sampling_parser
 from fantasy_jax.pipelines.base import Pipeline
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
     _check_files(arguments, config, requests, settings)
+    keep_compiled_programs()
     pipeline = _pipeline(pipeline_type, config, arguments, model, video, settings)
     dubbed = pipeline_type is FantasyDubbingPipeline
     sample = _decode if arguments.latents and not dubbed else SAMPLERS[pipeline_type]

@@ -15,6 +15,7 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.synthetic import SyntheticConfig
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
 from fantasy_jax.performance import ahead
+from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.performance.programs import training_programs
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.sharding import init_distributed
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         store = Path(arguments.weights or config.weights)
         run = partial(finetune, store, Path(arguments.records), workdir, **settings)
+    keep_compiled_programs()
     with full_disk_reported(workdir), lock_workdir(workdir):
         weights = run()
     print(f"Wrote {weights}; sample from it with sample.py --config={arguments.config} --weights={weights}")

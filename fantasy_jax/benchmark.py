@@ -1,8 +1,10 @@
 """Times the programs of `train.py` and `sample.py` on the attached devices, with random weights."""
 
+import argparse
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +27,8 @@ from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.miniature.trainer import MiniatureConfig
 from fantasy_jax.performance import torch_wan
 from fantasy_jax.performance.ahead import with_size
+from fantasy_jax.performance.cache import keep_compiled_programs
+from fantasy_jax.performance.profile import check_profiler, kernel_table, read_kernels
 from fantasy_jax.performance.program import Program
 from fantasy_jax.performance.programs import (
     guided_step_program,
@@ -53,6 +57,8 @@ examples:
   the 14B model on one GPU, at a size that fits it:
   python -m fantasy_jax.benchmark --config=configs/fantasy_talking_14b.py --only=forward,guided_step \\
       --size=480x640 --config.video.num_frames=77 --against=torch
+  where the time of a guided step goes:
+  python -m fantasy_jax.benchmark --config=configs/tiny.py --only=guided_step --profile=out/profile
   how many encoded clips of the 14B model two processes read:
   python -m fantasy_jax.benchmark --config=configs/fantasy_talking_14b.py --only=loader \\
       --config.train.loop.num_workers=2
@@ -75,12 +81,11 @@ class _Settings:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, times the parts and prints a table."""
     arguments, config = cli.parse(_parser(), argv)
-    only = arguments.only.split(",") if arguments.only else PARTS
-    if unknown := [part for part in only if part not in PARTS]:
-        raise ConfigError(f"--only={arguments.only}: no such part {unknown[0]!r}; use {', '.join(PARTS)}")
-    if arguments.against and "forward" not in only:
-        raise ConfigError("--against compares the forward pass; add forward to --only")
+    only, profile = _parts(arguments), Path(arguments.profile) if arguments.profile else None
     check_outputs([arguments.json], cli.config_files(arguments.config, config))
+    if profile:
+        profile.mkdir(parents=True, exist_ok=True)
+    keep_compiled_programs()
     settings = _Settings(
         section(ModelConfig, config, "model"),
         with_size(section(VideoConfig, config, "video"), arguments.size),
@@ -91,14 +96,18 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.against:  # before JAX takes the device's memory
         with cli.timed("PyTorch"):
             reference = torch_wan.time_in_process(settings.model, settings.video, arguments.repeats, WARM_UP)
+    if profile:
+        check_profiler()
     timings: list[Timing] = []
     for part in only:
         with cli.timed(part):
-            timings += _time(part, settings, arguments.repeats)
+            timings += _time(part, settings, arguments.repeats, profile)
     if reference:
         ours = next(timing for timing in timings if timing.name == "forward")
         timings += _compare(reference, ours)
     print(timing_table(timings))
+    if profile:
+        _show_kernels(profile, timings)
     if arguments.json:
         _write(arguments.json, timings, settings.video, reference)
         print(f"Wrote {arguments.json}")
@@ -118,20 +127,51 @@ def _parser() -> cli.ArgumentParser:
         choices=["torch"],
         help="also time PyTorch's Wan transformer on the same device, in a process of its own",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="also trace one call of each program, and print the kernels by their share of the time",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the timings as JSON")
     return parser
 
 
-def _time(part: str, settings: _Settings, repeats: int) -> list[Timing]:
+def _parts(arguments: argparse.Namespace) -> Sequence[str]:
+    """The parts that are timed; refuses options without effect on them."""
+    only = arguments.only.split(",") if arguments.only else PARTS
+    if unknown := [part for part in only if part not in PARTS]:
+        raise ConfigError(f"--only={arguments.only}: no such part {unknown[0]!r}; use {', '.join(PARTS)}")
+    if arguments.against and "forward" not in only:
+        raise ConfigError("--against compares the forward pass; add forward to --only")
+    if arguments.profile and set(only) == {"loader"}:
+        raise ConfigError("--profile traces programs; add another part than the loader to --only")
+    return only
+
+
+def _time(part: str, settings: _Settings, repeats: int, profile: Path | None) -> list[Timing]:
     """Times a part; its programs are built, run and released one after another."""
     if part == "loader":
         return [_time_loader(settings, repeats)]
     mesh_config = settings.train.mesh if part == "training_step" else settings.sample.mesh
     mesh = make_mesh(**mesh_config.axes)
-    dtype = settings.model.dtype
+    options = {"devices": mesh.size, "dtype": settings.model.dtype}
     with jax.set_mesh(mesh):
-        programs = _programs(part, settings, mesh)
-        return [time_program(program, repeats, devices=mesh.size, dtype=dtype) for program in programs]
+        return [
+            time_program(program, repeats, trace_to=_trace_folder(profile, program.name), **options)
+            for program in _programs(part, settings, mesh)
+        ]
+
+
+def _trace_folder(profile: Path | None, name: str) -> Path | None:
+    """The folder of a program's trace: `out/profile/guided_step_2_branches`."""
+    return profile / re.sub(r"\W+", "_", name) if profile else None
+
+
+def _show_kernels(profile: Path, timings: Sequence[Timing]) -> None:
+    for timing in timings:
+        folder = _trace_folder(profile, timing.name)
+        if folder.exists():
+            print(f"\n{timing.name}, of the trace in {folder}:\n\n{kernel_table(read_kernels(folder))}")
 
 
 def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterable[Program]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from xla_flags import quick_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs are not kept in the user's folder, and those of an earlier run are not used.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Tests of sharding use eight virtual devices; all other tests run on the first of them.
 os.environ.setdefault("XLA_FLAGS", quick_flags(8))
 # The devices start collectives that do not depend on each other in any order, and block a thread for each:

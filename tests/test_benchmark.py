@@ -6,12 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.performance import profile
 from fantasy_jax.performance.chips import CHIPS
+from fantasy_jax.performance.profile import kernel_table, kernels_of, read_kernels
 from fantasy_jax.performance.program import Program
 from fantasy_jax.performance.timing import (
     Timing,
@@ -63,6 +67,69 @@ def test_donated_arguments_are_replaced_by_results():
     assert jax.devices()[0].device_kind not in CHIPS
 
 
+def test_kernels_of_a_trace(tmp_path):
+    @jax.jit
+    def step(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ x), x)
+
+    array = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    program = Program("step", lambda: step.lower(array), (array,), 10, step)
+    time_program(program, 2, devices=1, dtype="float32", trace_to=tmp_path)
+    kernels = {kernel.name: kernel for kernel in read_kernels(tmp_path)}
+    assert sum("tanh" in name and kernel.calls == 5 for name, kernel in kernels.items()) == 1
+    (loop,) = (kernel for name, kernel in kernels.items() if name.startswith("while"))
+    # The loop's own time is without its body's.
+    assert 0 <= loop.seconds < sum(kernel.seconds for kernel in kernels.values()) / 2
+    lines = kernel_table(list(kernels.values()), most=1).splitlines()
+    assert len(lines) == 4
+    assert lines[-1].startswith("| the rest |")
+    shares = [float(line.split("|")[-2].removesuffix(" % ")) for line in lines[2:]]
+    assert sum(shares) == pytest.approx(100, abs=0.11)
+
+
+def plane(name, **lines):
+    """A plane of a trace; lines are lists of names, starts and ends."""
+    return SimpleNamespace(
+        name=name,
+        lines=[
+            SimpleNamespace(
+                name=line.replace("_", " "),
+                events=[
+                    SimpleNamespace(name=x, start_ns=start, duration_ns=end - start, stats=[])
+                    for x, start, end in events
+                ],
+            )
+            for line, events in lines.items()
+        ],
+    )
+
+
+def test_kernels_of_devices():
+    host = plane("/host:CPU", python=[("main", 0, 99)])
+    stream = [("sdpa", 0, 6), ("gemm_1", 6, 8), ("gemm_2", 8, 12)]
+    gpu = plane("/device:GPU:0", **{"Stream_#1(Compute)": stream, "Stream_#2(Memcpy)": [("copy", 0, 1)]})
+    names = [
+        (x.name, x.calls, round(1e9 * x.seconds)) for x in kernels_of(SimpleNamespace(planes=[host, gpu]))
+    ]
+    assert sorted(names) == [("copy", 1, 1), ("gemm", 2, 6), ("sdpa", 1, 6)]
+    # Two chips; a loop contains its operations, and the line of modules contains all.
+    operations = [("%while.1 = (f32[]) while(%x)", 0, 10), ("%dot.3 = f32[] dot(%y)", 1, 8)]
+    chips = [plane(f"/device:TPU:{i}", XLA_Modules=[("m", 0, 50)], XLA_Ops=operations) for i in range(2)]
+    names = [(x.name, x.calls, round(1e9 * x.seconds)) for x in kernels_of(SimpleNamespace(planes=chips))]
+    assert names == [("dot", 1, 7), ("while", 1, 3)]
+
+
+def test_a_profile_that_would_crash_is_refused(monkeypatch):
+    monkeypatch.setattr(profile, "find_spec", lambda name: name == "libtpu")
+    platforms = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(ConfigError, match=r"^--profile: .*JAX_PLATFORMS=cpu"):
+            profile.check_profiler()
+    finally:
+        jax.config.update("jax_platforms", platforms)
+
+
 def run(*options, **environment):
     config = "--config=configs/fantasy_talking_14b.py:debug"
     return subprocess.run(
@@ -80,7 +147,7 @@ def test_all_parts_and_pytorch_are_timed(tmp_path):
     settings |= {"train.loop.num_workers": 0, "train.mesh.fsdp": 1}
     path = tmp_path / "figures.json"
     options = [f"--config.{name}={value}" for name, value in settings.items()]
-    options += ["--size=32x32", "--repeats=2", "--against=torch", f"--json={path}"]
+    options += ["--size=32x32", "--repeats=2", "--against=torch", f"--json={path}", f"--profile={tmp_path}"]
     # PyTorch's compiler would take longer than everything else.
     result = run(*options, TORCH_COMPILE_DISABLE="1")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -107,3 +174,5 @@ def test_all_parts_and_pytorch_are_timed(tmp_path):
     assert "times ours" in timings["forward, PyTorch eager, without audio"]["note"]
     assert timings["forward, PyTorch compiled, without audio"]["note"] == "disabled"
     assert "| first frame to latents |" in result.stdout
+    assert result.stdout.count("| kernel |") == 6
+    assert len(list(tmp_path.glob("*/plugins/profile/*/*.trace.json.gz"))) == 6

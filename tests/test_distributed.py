@@ -94,7 +94,8 @@ def start(
         address = f"127.0.0.1:{free.getsockname()[1]}"
     base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(devices)}
     if cache is not None:
-        base |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        base |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        base["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     command = [sys.executable, "-c", program, str(workdir), str(num_steps), str(save_every), mesh]
     return [

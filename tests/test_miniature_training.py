@@ -140,6 +140,7 @@ def final_state(workdir, part):
 @pytest.mark.slow
 def test_stopped_and_resumed_training_equals_uninterrupted_training(tmp_path):
     cache = {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

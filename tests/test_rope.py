@@ -70,10 +70,13 @@ def test_rotation_equals_the_official_one(head_width):
 
 def test_table_is_exact_far_from_the_origin():
     cosine, sine = jax.jit(rotary_table, static_argnums=(0, 1, 2, 3))(51, 60, 104, 128)
-    assert cosine.shape == sine.shape == (60 * 104, 51, 64)
+    assert cosine.shape == sine.shape == (60 * 104, 51, 128)
     angle = np.array([50.0, 59.0, 103.0])  # the first frequency of every axis is 1
-    last = np.asarray([cosine[-1, -1], sine[-1, -1]])[:, [0, 22, 43]]
-    np.testing.assert_array_equal(last, np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32))
+    firsts = 2 * np.array([0, 22, 43])
+    for channel, sign in ((firsts, -1), (firsts + 1, 1)):
+        last = np.asarray([cosine[-1, -1], sine[-1, -1]])[:, channel]
+        expected = np.stack([np.cos(angle), sign * np.sin(angle)])
+        np.testing.assert_array_equal(last, expected.astype(np.float32))
 
 
 def test_rotation_keeps_norms_and_the_first_token():

@@ -177,7 +177,7 @@ class BranchConditions:
     """
 
     each: Conditions
-    kept: dict[str, KeysValues]
+    kept: dict[str, Leaf]
 
     def last(self, count: int) -> "BranchConditions":
         """The conditions of the last branches."""
@@ -313,7 +313,8 @@ def branch_conditions(
     return BranchConditions(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), kept)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+# Projections that a step does not use are in memory all the same; with `keep_unused` they are counted.
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, keep_unused=True)
 def guided_step(
     graphdef: nnx.GraphDef,
     program: StepProgram,

@@ -18,8 +18,8 @@ _MAX_TIME = 100.0
 
 def rotary_table(
     frames: int, rows: int, columns: int, head_width: int
-) -> tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]]:
-    """Cosine and sine of the rotary angles of every token.
+) -> tuple[Float[Array, "S F K"], Float[Array, "S F K"]]:
+    """Cosine and signed sine of the rotary angle of every token and channel, for `rotate`.
 
     Of the `head_width / 2` channel pairs of a head, a third each (rounded down) is rotated by row and by
     column, the rest by frame. Angles are computed in float64 on the host, in one small table per axis, and
@@ -32,7 +32,7 @@ def rotary_table(
         head_width: K, even.
 
     Returns:
-        Cosines and sines, float32, each `[S, F, K/2]`.
+        Cosines and signed sines, float32.
     """
     pairs = head_width // 2
     counts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
@@ -47,27 +47,45 @@ def rotary_table(
             parts.append(jnp.broadcast_to(values, (rows, columns, frames, count)))
         return jnp.concatenate(parts, axis=-1).reshape(rows * columns, frames, pairs)
 
-    return table(np.cos), table(np.sin)
+    return _of_channels(table(np.cos), table(np.sin))
 
 
 def time_table(
     times: Float[Array, "*n"], head_width: int
-) -> tuple[Float[Array, "*n K2"], Float[Array, "*n K2"]]:
-    """Cosine and sine of rotary angles of fractional positions in time; the fastest is 1 radian per unit."""
+) -> tuple[Float[Array, "*n K"], Float[Array, "*n K"]]:
+    """As `rotary_table`, of fractional positions in time; the fastest angle is 1 radian per unit."""
     pairs = head_width // 2
     angles = times[..., None] * _MAX_TIME ** (-np.arange(pairs, dtype=np.float32) / pairs)
-    return jnp.cos(angles), jnp.sin(angles)
+    return _of_channels(jnp.cos(angles), jnp.sin(angles))
+
+
+def _of_channels(
+    cosine: Float[Array, "*n K2"], sine: Float[Array, "*n K2"]
+) -> tuple[Float[Array, "*n K"], Float[Array, "*n K"]]:
+    """The tables of each pair's channels; the sine of the first channel of a pair is negative."""
+    signed = jnp.stack([-sine, sine], axis=-1).reshape(*sine.shape[:-1], -1)
+    return jnp.repeat(cosine, 2, axis=-1), signed
 
 
 def rotate(
-    x: Float[Array, "*n N K"], cosine: Float[Array, "*p K2"], sine: Float[Array, "*p K2"]
+    x: Float[Array, "*n N K"], cosine: Float[Array, "*p K"], sine: Float[Array, "*p K"]
 ) -> Float[Array, "*n N K"]:
-    """Rotates each pair of adjacent channels by its angle, in float32; all heads have the same angles."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cosine, sine = cosine[..., None, :], sine[..., None, :]
-    rotated = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    """Rotates each pair of adjacent channels by its angle, in float32; all heads have the same angles.
+
+    The channels of a pair change places by two shifts. Other forms cost a pass over memory: a pair as an axis
+    of its own, which TPUs pad to a tile, or two halves that are put together.
+
+    Args:
+        x: Channels of all heads.
+        cosine: Cosine of each channel's angle, from a table of this module.
+        sine: Signed sine.
+    """
+    values, zero = x.astype(jnp.float32), jnp.zeros((), jnp.float32)
+    others = [(0, 0, 0)] * (x.ndim - 1)
+    after = jax.lax.pad(values, zero, [*others, (-1, 1, 0)])
+    before = jax.lax.pad(values, zero, [*others, (1, -1, 0)])
+    partner = jnp.where(np.arange(x.shape[-1]) % 2 == 0, after, before)
+    return (values * cosine[..., None, :] + partner * sine[..., None, :]).astype(x.dtype)
 
 
 def timestep_sinusoid(timestep: Float[Array, " B"], width: int) -> Float[Array, "B {width}"]:

@@ -86,7 +86,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S F D"],
-        rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
+        rotary: tuple[Float[Array, "S F K"], Float[Array, "S F K"]],
         space: int,
         strategy: ContextParallelism = "auto",
     ) -> Float[Array, "B S F D"]:
@@ -160,7 +160,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B S F D"],
         modulation: Float[Array, "B 6 D"],
-        rotary: tuple[Float[Array, "S F K2"], Float[Array, "S F K2"]],
+        rotary: tuple[Float[Array, "S F K"], Float[Array, "S F K"]],
         space: int,
         conditions: Mapping[str, Condition],
         adapters: Mapping[str, KVProjection],

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from fantasy_jax import cli
 from fantasy_jax.performance.chips import CHIPS, GIB
+from fantasy_jax.performance.profile import trace
 from fantasy_jax.performance.program import Program
 from fantasy_jax.typing import Leaf
 
@@ -93,7 +95,9 @@ def time_calls(call: Callable[[], Any], repeats: int) -> tuple[float, ...]:
     return tuple(seconds[WARM_UP:])
 
 
-def time_program(program: Program, repeats: int, *, devices: int, dtype: str) -> Timing:
+def time_program(
+    program: Program, repeats: int, *, devices: int, dtype: str, trace_to: Path | None = None
+) -> Timing:
     """Times a program on random arguments, sharded as its abstract arguments are.
 
     Args:
@@ -101,6 +105,7 @@ def time_program(program: Program, repeats: int, *, devices: int, dtype: str) ->
         repeats: Number of timed calls.
         devices: Number of devices that share a call.
         dtype: Type of its matrix products.
+        trace_to: Folder for the trace of one more call; None: there is none.
     """
     arguments = random_arguments(program.arguments)
 
@@ -112,6 +117,9 @@ def time_program(program: Program, repeats: int, *, devices: int, dtype: str) ->
         arguments = [updated if _is_donated(argument) else argument for argument in arguments]
 
     seconds = time_calls(call, repeats)
+    if trace_to is not None:
+        with trace(trace_to):
+            call()
     chip = CHIPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
     peak = chip.flops if chip else None
     return Timing(program.name, seconds, program.flops, devices, peak, peak_memory())
