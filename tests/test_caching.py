@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from helpers import relative
 from test_sharding import make_transformer
 from test_time_windows import FRAMES, SCHEDULE, clip, draw, frames_of, plain_velocity
 
-from fantasy_jax.config import build
+from fantasy_jax.config import build, load_config
 from fantasy_jax.diffusion import sampler
 from fantasy_jax.diffusion.flow import sampling_sigmas
 from fantasy_jax.diffusion.guidance import GatingConfig, ScaleSchedule, guidance_branches, needed_branches
@@ -28,10 +29,16 @@ from fantasy_jax.diffusion.magcache import (
 )
 from fantasy_jax.diffusion.sampler import SamplerConfig, sample
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature import approximate
+from fantasy_jax.performance.programs import guided_step_programs
 from fantasy_jax.pipelines.config import PortraitSampleConfig, SampleConfig
-from fantasy_jax.sharding import make_mesh, parameter_shardings, replicate
+from fantasy_jax.sharding import MeshConfig, make_mesh, parameter_shardings, replicate
 from fantasy_jax.system.conditioning import cached_velocity, condition
-from fantasy_jax.video import video_frames
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import abstract_networks
+from fantasy_jax.video import VideoConfig, video_frames
+
+ROOT = Path(__file__).parent.parent
 
 pytestmark = [pytest.mark.usefixtures("highest_precision"), pytest.mark.networks]
 
@@ -327,6 +334,44 @@ def test_a_calibration_measures_the_residuals(transformer):
     SamplerConfig(num_inference_steps=STEPS, magcache=MagCacheConfig(measured)).evaluation_plan(GUIDANCE)
     with pytest.raises(ConfigError, match="sampled"):
         Calibration().curve(5.0, GUIDANCE)
+
+
+def test_programs_of_the_approximations():
+    config = load_config(str(ROOT / "configs/fantasy_talking_14b.py:debug"))
+    model, video = build(ModelConfig, config.model, "model"), build(VideoConfig, config.video, "video")
+    given = {"gating": GATES, "magcache": MAGCACHE}
+    settings = SampleConfig(num_inference_steps=STEPS, audio_guidance_scale=4.5, **given)
+    mesh = make_mesh(fsdp=1)
+    with jax.set_mesh(mesh):
+        networks = abstract_networks(model, mesh, MeshConfig(fsdp=1))
+        programs = list(guided_step_programs(networks, settings, video, mesh))
+        assert programs[-1].lower().as_text()
+    assert [program.name.removeprefix("guided step, ") for program in programs] == [
+        "3 branches",
+        "2 branches, blocks skipped",
+        "1 branch",
+        "1 branch, blocks skipped",
+    ]
+    three, _, one, skipped = (program.flops for program in programs)
+    assert one == pytest.approx(three / 3, rel=0.01)
+    assert skipped < 0.1 * one
+
+
+@pytest.mark.slow
+def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
+    names = ["gated 0.25, 0.25", "4 steps"]
+    options = [f"--config={ROOT / 'configs/tiny.py'}", "--clips=2", f"--json={tmp_path / 'figures.json'}"]
+    approximate.main([*options, *(f"--only={name}" for name in names)])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(name, row["evaluations"]) for name, row in figures.items()] == [
+        ("exact", 24),
+        ("gated 0.25, 0.25", 15),
+        ("4 steps", 8),
+    ]
+    assert figures["exact"]["latents"]["mean"] > 99
+    gated, fewer = (figures[name]["latents"]["mean"] for name in names)
+    assert 20 < fewer < gated < 60
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save
 
 from fantasy_jax import cli
 from fantasy_jax.config import build, load_config
+from fantasy_jax.diffusion.magcache import read_curve
 from fantasy_jax.media import read_video
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.pipelines.latents import read_noise, save_latents
@@ -106,6 +107,22 @@ def test_the_debug_configuration_runs(inputs, tmp_path, monkeypatch, capsys):
     assert "out/latents.safetensors" in capsys.readouterr().out
     assert load_file("out/latents.safetensors")["latents"].shape == (1, 16, 13, 8, 8)
     assert read_video("out/first.mp4")[0].shape == (46, 64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_curve_is_measured_and_used(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = [*common(inputs), "--weights=", "--seconds=0.6", "--config.sample.num_inference_steps=2"]
+    main([*settings, "--calibrate=curve.json", "--config.sample.gating.enabled=True"])
+    assert "4 evaluations" in capsys.readouterr().out
+    measured = read_curve("curve.json")
+    assert measured.branches == (("audio",), ())
+    assert [len(row) for row in measured.ratios] == [2, 2]
+    magcache = ["--config.sample.magcache.curve=curve.json", "--config.sample.magcache.error_bound=100"]
+    gates = ["--config.sample.gating.enabled=True", "--config.sample.gating.adapter=0.5"]
+    main([*settings, *magcache, *gates, "--output=out/fast.mp4"])
+    assert "branches of guidance), of which 2 are made" in capsys.readouterr().out
+    assert read_video("out/fast.mp4")[0].shape == read_video("out/first.mp4")[0].shape
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from fantasy_jax.diffusion.magcache import MagCacheConfig, curve_of, skipped_ste
 from fantasy_jax.diffusion.windows import Residuals, Windows, WindowSchedule, windowed
 from fantasy_jax.models.condition import KeysValues
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.sharding import axis_size
+from fantasy_jax.sharding import axis_size, constrain
 from fantasy_jax.system.conditioning import (
     AdapterOptions,
     Conditions,
@@ -257,6 +257,7 @@ def sample(
             data = replace(data, windows=replace(windows.at(i, multiple=group), noise=noise[:, :1]))
         latents, computed = guided_step(graphdef, program, state, latents, conditions, data)
         cache = cache.updated(computed)
+        del computed  # the next step may make other residuals, for which these make room
         if progress:
             latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
         if callback is not None:
@@ -398,4 +399,5 @@ def _each_branch(
         velocities, kept = jax.tree.map(lambda x: x.reshape(branches, -1, *x.shape[1:]), found)
     else:
         velocities, kept = jax.lax.map(lambda x: function(latents, sigma, *x), (conditions, added))
-    return list(velocities), () if kept is None else tuple(kept)
+    kept = () if kept is None else tuple(constrain(x, "batch", "space", None, None) for x in kept)
+    return list(velocities), kept

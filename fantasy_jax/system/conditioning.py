@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from fantasy_jax.models.condition import Condition, KeysValues, keep_keys_and_values, select_row
 from fantasy_jax.models.wan import NUM_TIMESTEPS, WanTransformer
-from fantasy_jax.sharding import constrain
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.typing import Array, Float, Int, Leaf
 from fantasy_jax.video import video_frames
@@ -188,8 +187,7 @@ def cached_velocity(
     if residual is not None:
         return transformer.head(before + residual, time, grid), None
     after = transformer.run_blocks(before, time, grid, conditions.attended, kept)
-    added = constrain((after - before).astype(transformer.dtype), "batch", "space", None, None)
-    return transformer.head(after, time, grid), added
+    return transformer.head(after, time, grid), (after - before).astype(transformer.dtype)
 
 
 def _timestep(latents: Array, sigma: Float[Array, ""] | Float[Array, " B"]) -> Float[Array, " B"]:
