@@ -319,6 +319,7 @@ def test_inspect_names_each_spelling(base, tmp_path, capsys, spelling):
     assert f"component   lora, {spelling} keys, sizes of config.json\n" in out
     assert code == 1  # the reference has another width
     assert "wrong shape" in out
+    assert "width       32\n" in out
     assert f"tensors     {len(tensors)}\n" in out
 
 
@@ -423,6 +424,7 @@ def test_a_file_of_the_full_size_maps_completely(tmp_path, capsys):
     assert code == 0
     assert "component   lora, lightx2v keys, sizes of wan2.1_i2v_14b\n" in out
     assert "products    487 of rank 64; 0 with alpha\n" in out
+    assert "width       5120 (Wan2.1 14B)\n" in out
     assert out.endswith("complete\n")
 
 

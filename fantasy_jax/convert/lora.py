@@ -102,6 +102,19 @@ class LoRATensors:
         """How many products have each rank."""
         return Counter(self.weights.specs[change.down].shape[0] for _, change in self.changes if change.down)
 
+    @property
+    def width(self) -> int | None:
+        """Width of the transformer that it is for; None where it does not change attention."""
+        specs = self.weights.specs
+        ups = [change.up for entry, change in self.changes if change.up and "attention" in entry.path]
+        widths = Counter(specs[up].shape[0] for up in ups)
+        return widths.most_common(1)[0][0] if widths else None
+
+    @property
+    def model(self) -> str:
+        """Name of the published model of this width, in brackets; empty if there is none."""
+        return f" ({_MODELS[self.width]})" if self.width in _MODELS else ""
+
     def product(
         self, entry: Entry, change: Change
     ) -> tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]] | None:
@@ -193,15 +206,10 @@ def check_lora(lora: LoRATensors, config: WanConfig) -> LoRATensors:
         raise WeightsError(f"{path}: is no LoRA")
     if not problems:
         return lora
-    widths = Counter(
-        lora.weights.specs[change.up].shape[0]
-        for entry, change in lora.changes
-        if change.up and "attention" in entry.path
-    )
-    if widths and (width := widths.most_common(1)[0][0]) != config.dim:
-        known = f" ({_MODELS[width]})" if width in _MODELS else ""
+    if lora.width not in (None, config.dim):
         raise WeightsError(
-            f"{path}: is a LoRA for a transformer of width {width}{known}; this one has width {config.dim}"
+            f"{path}: is a LoRA for a transformer of width {lora.width}{lora.model}; this one has width "
+            f"{config.dim}"
         )
     more = f"; and {len(problems) - 3} more" * (len(problems) > 3)
     listed = "; ".join(problem.detail for problem in problems[:3])

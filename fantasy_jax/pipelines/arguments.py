@@ -92,19 +92,6 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
         "--output", metavar="FILE", help="the mp4 to write, and beside it a contact sheet (.png)"
     )
     parser.add_argument(
-        "--weights",
-        metavar="DIR",
-        help="the store of weights (default: the config's; with '' they are random)",
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="a LoRA of another program that is added to the transformer, as kohya's trainers, ComfyUI, "
-        "LightX2V, peft and diffusers write it; several add up (default: --config.sample.loras)",
-    )
-    parser.add_argument(
         "--seed",
         type=cli.integer(0, 2**64 - 1),
         metavar="N",
@@ -128,12 +115,29 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
         help="also measure the curve of --config.sample.magcache.curve on the clips that are sampled, and "
         "write it to this JSON file",
     )
+    _add_weights(parser.add_argument_group("weights"))
     _add_latents(parser.add_argument_group("latents in files"))
     _add_people(parser.add_argument_group("several people in the picture"))
     _add_talking(parser.add_argument_group("FantasyTalking"))
     _add_dubbing(parser.add_argument_group("Dubbing, with FantasyTalking"))
     _add_portrait(parser.add_argument_group("FantasyPortrait"))
     return parser
+
+
+def _add_weights(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--weights",
+        metavar="DIR",
+        help="the store of weights (default: the config's; with '' they are random)",
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of another program that is added to the transformer, as kohya's trainers, ComfyUI, "
+        "LightX2V, peft and diffusers write it; several add up (default: --config.sample.loras)",
+    )
 
 
 def _add_latents(group: argparse._ArgumentGroup) -> None:

@@ -94,6 +94,7 @@ def _inspect_lora(weights: WeightsFile) -> Inspection:
     alphas = sum(bool(change.alpha) for _, change in lora.changes)
     differences = sum(bool(change.difference) for _, change in lora.changes)
     notes = [f"products    {ranks or 'none'}; {alphas} with alpha", f"differences {differences}"]
+    notes += [f"width       {lora.width}{lora.model}"] * (lora.width is not None)
     return Inspection(Detected(component, layout, weights, preset, config), lora.plan, notes)
 
 
