@@ -40,7 +40,7 @@ examples:
   memory and time of a step on 64 chips, compiled for them on this machine; nothing is trained:
   python train.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v5p:4x4x4
 
-Ctrl-C saves; the same command resumes. To watch: tensorboard --logdir=out/tiny
+Ctrl-C saves, a second one ends at once; the same command resumes. To watch: tensorboard --logdir=out/tiny
 Every setting of the config file can be given as --config.NAME=VALUE.
 """
 

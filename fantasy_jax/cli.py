@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -27,6 +28,8 @@ from fantasy_jax.errors import FantasyError, Stopped
 EXPECTED = (FantasyError, FloatingPointError, OSError)
 """Errors that a user's input causes; `run` prints them as one line."""
 
+_PATIENCE_SECONDS = 1.0
+_STOPPING = "stopping when the step or the compilation that runs has ended; press Ctrl-C again to end now"
 _LOG = logging.getLogger(__package__)
 _EXAMPLE = re.compile(r"^  python ", re.MULTILINE)
 
@@ -122,7 +125,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _interruptible(), _warnings_shown():
+        with _interruptible(prog), _warnings_shown():
             status = main()
         sys.exit(status or 0)
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
@@ -188,12 +191,13 @@ def _warnings_shown() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(prog: str) -> Iterator[None]:
     """Makes SIGINT a KeyboardInterrupt, whatever the code that it interrupts makes of that.
 
     Python drops exceptions in callbacks of the garbage collector, and libraries replace them by their own.
     """
     interrupts: list[int] = []
+    repeated: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
@@ -201,6 +205,7 @@ def _interruptible() -> Iterator[None]:
 
     def repeat_if_dropped(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
+            repeated.append(signal.SIGINT)
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
             before(dropped)
@@ -208,7 +213,8 @@ def _interruptible() -> Iterator[None]:
     handler, before = signal.signal(signal.SIGINT, interrupt), sys.unraisablehook
     sys.unraisablehook = repeat_if_dropped
     try:
-        yield
+        with _interrupts_answered(prog, repeated):
+            yield
     except Exception as error:
         if interrupts and not isinstance(error, Stopped):
             raise KeyboardInterrupt from error
@@ -216,6 +222,40 @@ def _interruptible() -> Iterator[None]:
     finally:
         sys.unraisablehook = before
         signal.signal(signal.SIGINT, signal.default_int_handler if handler is None else handler)
+
+
+@contextmanager
+def _interrupts_answered(prog: str, repeated: list[int]) -> Iterator[None]:
+    """Answers Ctrl-C where nothing else does, and ends the program at once when it is pressed again.
+
+    Python's handlers run in the main thread, which a compilation holds for minutes; a thread reads the
+    signals' numbers as they arrive. Those in `repeated` are sent by the program itself.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_answer_interrupts, args=(prog, reading, repeated), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _answer_interrupts(prog: str, reading: int, repeated: list[int]) -> None:
+    answered = False
+    while number := os.read(reading, 1):  # empty when the other end is closed
+        if number[0] != signal.SIGINT:
+            continue
+        if repeated:
+            repeated.pop()
+        elif answered:
+            _end(prog)
+        else:
+            answered = True
+            if not select.select([reading], [], [], _PATIENCE_SECONDS)[0]:
+                os.write(2, f"\n{prog}: {_STOPPING}\n".encode())
+    os.close(reading)
 
 
 @contextmanager

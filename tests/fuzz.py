@@ -118,8 +118,12 @@ TARGETS: dict[str, tuple[Callable[[Path], object], ...]] = {
 """What reads an input, by the beginning of its name."""
 
 
-def fault_of(path: Path) -> str:
-    """What is wrong with how a file is read by its target; empty if nothing is."""
+def fault_of(path: Path, *, valid: bool = False) -> str:
+    """What is wrong with how a file is read by its target; empty if nothing is.
+
+    A `valid` file must not be refused by all readers of its target.
+    """
+    refusals = []
     for read in TARGETS[path.name.partition("-")[0]]:
         printed = io.StringIO()
         try:
@@ -131,18 +135,22 @@ def fault_of(path: Path) -> str:
             refused = last.startswith("fuzz: error: ") and last.isprintable() and errors == 1
             if stopped.code not in (0, 2) or "not enough memory" in last or (stopped.code and not refused):
                 return f"exit code {stopped.code}: {printed.getvalue()}"
+            if stopped.code:
+                refusals.append(last)
         except Exception:
             return traceback.format_exc()
-    return ""
+    all_refused = len(refusals) == len(TARGETS[path.name.partition("-")[0]])
+    return f"it is valid, but refused: {refusals[0]}" if valid and all_refused else ""
 
 
 def _work(connection: Connection) -> None:
     """Reads files by their paths, and sends back the fault of each, its duration and the memory so far."""
     resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # the machine is used by others, too
     connection.send(None)
-    while (path := connection.recv()) is not None:
+    while (received := connection.recv()) is not None:
+        path, valid = received
         start = time.perf_counter()
-        fault = fault_of(path)
+        fault = fault_of(path, valid=valid)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         connection.send((fault, time.perf_counter() - start, memory))
 
@@ -161,11 +169,11 @@ class Worker:
         theirs.close()
         self._connection.recv()
 
-    def read(self, path: Path) -> tuple[str, float, int]:
+    def read(self, path: Path, valid: bool) -> tuple[str, float, int]:
         """The fault of a file, its seconds, and the memory of the process so far."""
         if self._process is None:
             self._start()
-        self._connection.send(path)
+        self._connection.send((path, valid))
         if not self._connection.poll(SECONDS + 5):
             return self._end("it hangs"), SECONDS + 5.0, 0
         try:
@@ -206,12 +214,15 @@ def _short(fault: str) -> str:
 
 
 def _inputs(random: Random, seeds: Mapping[str, Seeds], spent: Mapping[str, float]) -> Iterator[tuple]:
-    """Yields targets, suffixes and contents: first what is valid, then of the target that took least time."""
+    """Yields targets, suffixes, contents, and whether they are valid.
+
+    First come those that are, then changed ones of the target that took least time.
+    """
     for target, files in seeds.items():
-        yield from ((target, *file) for file in files)
+        yield from ((target, *file, True) for file in files)
     while True:
         target = min(seeds, key=lambda target: spent[target])
-        yield (target, *MAKERS[target][1](random, seeds[target]))
+        yield (target, *MAKERS[target][1](random, seeds[target]), False)
 
 
 def fuzz(folder: Path, seconds: float, seed: int, corpus: Path) -> int:
@@ -223,10 +234,10 @@ def fuzz(folder: Path, seconds: float, seed: int, corpus: Path) -> int:
         seeds[target] = make(folder / target)
     worker, started = Worker(), time.monotonic()
     with tqdm(total=seconds, bar_format="{l_bar}{bar}| {elapsed}, {remaining} left{postfix}") as bar:
-        for target, suffix, content in _inputs(Random(seed), seeds, spent):
+        for target, suffix, content, valid in _inputs(Random(seed), seeds, spent):
             path = folder / f"{target}-input{suffix}"
             path.write_bytes(content)
-            fault, took, memory = worker.read(path)
+            fault, took, memory = worker.read(path, valid)
             counts[target] += 1
             spent[target] += took
             slowest[target], largest = max(slowest[target], took), max(largest, memory)

@@ -297,10 +297,14 @@ def captions(folder: Path) -> Seeds:
 
 
 def stores(folder: Path) -> Seeds:
-    """Records of a stored network and of a pipeline."""
+    """Records of stored networks, whose items are empty, and of a pipeline."""
     assets = ROOT / "fantasy_jax/assets/tiny"
-    files = [assets / "vae/component.json", assets / "audio_adapter/component.json", assets / "pipeline.json"]
-    return [(".json", path.read_bytes()) for path in files if path.is_file()]
+    records = [
+        json.loads((assets / f"{slot}/component.json").read_text()) for slot in ("vae", "audio_adapter")
+    ]
+    records = [record | {"items": dict.fromkeys(record["items"], 0)} for record in records]
+    files = [*(json.dumps(record).encode() for record in records), (assets / "pipeline.json").read_bytes()]
+    return [(".json", content) for content in files]
 
 
 MAKERS: dict[str, tuple[Callable[[Path], Seeds], Callable[[Random, Seeds], tuple[str, bytes]]]] = {

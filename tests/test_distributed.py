@@ -1,6 +1,7 @@
 """Runs that are killed and runs of several processes end with the weights of an uninterrupted run."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -235,6 +236,32 @@ def test_all_processes_are_refused_while_another_run_uses_the_folder(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
+def test_a_full_disk_of_one_of_two_processes_ends_both_in_one_line(tmp_path):
+    two = start(tmp_path, save_every=4, processes=2, devices=1, mesh="{'fsdp': 2}", program=FULL + PROGRAM)
+    errors = [process.communicate(timeout=120)[1] for process in two]
+    assert [process.returncode for process in two] == [2, 2], errors
+    for text in errors:
+        (told,) = (line for line in re.split("[\r\n]", text) if "error:" in line)
+        assert "no space left on device" in told
+        assert "Traceback" not in text
+    assert "process 1 failed" in errors[0]
+    newest = max(int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdecimal())
+    assert newest == 8
+
+
+FULL = """
+import errno, os
+from fantasy_jax.training import checkpoint
+
+def write(folder, process, written=checkpoint.write_checksums_of_process):
+    # The disk of the second process is full at its third checkpoint.
+    written(folder, process)
+    if process == 1 and len(list(folder.parent.glob("*[0-9]"))) == 2:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+checkpoint.write_checksums_of_process = write
+"""
 SAVING = """
 import sys
 from pathlib import Path

@@ -2,6 +2,9 @@
 
 import pytest
 from fuzz import CORPUS, TARGETS, fault_of
+from fuzz_inputs import MAKERS
+
+from fantasy_jax.errors import MediaError
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.iterdir()), ids=lambda path: path.name)
@@ -16,3 +19,21 @@ def test_other_endings_are_found(tmp_path, monkeypatch, message):
 
     monkeypatch.setitem(TARGETS, "batch", (read,))
     assert "KeyError" in fault_of(tmp_path / "batch-x.csv")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_valid_files_are_accepted(tmp_path, target):
+    for number, (suffix, content) in enumerate(MAKERS[target][0](tmp_path)):
+        (tmp_path / str(number)).mkdir()
+        path = tmp_path / str(number) / f"{target}-valid{suffix}"
+        path.write_bytes(content)
+        assert not fault_of(path, valid=True), suffix
+
+
+def test_a_reader_that_refuses_everything_is_found(tmp_path, monkeypatch):
+    def read(path):
+        raise MediaError("no batch")
+
+    monkeypatch.setitem(TARGETS, "batch", (read,))
+    assert not fault_of(tmp_path / "batch-x.csv")
+    assert "no batch" in fault_of(tmp_path / "batch-x.csv", valid=True)

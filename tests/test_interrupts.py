@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def wait_until(condition, seconds=60):
 
 
 def lines(errors):
-    """What a program has told, without its progress bars."""
-    return [line for line in re.split("[\r\n]", errors) if line.strip() and "%|" not in line]
+    """What a program has told, without its progress bars and what it tells if stopping takes long."""
+    told = [line for line in re.split("[\r\n]", errors) if line.strip() and "%|" not in line]
+    return [line for line in told if not line.endswith(cli._STOPPING)]
 
 
 def interrupt(process, workdir):
@@ -183,3 +185,22 @@ def test_an_interrupt_is_one_line_whatever_python_and_libraries_make_of_it(main,
     assert capsys.readouterr().err == "program: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is handler
     assert sys.unraisablehook is hook
+
+
+def test_ctrl_c_is_answered_where_nothing_stops_and_the_second_ends_at_once(monkeypatch, capfd):
+    ended = threading.Event()
+    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(cli, "_end", lambda prog: ended.set())
+
+    def compile_for_long():
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert not ended.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert ended.wait(10)
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(compile_for_long, "program")
+    assert stopped.value.code == 0
+    assert capfd.readouterr().err == f"\nprogram: {cli._STOPPING}\n"

@@ -1,18 +1,21 @@
 """Images as phones and editors write them: colour profiles, HEIC and AVIF, very large ones."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from helpers import DATA
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from real_people import case_file
+from test_media_video import hlg, pq
 
 from fantasy_jax import media
 from fantasy_jax.errors import MediaError
 
 SRGB = ((0.64, 0.33), (0.3, 0.6), (0.15, 0.06))
 P3 = ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06))
+BT2020 = ((0.708, 0.292), (0.17, 0.797), (0.131, 0.046))
 ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
 PROPHOTO = ((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001))
 D65, D50 = (0.3127, 0.3290), (0.3457, 0.3585)
@@ -84,6 +87,64 @@ def test_colours_of_a_profile_become_srgb(tmp_path, primaries, white, gamma, mod
     assert np.abs(np.asarray(stored.convert("RGB")).astype(int) - colours()).mean() > 3
     assert np.abs(read - colours()).max() <= 3
     assert np.abs(read - colours()).mean() < 0.8
+
+
+def with_cicp(path, primaries, transfer):
+    """Adds PNG's chunk `cICP` after the header."""
+    content, chunk = path.read_bytes(), b"cICP" + bytes([primaries, transfer, 0, 1])
+    path.write_bytes(
+        content[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+    )
+
+
+def wide(primaries, encode):
+    """The patches of sRGB in other primaries, with this transfer function, as 8 bits."""
+    light = np.linalg.solve(to_d50(primaries, D65), to_d50(SRGB, D65) @ linear(colours())[..., None])[..., 0]
+    return Image.fromarray((255 * encode(light)).round().clip(0, 255).astype(np.uint8))
+
+
+def srgb_curve(light):
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light.clip(0) ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "primaries", "encode", "most"),
+    [
+        ((12, 13), P3, srgb_curve, 2),
+        ((9, 1), BT2020, srgb_curve, 3),
+        ((9, 16), BT2020, lambda light: pq(203 * light), 12),
+        ((9, 18), BT2020, lambda light: hlg(0.26496 * light), 6),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_that_a_png_states_by_numbers_become_srgb(tmp_path, numbers, primaries, encode, most, mode):
+    wide(primaries, encode).convert(mode).save(tmp_path / "w.png")
+    with_cicp(tmp_path / "w.png", *numbers)
+    assert np.abs(np.asarray(media.read_image(tmp_path / "w.png")).astype(int) - colours()).max() <= most
+
+
+@pytest.mark.parametrize("numbers", [(1, 13), (2, 2), (200, 13)])
+def test_numbers_of_srgb_and_unknown_ones_change_nothing(tmp_path, numbers):
+    Image.fromarray(colours()).save(tmp_path / "s.png")
+    with_cicp(tmp_path / "s.png", *numbers)
+    assert np.array_equal(np.asarray(media.read_image(tmp_path / "s.png")), colours())
+
+
+def test_adobe_rgb_that_only_exif_states_becomes_srgb(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 65535
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: "R03"}
+    stored = wide(ADOBE_RGB, lambda light: light.clip(0) ** (256 / 563))
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert np.abs(np.asarray(media.read_image(tmp_path / "a.png")).astype(int) - colours()).max() <= 2
+
+
+def test_display_p3_of_a_heic_file_without_a_profile(tmp_path):
+    stored = wide(P3, srgb_curve)
+    stored.save(tmp_path / "p.heic", quality=-1, chroma=444, color_primaries=12, transfer_characteristics=13,
+                matrix_coefficients=0, full_range_flag=1)  # fmt: skip
+    read = np.asarray(media.read_image(tmp_path / "p.heic")).astype(int)
+    assert np.abs(read - colours()).mean() <= 2
 
 
 def test_a_phones_picture_in_display_p3():

@@ -9,6 +9,7 @@ from PIL import Image
 from real_people import case_file
 
 from fantasy_jax import media
+from fantasy_jax.errors import MediaError
 
 PATCHES = np.array([(220, 170, 140), (120, 70, 50), (30, 60, 200), (40, 160, 60), (200, 40, 40), (128,) * 3])
 """Skin, brown, blue, green, red and grey, as in the recorded files."""
@@ -185,3 +186,16 @@ def test_what_is_written_is_bt709_and_says_so(tmp_path):
         assert difference(frame) <= 3
     media.write_video(tmp_path / "l.mp4", np.stack([patches()] * 3), 25, lossless=True)
     assert np.array_equal(media.read_video(tmp_path / "l.mp4")[0][0], patches())
+
+
+def test_dolby_vision_without_a_base_layer_is_refused(tmp_path):
+    planes = to_planes(patches() / 255, 0.2627, 0.0593, bits=10)
+    path = encode(tmp_path / "v.mp4", planes, "yuv444p10le", codec="libx265")
+    assert len(list(every_reader(path))) == 3
+    content = path.read_bytes()
+    assert content.count(b"hev1") == 1
+    path.write_bytes(content.replace(b"hev1", b"dvh1"))
+    with pytest.raises(MediaError, match="Dolby Vision"):
+        media.read_video(path)
+    with pytest.raises(MediaError, match="Dolby Vision"):
+        media.probe_video(path)

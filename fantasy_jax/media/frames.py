@@ -45,7 +45,7 @@ def to_rgb(
     transposed, flips = _orientation(frame)
     size = size or displayed_size(frame, stream)
     height, width = size[::-1] if transposed else size
-    to_sdr = _TONE_MAPS.get(stream.codec_context.color_trc)
+    to_sdr = TONE_MAPS.get(stream.codec_context.color_trc)
     pixels = _pixels(frame, "rgb24" if to_sdr is None else "gbrp12le")
     if pixels.shape[:2] != (height, width):
         smaller = height <= len(pixels) and width <= pixels.shape[1]
@@ -120,7 +120,7 @@ def _tone_map(
     """
     signal = np.linspace(0, 1, 4096, dtype=np.float32).reshape(-1, 1, 1).repeat(3, axis=2)
     table = to_linear(signal)[:, 0, 0]
-    encoded = (255 * _srgb(np.linspace(0, 1, 4096))).round().astype(np.uint8)
+    encoded = (255 * srgb_from_linear(np.linspace(0, 1, 4096))).round().astype(np.uint8)
 
     def convert(pixels: UInt16[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
         linear = np.maximum(table[np.minimum(pixels, 4095)] @ _BT2020_TO_BT709.T, 0)
@@ -133,7 +133,7 @@ def _tone_map(
     return convert
 
 
-def _srgb(linear: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def srgb_from_linear(linear: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """Transfer function of sRGB (IEC 61966-2-1)."""
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -142,4 +142,5 @@ _BT2020_TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
 """ITU-R BT.2087."""
-_TONE_MAPS = {_PQ: _tone_map(_pq_to_linear), _HLG: _tone_map(_hlg_to_linear)}
+TONE_MAPS = {_PQ: _tone_map(_pq_to_linear), _HLG: _tone_map(_hlg_to_linear)}
+"""Conversions of BT.2020 pixels of 12 bits to sRGB, by transfer characteristics."""

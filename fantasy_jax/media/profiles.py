@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
+from fantasy_jax.media.declared import declared_space, declared_to_srgb
+
 _GREY_MODES = ("1", "L", "LA", "La")
 
 
 def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     """Converts an image of 8 bits per channel to sRGB, with relative colorimetric intent.
 
-    Images without a profile, with that of sRGB, or with one that cannot be used stay as they are; the last is
-    logged.
+    Images that state no colour space (a profile, or as in `media.declared`), that have the profile of sRGB,
+    or one that cannot be used stay as they are; the last is logged.
 
     Args:
         image: With its profile, if any, in `info`, as Pillow opens it; LAB needs none.
@@ -23,9 +25,14 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     """
     if image.mode == "LAB":
         return _convert(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
-    if not (content := image.info.get("icc_profile")):
+    space, content = declared_space(image, path), image.info.get("icc_profile")
+    if image.mode in _GREY_MODES:
+        space = None
+    if space is None and not content:
         return image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if space is not None:
+        return _with_alpha(declared_to_srgb(image.convert("RGB"), space), alpha)
     try:
         profile = ImageCms.getOpenProfile(io.BytesIO(content))
         space = profile.profile.xcolor_space.strip()
@@ -38,6 +45,10 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
         logging.getLogger(__name__).warning(
             "%s: its colour profile cannot be used (%s); sRGB is assumed", path, reason
         )
+    return _with_alpha(image, alpha)
+
+
+def _with_alpha(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
     if alpha is not None:
         image = image.convert("RGB")
         image.putalpha(alpha)

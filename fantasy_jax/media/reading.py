@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from fantasy_jax.errors import MediaError
-from fantasy_jax.media.frames import displayed_size, to_rgb
+from fantasy_jax.media.frames import TONE_MAPS, displayed_size, to_rgb
 from fantasy_jax.media.images import DAMAGED_IMAGE, open_image, read_image
 from fantasy_jax.media.paths import check_exists, file_url
 from fantasy_jax.typing import UInt8
@@ -20,6 +20,8 @@ from fantasy_jax.typing import UInt8
 _DEFAULT_FPS = Fraction(25)
 _LONGEST_GAP = 3600.0
 """Seconds between two frames beyond which a frame's time is wrong; it follows the one before it."""
+_DOLBY_VISION = ("dvh1", "dvhe")
+"""Tags of HEVC that only Dolby Vision can show; files with a compatible base layer have HEVC's own."""
 _EPSILON = 1e-6
 """Tolerance for rounding when frame times are compared, in seconds."""
 
@@ -185,6 +187,12 @@ def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
         with av.open(file_url(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
+            context = container.streams.video[0].codec_context
+            if context.codec_tag in _DOLBY_VISION and context.color_trc not in TONE_MAPS:
+                raise MediaError(
+                    f"{path}: is Dolby Vision without a compatible base layer (profile 5), whose colours "
+                    "cannot be converted; export it as HDR10, HLG or SDR"
+                )
             yield container
     except (av.FFmpegError, UnicodeError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error

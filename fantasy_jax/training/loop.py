@@ -5,8 +5,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from fantasy_jax.training.checkpoint import Checkpoints
 from fantasy_jax.training.events import Events
 from fantasy_jax.training.optim import OptimizerConfig
 from fantasy_jax.training.parameters import ALL_TRAINED, ParameterRules
+from fantasy_jax.training.peers import failing_together
 from fantasy_jax.training.state import Batch, Loss, Metrics, Trainer
 from fantasy_jax.typing import UInt8
 
@@ -118,11 +120,23 @@ def train(task: TrainingTask, config: LoopConfig, folder: Path, mesh: Mesh) -> n
         ConfigError: The folder holds a run with other settings or one that another process trains, or the
             batch cannot be sharded evenly, or every checkpoint is damaged.
         FullDiskError: The disk is full; earlier checkpoints are kept.
+
+    Of several processes, one that fails alone ends all of them (`peers.failing_together`).
     """
-    with full_disk_reported(folder), lock_workdir(folder), jax.set_mesh(mesh), ExitStack() as stack:
+    full_disk = partial(full_disk_reported, folder)
+    with (
+        full_disk(),
+        lock_workdir(folder),
+        jax.set_mesh(mesh),
+        failing_together() as peers,
+        full_disk(),
+        ExitStack() as stack,
+    ):
         run = _Run(task, config, folder, mesh, stack)
-        if run.step < task.num_steps:
-            run.run()
+        # Others are told before the checkpoints are closed, which can wait for them.
+        with peers.told() if peers else nullcontext(), full_disk():
+            if run.step < task.num_steps:
+                run.run()
         return run.trainer.model(run.state.eval_params)
 
 

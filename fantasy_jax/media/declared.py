@@ -1,0 +1,104 @@
+"""Colour spaces that files state without an ICC profile: by numbers of ITU-T H.273, or in EXIF."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from fantasy_jax.media.frames import TONE_MAPS, srgb_from_linear
+from fantasy_jax.typing import Float, UInt8
+
+_BT709, _BT2020, _P3 = 1, 9, 12
+_ADOBE = -1
+"""Adobe RGB (1998) has no number."""
+_PRIMARIES = {
+    _BT709: ((0.64, 0.33), (0.3, 0.6), (0.15, 0.06)),
+    _BT2020: ((0.708, 0.292), (0.17, 0.797), (0.131, 0.046)),
+    _P3: ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06)),
+    _ADOBE: ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
+}
+"""Chromaticities of red, green and blue; white is D65."""
+_D65 = (0.3127, 0.3290)
+_ADOBE_GAMMA = 563 / 256
+_UNCALIBRATED = 65535
+_ROWS = 256
+"""Rows that are converted at once, which saves memory."""
+
+Declared = tuple[int, int]
+"""Primaries and transfer function, numbers of H.273."""
+
+
+def declared_space(image: Image.Image, path: str | Path) -> Declared | None:
+    """What a file states about its colours other than by an ICC profile; None for sRGB and what is unknown.
+
+    Args:
+        image: As Pillow opens it.
+        path: Its file; PNG's chunk `cICP` is read from there, since Pillow does not read it.
+    """
+    space = _cicp(path)
+    if space is None and not image.info.get("icc_profile"):
+        if nclx := image.info.get("nclx_profile"):
+            space = nclx["color_primaries"], nclx["transfer_characteristics"]
+        elif _is_adobe_rgb(image):
+            space = _ADOBE, 0
+    if space is None or space[0] not in _PRIMARIES:
+        return None
+    return space if space[0] != _BT709 or space[1] in TONE_MAPS else None
+
+
+def declared_to_srgb(image: Image.Image, space: Declared) -> Image.Image:
+    """Converts an RGB image of 8 bits per channel to sRGB; PQ and HLG are tone-mapped, as in videos."""
+    pixels = np.array(image)
+    convert = _tone_mapped if space[1] in TONE_MAPS and space[0] == _BT2020 else _converted
+    for start in range(0, len(pixels), _ROWS):
+        rows = pixels[start : start + _ROWS]
+        rows[:] = convert(rows, space)
+    converted = Image.fromarray(pixels)
+    converted.info.update(image.info)
+    return converted
+
+
+def _tone_mapped(pixels: UInt8[np.ndarray, "H W 3"], space: Declared) -> UInt8[np.ndarray, "H W 3"]:
+    return TONE_MAPS[space[1]]((pixels.astype(np.uint32) * 4095 // 255).astype(np.uint16))
+
+
+def _converted(pixels: UInt8[np.ndarray, "H W 3"], space: Declared) -> UInt8[np.ndarray, "H W 3"]:
+    levels = np.linspace(0, 1, 256)
+    if space[0] == _ADOBE:
+        linear = levels**_ADOBE_GAMMA
+    else:  # the curves of BT.709 and sRGB are for the same displays
+        linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    matrix = np.linalg.solve(_to_xyz(_PRIMARIES[_BT709]), _to_xyz(_PRIMARIES[space[0]]))
+    light = linear.astype(np.float32)[pixels] @ matrix.T.astype(np.float32)
+    return (255 * srgb_from_linear(light.clip(0, 1))).round().astype(np.uint8)
+
+
+def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> Float[np.ndarray, "3 3"]:
+    """The matrix from linear RGB to CIE XYZ."""
+    white, *columns = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in (_D65, *primaries))
+    matrix = np.stack(columns, axis=1)
+    return matrix * np.linalg.solve(matrix, white)
+
+
+def _cicp(path: str | Path) -> Declared | None:
+    """Primaries and transfer function of a PNG file's chunk `cICP`, which comes before the pixels."""
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return None
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"cICP" and len(content := file.read(length)) == 4:
+                return content[0], content[1]
+            if kind in (b"IDAT", b"cICP"):
+                break
+            file.seek(length + 4, 1)
+    return None
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether EXIF says Adobe RGB, as the file system of cameras (DCF 2.0) has it."""
+    exif = image.getexif()
+    if exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) != _UNCALIBRATED:
+        return False
+    return str(exif.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
