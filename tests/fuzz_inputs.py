@@ -210,8 +210,8 @@ def videos(folder: Path) -> Seeds:
             stream.width, stream.height = 32, 16
             formats = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24"}
             stream.pix_fmt = formats.get(codec, "yuv420p")
-            for i in range(4):
-                pixels = np.full((16, 32, 3), 40 * i, np.uint8)
+            for i in range(12 if suffix == "ts" else 4):  # a shorter MPEG transport stream is not recognised
+                pixels = np.full((16, 32, 3), 20 * i, np.uint8)
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
             output.mux(stream.encode(None))
     return [(path.suffix, path.read_bytes()) for path in sorted(folder.iterdir())]

@@ -239,7 +239,7 @@ def test_all_processes_are_refused_while_another_run_uses_the_folder(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_of_one_of_two_processes_ends_both_in_one_line(tmp_path):
     two = start(tmp_path, save_every=4, processes=2, devices=1, mesh="{'fsdp': 2}", program=FULL + PROGRAM)
-    errors = [process.communicate(timeout=120)[1] for process in two]
+    errors = [process.communicate(timeout=240)[1] for process in two]
     assert [process.returncode for process in two] == [2, 2], errors
     for text in errors:
         (told,) = (line for line in re.split("[\r\n]", text) if "error:" in line)

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from helpers import DATA
-from PIL import ExifTags, Image, ImageCms
+from PIL import Image, ImageCms
 from real_people import case_file
 from test_media_video import hlg, pq
 
@@ -130,13 +130,18 @@ def test_numbers_of_srgb_and_unknown_ones_change_nothing(tmp_path, numbers):
     assert np.array_equal(np.asarray(media.read_image(tmp_path / "s.png")), colours())
 
 
-def test_adobe_rgb_that_only_exif_states_becomes_srgb(tmp_path):
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 65535
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: "R03"}
+@pytest.mark.parametrize("index", [b"R03", b"R98", None])
+def test_adobe_rgb_that_only_exif_states_becomes_srgb(tmp_path, index):
+    """Three directories: a pointer; the colour space and a pointer; what an uncalibrated one is."""
+    entry = struct.Struct("<HHII").pack
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry(0x8769, 4, 1, 26) + bytes(4)
+    exif += struct.pack("<H", 2 if index else 1) + entry(0xA001, 3, 1, 65535)
+    if index:
+        exif += entry(0xA005, 4, 1, 56) + bytes(4) + struct.pack("<HHHI", 1, 1, 2, 4) + index + b"\0"
     stored = wide(ADOBE_RGB, lambda light: light.clip(0) ** (256 / 563))
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert np.abs(np.asarray(media.read_image(tmp_path / "a.png")).astype(int) - colours()).max() <= 2
+    stored.save(tmp_path / "a.png", exif=exif + bytes(4))
+    expected = colours() if index == b"R03" else np.asarray(stored)
+    assert np.abs(np.asarray(media.read_image(tmp_path / "a.png")).astype(int) - expected).max() <= 2
 
 
 def test_display_p3_of_a_heic_file_without_a_profile(tmp_path):

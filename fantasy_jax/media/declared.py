@@ -99,6 +99,7 @@ def _cicp(path: str | Path) -> Declared | None:
 def _is_adobe_rgb(image: Image.Image) -> bool:
     """Whether EXIF says Adobe RGB, as the file system of cameras (DCF 2.0) has it."""
     exif = image.getexif()
-    if exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) != _UNCALIBRATED:
+    stated = exif.get_ifd(ExifTags.IFD.Exif)
+    if stated.get(ExifTags.Base.ColorSpace) != _UNCALIBRATED or ExifTags.IFD.Interop not in stated:
         return False
-    return str(exif.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
+    return str(exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex, "")).startswith("R03")

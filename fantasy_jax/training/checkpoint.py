@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,13 @@ class Checkpoints:
         self.manager.close()
 
     def _barrier(self, key: str, timeout_ms: int) -> None:
-        """Synchronises the processes of a save; only several processes call it."""
+        """Synchronises the processes of a save; only several processes call it.
+
+        Raises:
+            Exception: The save has failed in this process, where Orbax would still wait for the others.
+        """
+        if (error := sys.exception()) is not None:
+            raise error
         if "async_write_complete" in key:
             write_checksums_of_process(self._pending(), jax.process_index())
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
