@@ -105,7 +105,7 @@ TARGETS: dict[str, tuple[Callable[[Path], object], ...]] = {
     "picture": (media.read_image,),
     "sound": (media.read_audio, media.audio_seconds, lambda path: _exhaust(media.stream_audio(path, 44_100))),
     "video": (media.probe_video, media.read_video, lambda path: _exhaust(media.stream_frames(path, 25))),
-    "weights": (_read_weights, inspect),
+    "weights": (open_weights, _read_weights, inspect),
     "latents": (partial(read_latents, channels=4), partial(read_noise, shape=(1, 2, 2, 2, 4))),
     "settings": (_read_settings,),
     "batch": (_read_batch,),

@@ -227,7 +227,10 @@ def weights(folder: Path) -> Seeds:
     }
     scaled = {"a.weight": np.ones((2, 3), np.int8), "a.weight_scale": np.ones(2, np.float32)}
     tensors = {"a.weight": [2, 3], "b": [4]}
-    index = {"weight_map": {"a": "1.safetensors", "b": "../2.safetensors"}, "metadata": {"total_size": 8}}
+    for name in ("a", "b"):  # the index, as all inputs, lies in the folder above
+        (folder / f"{name}.safetensors").write_bytes(save({name: np.ones(1, np.float32)}))
+    files = {name: f"{folder.name}/{name}.safetensors" for name in ("a", "b")}
+    index = {"weight_map": files, "metadata": {"total_size": 8}}
     return [
         (".safetensors", save({k: np.asarray(x) for k, x in plain.items()}, {"format": "pt"})),
         (".safetensors", save(scaled)),

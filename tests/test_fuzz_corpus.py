@@ -23,9 +23,9 @@ def test_other_endings_are_found(tmp_path, monkeypatch, message):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_valid_files_are_accepted(tmp_path, target):
-    for number, (suffix, content) in enumerate(MAKERS[target][0](tmp_path)):
-        (tmp_path / str(number)).mkdir()
-        path = tmp_path / str(number) / f"{target}-valid{suffix}"
+    (tmp_path / target).mkdir()
+    for suffix, content in MAKERS[target][0](tmp_path / target):
+        path = tmp_path / f"{target}-valid{suffix}"
         path.write_bytes(content)
         assert not fault_of(path, valid=True), suffix
 

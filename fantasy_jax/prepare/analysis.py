@@ -90,7 +90,7 @@ class ClipAnalysis:
         audio: AudioTrack,
         task: PrepareTask,
         detectors: Detectors,
-        offset: int = 0,
+        offset: float = 0.0,
         faces: Sequence[FaceTrack] | None = None,
     ):
         """Takes a clip that is not analysed yet.
@@ -113,7 +113,7 @@ class ClipAnalysis:
         self.segment, self.task = segment, task
         self.measures: dict[str, float] = {}
         if offset:
-            self.measures["offset"] = float(offset)
+            self.measures["offset"] = offset
         self._audio, self._detectors, self._offset, self._faces = audio, detectors, offset, faces
 
     @property
@@ -162,7 +162,7 @@ class ClipAnalysis:
         if self._offset:
             late = "late" if self._offset < 0 else "early"
             notes.append(
-                f"the audio is {abs(self._offset)} frames {late} in the whole video, which is undone"
+                f"the audio is {abs(self._offset):.2f} frames {late} in the whole video, which is undone"
             )
         return "; ".join(notes)
 

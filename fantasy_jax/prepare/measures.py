@@ -118,6 +118,7 @@ class Lag:
         in_step: Its lag, in frames.
         top: Lag of the local maximum that the correlations rise to from there.
         elsewhere: Lag of the highest correlation of all.
+        peak: The same between frames: the top of the parabola through that correlation and its neighbours.
         gain: By how much that is higher.
     """
 
@@ -125,6 +126,7 @@ class Lag:
     in_step: int
     top: int
     elsewhere: int
+    peak: float
     gain: float
 
 
@@ -137,7 +139,18 @@ def find_lag(correlations: Float[np.ndarray, " lags"], max_lag: int) -> Lag:
     while (higher := top + int(correlations[max(top - 1, 0) : top + 2].argmax()) - (top > 0)) != top:
         top = higher
     elsewhere = int(lags[correlations.argmax()])
-    return Lag(float(value), int(lags[start]), int(lags[top]), elsewhere, float(best - value))
+    peak = elsewhere + _between(correlations)
+    return Lag(float(value), int(lags[start]), int(lags[top]), elsewhere, peak, float(best - value))
+
+
+def _between(values: Float[np.ndarray, " lags"]) -> float:
+    """Where the parabola through the highest value and its neighbours is highest, relative to that value."""
+    index = int(values.argmax())
+    if not 0 < index < values.size - 1:
+        return 0.0
+    before, highest, after = values[index - 1 : index + 2]
+    bend = before - 2 * highest + after
+    return float((before - after) / (2 * bend)) if bend < 0 else 0.0
 
 
 def chance(num_frames: int) -> float:

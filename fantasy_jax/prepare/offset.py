@@ -24,12 +24,12 @@ class Offset:
     """What the first clips of a video tell.
 
     Attributes:
-        frames: Frames by which the lips are late, which the audio is shifted by; 0 if it is in step, or if no
-            offset is certain.
+        frames: Frames by which the lips are late, which the audio is shifted by, to hundredths; 0 if it is in
+            step, or if no offset is certain.
         faces: Tracked faces by the first frame of their segment, which need not be tracked again.
     """
 
-    frames: int = 0
+    frames: float = 0.0
     faces: dict[int, Sequence[FaceTrack]] = field(default_factory=dict)
 
 
@@ -60,7 +60,7 @@ def find_offset(
     lag = find_lag(np.mean(found, axis=0), task.config.max_lag)
     deviation = chance(len(found) * task.video.num_frames)
     certain = lag.gain > _CERTAIN * deviation and lag.value + lag.gain >= task.config.min_sync
-    return Offset(lag.elsewhere if certain else 0, faces)
+    return Offset(round(lag.peak, 2) if certain else 0.0, faces)
 
 
 def _correlations(clip: ClipAnalysis) -> np.ndarray | None:
