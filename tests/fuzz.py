@@ -232,12 +232,13 @@ def fuzz(folder: Path, seconds: float, seed: int, corpus: Path) -> int:
     for target, (make, _) in MAKERS.items():
         (folder / target).mkdir()
         seeds[target] = make(folder / target)
-    worker, started = Worker(), time.monotonic()
+    worker, started = Worker(), None
     with tqdm(total=seconds, bar_format="{l_bar}{bar}| {elapsed}, {remaining} left{postfix}") as bar:
         for target, suffix, content, valid in _inputs(Random(seed), seeds, spent):
             path = folder / f"{target}-input{suffix}"
             path.write_bytes(content)
             fault, took, memory = worker.read(path, valid)
+            started = started or time.monotonic()  # the worker has started
             counts[target] += 1
             spent[target] += took
             slowest[target], largest = max(slowest[target], took), max(largest, memory)
@@ -248,7 +249,7 @@ def fuzz(folder: Path, seconds: float, seed: int, corpus: Path) -> int:
                 bar.write(f"{name}: {_short(fault)}", file=sys.stderr)
             bar.n = min(time.monotonic() - started, seconds)
             bar.set_postfix(inputs=counts.total(), faults=len(found))
-            if bar.n >= seconds:
+            if bar.n >= seconds and not valid:  # however slow the machine is, what is valid is read
                 break
     worker.close()
     for target, count in counts.items():

@@ -138,6 +138,8 @@ def changed_settings(random: Random, seeds: Seeds) -> tuple[str, bytes]:
     lines = []
     for setting in random.choices(settings, k=random.choice((1, 1, 2, 4))):
         name, _, value = setting.partition("=")
+        if random.random() < 0.1:  # its section
+            name = name.rpartition(".")[0]
         word = random.choice(_WORDS)
         line = random.choice((f"{name}={word}", f"{name}={word}", f"{name}=({word}, {value})", setting))
         if random.random() < 0.2:
@@ -274,13 +276,14 @@ def settings(folder: Path) -> Seeds:
 
 
 def _settings(section, prefix: str = ""):
-    """Names and values of all settings, and of sections."""
+    """Names and values of all settings."""
     pairs = section.items() if hasattr(section, "items") else enumerate(section)
     for name, value in pairs:
-        yield f"{prefix}{name}", "" if hasattr(value, "items") else value
         parts = value if isinstance(value, tuple) else [value]
         if any(hasattr(part, "items") for part in parts):
             yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def batches(folder: Path) -> Seeds:
