@@ -289,8 +289,8 @@ def _settings(section, prefix: str = ""):
 def batches(folder: Path) -> Seeds:
     """Rows of clips."""
     return [
-        (".csv", b'image,audio,prompt,output\na.png,a.wav,"A man, talking",out/a.mp4\nb.png,b.wav,,b.mp4\n'),
-        (".csv", b"\xef\xbb\xbfoutput,image,audio\r\na.mp4,a.png,a.wav\r\n"),
+        (".csv", b'image,audio,prompt,output\na.png,a.wav,"A man, talking",out/a.mp4\nb.png,b.wav,,c.mp4\n'),
+        (".csv", b"\xef\xbb\xbfoutput,image,audio\r\nc.mp4,a.png,a.wav\r\n"),
     ]
 
 
