@@ -247,10 +247,21 @@ def test_report_of_a_program_that_fits(on_v5e, capsys, tmp_path):
     assert written["collectives"]["all-reduce"]["bytes"] == 10**9
 
 
-def test_report_of_a_program_with_unknown_collectives(on_v5e, capsys):
-    report = on_v5e(Compiled(LOOP.format(start=1, stride=2, note="", operation="multiply")).lower)
+class Unreadable(Compiled):
+    """A program whose text JAX cannot make."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update\na stack trace")
+
+
+@pytest.mark.parametrize(
+    "program", [Compiled(LOOP.format(start=1, stride=2, note="", operation="multiply")), Unreadable("")]
+)
+def test_report_of_a_program_with_unknown_collectives(program, on_v5e, capsys, caplog):
+    report = on_v5e(program.lower)
     assert report.fits
     assert report.collectives is None
+    assert "stack trace" not in caplog.text
     assert ahead.show([report]) == 0
     assert "| unknown |" in capsys.readouterr().out
 
@@ -327,7 +338,8 @@ def test_train_steps_compile_for_a_slice(topology, tmp_path):
     for report in reports:
         assert report["fits"]
         assert report["num_chips"] == 8
-        assert report["collectives"]["all-gather"]["count"] > 0
+        if topology != "v7x:2x2x1":  # JAX 0.10 cannot read the text of its programs
+            assert report["collectives"]["all-gather"]["count"] > 0
 
 
 @pytest.mark.slow
