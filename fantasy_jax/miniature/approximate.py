@@ -33,7 +33,7 @@ examples:
 
   with guidance by the prompt, too, in the 30 steps of the 14B model:
   python -m fantasy_jax.miniature.approximate --config=configs/tiny.py --clips=16 \\
-      --config.sample.text_guidance_scale=2 --config.sample.num_inference_steps=30
+      --config.sample.text_guidance_scale=3 --config.sample.num_inference_steps=30
 """
 
 Settings = Callable[[MagnitudeCurve], Mapping[str, Any]]
