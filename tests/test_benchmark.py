@@ -73,7 +73,7 @@ def test_kernels_of_a_trace(tmp_path):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ x), x)
 
     array = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    program = Program("step", lambda: step.lower(array), (array,), 10, step)
+    program = Program("step", lambda: step.lower(array), (array,), 10, 10, step)
     time_program(program, 2, devices=1, dtype="float32", trace_to=tmp_path)
     kernels = {kernel.name: kernel for kernel in read_kernels(tmp_path)}
     assert sum("tanh" in name and kernel.calls == 5 for name, kernel in kernels.items()) == 1
@@ -108,14 +108,12 @@ def test_kernels_of_devices():
     host = plane("/host:CPU", python=[("main", 0, 99)])
     stream = [("sdpa", 0, 6), ("gemm_1", 6, 8), ("gemm_2", 8, 12)]
     gpu = plane("/device:GPU:0", **{"Stream_#1(Compute)": stream, "Stream_#2(Memcpy)": [("copy", 0, 1)]})
-    names = [
-        (x.name, x.calls, round(1e9 * x.seconds)) for x in kernels_of(SimpleNamespace(planes=[host, gpu]))
-    ]
+    names = [(x.name, x.calls, round(1e9 * x.seconds)) for x in kernels_of([host, gpu])]
     assert sorted(names) == [("copy", 1, 1), ("gemm", 2, 6), ("sdpa", 1, 6)]
     # Two chips; a loop contains its operations, and the line of modules contains all.
     operations = [("%while.1 = (f32[]) while(%x)", 0, 10), ("%dot.3 = f32[] dot(%y)", 1, 8)]
     chips = [plane(f"/device:TPU:{i}", XLA_Modules=[("m", 0, 50)], XLA_Ops=operations) for i in range(2)]
-    names = [(x.name, x.calls, round(1e9 * x.seconds)) for x in kernels_of(SimpleNamespace(planes=chips))]
+    names = [(x.name, x.calls, round(1e9 * x.seconds)) for x in kernels_of(chips)]
     assert names == [("dot", 1, 7), ("while", 1, 3)]
 
 

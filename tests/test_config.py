@@ -273,6 +273,7 @@ def test_every_number_of_every_section_has_a_range():
     kinds = all_settings()
     assert len(kinds) > 30
     needed = {"start": 1.0, "end": 1.0, "num_steps": 1, "batch_size": 1, "optimizer": {}, "path": "x"}
+    needed |= {"shift": 5.0, "branches": ((),), "ratios": ((1.0,),)}
     checked = 0
     for kind in kinds:
         needs = {x.name: needed[x.name] for x in fields(kind) if x.default is x.default_factory}

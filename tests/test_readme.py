@@ -9,6 +9,7 @@ import io
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -175,6 +176,7 @@ def assert_parsed(words):
     with (
         mock.patch.object(sys, "argv", [program, *arguments]),
         mock.patch.object(argparse.ArgumentParser, "parse_args", only_parse),
+        mock.patch.object(signal, "signal"),  # scripts that run end this process on Ctrl-C
         pytest.raises(Parsed),
     ):
         runpy.run_path(script_of(program), run_name="__main__")

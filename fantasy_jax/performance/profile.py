@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 from jax.profiler import ProfileData
 
+from fantasy_jax.cli import markdown_table
 from fantasy_jax.errors import ConfigError
 
 _DEVICE = re.compile(r"/device:(GPU|TPU):\d+$")
@@ -61,14 +62,14 @@ def trace(folder: Path) -> AbstractContextManager:
 def read_kernels(folder: Path) -> list[Kernel]:
     """The kernels of the last trace in a folder, the longest first."""
     file = max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    return kernels_of(ProfileData.from_file(str(file)))
+    return kernels_of(list(ProfileData.from_file(str(file)).planes))
 
 
-def kernels_of(data: ProfileData) -> list[Kernel]:
-    """The kernels of a trace, the longest first."""
-    devices = [plane for plane in data.planes if _DEVICE.match(plane.name)]
+def kernels_of(planes: Sequence) -> list[Kernel]:
+    """The kernels in the planes of a trace (`ProfileData.planes`), the longest first."""
+    devices = [plane for plane in planes if _DEVICE.match(plane.name)]
     found: dict[str, list[float]] = defaultdict(list)
-    for line in _device_lines(devices) if devices else _host_lines(data):
+    for line in _device_lines(devices) if devices else _host_lines(planes):
         for name, seconds in _own_times(line):
             found[_COPY.sub("", name)].append(seconds)
     count = max(len(devices), 1)
@@ -79,16 +80,15 @@ def kernels_of(data: ProfileData) -> list[Kernel]:
 def kernel_table(kernels: Sequence[Kernel], most: int = 20) -> str:
     """Formats kernels as a Markdown table, those after the first ones in one row."""
     total = sum(kernel.seconds for kernel in kernels)
-    rest = kernels[most:]
+    rest, numbers = kernels[most:], ("calls", "ms", "share")
     rows = list(kernels[:most])
     if rest:
         rows.append(Kernel("the rest", sum(x.calls for x in rest), sum(x.seconds for x in rest)))
-    lines = ["| kernel | calls | ms | share |", "|---|--:|--:|--:|"]
-    lines += [
-        f"| {row.name} | {row.calls:g} | {1e3 * row.seconds:.3f} | {100 * row.seconds / total:.1f} % |"
+    cells = [
+        (row.name, f"{row.calls:g}", f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / total:.1f} %")
         for row in rows
     ]
-    return "\n".join(lines)
+    return markdown_table(("kernel", *numbers), cells, numbers=numbers)
 
 
 Event = tuple[str, float, float]
@@ -108,9 +108,9 @@ def _device_lines(planes: Iterable) -> Iterator[list[Event]]:
             ]
 
 
-def _host_lines(data: ProfileData) -> Iterator[list[Event]]:
+def _host_lines(planes: Iterable) -> Iterator[list[Event]]:
     """The operations that each thread of a CPU has run or waited for."""
-    for plane in data.planes:
+    for plane in planes:
         for line in plane.lines:
             yield [
                 (event.name, event.start_ns, event.duration_ns)
