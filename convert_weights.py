@@ -14,6 +14,7 @@ from fantasy_jax import cli
 from fantasy_jax.config import load_config, section
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import atomic_write, check_outputs
+from fantasy_jax.models.eight_bit import DTYPES
 from fantasy_jax.parity.reference import reference_files
 from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
@@ -25,6 +26,7 @@ from fantasy_jax.weights.exporter import export_weights
 from fantasy_jax.weights.importer import import_options, import_weights
 from fantasy_jax.weights.initial import init_store
 from fantasy_jax.weights.inspect import inspect
+from fantasy_jax.weights.quantize import LAYERS, quantize_store
 
 EXAMPLES = """\
 examples:
@@ -76,6 +78,16 @@ CHECK_EXAMPLES = """\
 examples:
   python convert_weights.py check weights/fantasy_talking_14b
   python convert_weights.py check out/adapters/weights        a trained store, with the networks it links to
+"""
+
+QUANTIZE_EXAMPLES = """\
+examples:
+  python convert_weights.py quantize --weights=weights/fantasy_talking_14b --dtype=int8 --output=weights/int8
+  the transformer's MLPs alone:
+  python convert_weights.py quantize --weights=weights/fantasy_talking_14b --dtype=fp8 \\
+      --layers='^transformer/blocks/mlp' --output=weights/mlp_fp8
+
+Networks that stay as they are become links. After an interruption, run the same command again: it continues.
 """
 
 INIT_EXAMPLES = """\
@@ -147,6 +159,12 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(damaged > 0)
 
 
+def _quantize(arguments: argparse.Namespace) -> int:
+    where = (arguments.weights, arguments.output, arguments.dtype)
+    print("\n".join(quantize_store(*where, layers=arguments.layers)))
+    return 0
+
+
 def _init(arguments: argparse.Namespace) -> int:
     model = section(ModelConfig, load_config(arguments.config), "model")
     print("\n".join(init_store(arguments.output, model, seed=arguments.seed)))
@@ -193,7 +211,8 @@ def _write(path: str, text: str) -> None:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="convert_weights.py", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_download, _add_inspect, _add_import, _add_check, _add_init, _add_export, _add_verify):
+    added = (_add_download, _add_inspect, _add_import, _add_check, _add_quantize, _add_init, _add_export)
+    for add in (*added, _add_verify):
         add(commands)
     return parser
 
@@ -270,6 +289,21 @@ def _add_check(commands: Any) -> None:
     describe = "Compares every file of a store with its checksum; the exit code is 1 if one differs."
     command = _add(commands, "check", _check, "check a store for damage", describe, CHECK_EXAMPLES)
     command.add_argument("directory", metavar="DIR", help="the store")
+
+
+def _add_quantize(commands: Any) -> None:
+    describe = "Writes a store with 8-bit weights in linear layers, half the size; one block at a time."
+    summary = "make a store with 8-bit weights"
+    command = _add(commands, "quantize", _quantize, summary, describe, QUANTIZE_EXAMPLES)
+    command.add_argument("--weights", required=True, metavar="DIR", help="the store of 16 or 32 bits")
+    command.add_argument("--output", required=True, metavar="DIR", help="the new store; created if needed")
+    command.add_argument("--dtype", required=True, choices=tuple(DTYPES), help="type of the weights")
+    command.add_argument(
+        "--layers",
+        default=LAYERS,
+        metavar="REGEX",
+        help="the linear layers, by paths such as transformer/blocks/mlp_in (default: %(default)s)",
+    )
 
 
 def _add_init(commands: Any) -> None:

@@ -47,7 +47,8 @@ def scan_layers(
 
     Args:
         step: Applies one layer: `(layer, carry) -> carry`.
-        layers: Module built by `stack_layers`, or a tree of such modules.
+        layers: Module built by `stack_layers`, or a tree of such modules. Parameters in the host's memory
+            (`sharding.to_host`) are copied to the device layer by layer.
         carry: Input of the first layer.
         remat_save_names: None saves every activation for the backward pass. Otherwise activations are
             rematerialised, except those that have one of these names (`jax.ad_checkpoint.checkpoint_name`).
@@ -58,9 +59,14 @@ def scan_layers(
     graphdef, state = nnx.split(layers)
 
     def body(carry: Carry, layer_state: nnx.State) -> tuple[Carry, None]:
-        return step(nnx.merge(graphdef, layer_state), carry), None
+        return step(nnx.merge(graphdef, jax.tree.map(_to_device, layer_state)), carry), None
 
     if remat_save_names is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*remat_save_names)
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return jax.lax.scan(body, carry, state)[0]
+
+
+def _to_device(x: jax.Array) -> jax.Array:
+    is_in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if is_in_host else x

@@ -84,10 +84,14 @@ class LowRankDot(nnx.Module):
 
     def __call__(self, x: Array, kernel: Array, dimensions: Any, *, precision: Any, **options: Any) -> Array:
         """Computes `jax.lax.dot_general` plus the product, in the type of `x`."""
-        a, b = (matrix[...].astype(x.dtype) for matrix in (self.lora_a, self.lora_b))
-        low_rank = jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
         full = jax.lax.dot_general(x, kernel, dimensions, precision=precision, **options)
-        return full + self.config.scale * low_rank
+        return full + self.low_rank(x, precision)
+
+    def low_rank(self, x: Array, precision: Any = None) -> Array:
+        """The low-rank product alone, in the type of `x`."""
+        a, b = (matrix[...].astype(x.dtype) for matrix in (self.lora_a, self.lora_b))
+        product = jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
+        return self.config.scale * product
 
 
 class LoRA(nnx.Module):
@@ -145,10 +149,9 @@ def attach_lora(network: nnx.Module, lora: LoRA) -> None:
     """Attaches a LoRA to the layers of a network, in place."""
     for path, product in lora.products().items():
         layer = _layer(network, path)
-        if layer.kernel.shape != product.kernel_shape:
-            raise ConfigError(
-                f"lora: {path} must be {product.kernel_shape}, as in the LoRA, not {layer.kernel.shape}"
-            )
+        shape = layer.kernel.shape if isinstance(layer, nnx.Linear) else layer.kernel_shape
+        if shape != product.kernel_shape:
+            raise ConfigError(f"lora: {path} must be {product.kernel_shape}, as in the LoRA, not {shape}")
         layer.dot_general = nnx.data(product)
 
 

@@ -148,7 +148,14 @@ class Pipeline:
         directory = cls.bundled if directory is None else Path(directory)
         defaults = read_pipeline(directory, cls.stored_as or cls.__name__, cls.config_type)
         video, config = video or defaults[0], config or defaults[1]
-        networks = stored_networks(directory, model, dtype=dtype, merge_lora=config.merge_lora)
+        networks = stored_networks(
+            directory,
+            model,
+            dtype=dtype,
+            merge_lora=config.merge_lora,
+            weights_memory=config.weights_memory,
+            eight_bit_products=config.eight_bit_products,
+        )
         pipeline = cls(networks, video, config, keep=keep)
         used = (*networks.config.networks, LORA)
         pipeline.origins = {slot: x for slot, x in store_origins(directory).items() if slot in used}

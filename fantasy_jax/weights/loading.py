@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
-from fantasy_jax.errors import WeightsError
+from fantasy_jax.errors import ConfigError, WeightsError
+from fantasy_jax.models.eight_bit import eight_bit_layers, multiply_in_eight_bits
 from fantasy_jax.models.lora import attach_lora, merged_kernel
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
-from fantasy_jax.sharding import shard_module
+from fantasy_jax.sharding import WeightsMemory, shard_module, to_host
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, RandomLoader
 from fantasy_jax.system.registry import Component, component_of
@@ -26,6 +27,7 @@ from fantasy_jax.weights.store import (
     LORA,
     TOKENIZER,
     check_sums,
+    is_stacked,
     items,
     network_hash,
     read_config,
@@ -33,6 +35,10 @@ from fantasy_jax.weights.store import (
     read_record,
     stored_networks_of,
 )
+
+MLPS = r"^blocks/mlp_(in|out)$"
+"""The transformer's layers whose products may have 8 bits. With all linear layers in float8, Wan2.2 gave
+noise; with the MLPs alone, a stable result (vllm-project/vllm-omni, issue 2920)."""
 
 Values = dict[str, Any]
 Merge = Callable[[str, Values], Values]
@@ -46,6 +52,8 @@ def stored_networks(
     dtype: str = "bfloat16",
     new_adapters: bool = False,
     merge_lora: bool = True,
+    weights_memory: WeightsMemory = "device",
+    eight_bit_products: bool = False,
 ) -> Networks:
     """Networks from a store, each loaded when it is asked for.
 
@@ -56,6 +64,8 @@ def stored_networks(
         dtype: Type of weights and products where there is no `config`.
         new_adapters: Whether adapters that the store lacks are initialised, to be trained.
         merge_lora: Whether the store's LoRA is added to the transformer's weights, or stays beside them.
+        weights_memory: Where the weights of the blocks of the transformer and its adapters lie.
+        eight_bit_products: Whether the transformer's MLPs multiply in 8 bits; their weights must have 8 bits.
 
     Raises:
         WeightsError: A network is missing, damaged, or of another model; no weights are read to find out.
@@ -77,9 +87,14 @@ def stored_networks(
         _check_sizes(directory / slot, sizes)
     for note in notes(directory, [slot for slot in config.networks if slot not in new]):
         logging.getLogger(__name__).warning("%s", note)
-    return Networks(
-        config, StoredLoader(directory, new=new, merge_lora=merge_lora), partial(_tokenizer, directory)
+    loader = StoredLoader(
+        directory,
+        new=new,
+        merge_lora=merge_lora,
+        weights_memory=weights_memory,
+        eight_bit_products=eight_bit_products,
     )
+    return Networks(config, loader, partial(_tokenizer, directory))
 
 
 def notes(directory: Path, slots: Sequence[str]) -> list[str]:
@@ -103,23 +118,44 @@ def notes(directory: Path, slots: Sequence[str]) -> list[str]:
 class StoredLoader:
     """Loads networks from a store (a `system.networks.Loader`)."""
 
-    def __init__(self, directory: Path, *, new: set[str] = frozenset(), merge_lora: bool = True):
-        """Keeps where they are; those of the slots in `new` are initialised instead."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        new: set[str] = frozenset(),
+        merge_lora: bool = True,
+        weights_memory: WeightsMemory = "device",
+        eight_bit_products: bool = False,
+    ):
+        """Keeps where they are, and how they are loaded (`stored_networks`).
+
+        Networks of the slots in `new` are initialised instead.
+        """
         self.directory, self.new, self.merge_lora = directory, new, merge_lora
+        self.weights_memory, self.eight_bit_products = weights_memory, eight_bit_products
 
     def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
         """Loads one network; the transformer with the store's LoRA."""
         if component.slot in self.new:
             return RandomLoader()(component, config, dtype, mesh)
         folder, lora = self.directory / component.slot, self.directory / LORA
-        if component.slot != "transformer" or not lora.exists():
-            return load_network(folder, config, dtype=dtype, mesh=mesh)
-        if self.merge_lora:
-            return load_network(folder, config, dtype=dtype, mesh=mesh, merge=lora_merge(lora))
-        network = load_network(folder, config, dtype=dtype, mesh=mesh)
-        attach_lora(network, load_network(lora, read_config(lora)[1], dtype=dtype, mesh=mesh))
-        # Beside a layer, A and B are sharded like its kernel.
-        return network if mesh is None else shard_module(network, mesh)
+        load = partial(load_network, config=config, dtype=dtype, mesh=mesh)
+        if component.slot == "transformer" or component.adapter is not None:
+            load = partial(load, memory=self.weights_memory)
+        if component.slot != "transformer":
+            return load(folder)
+        if not lora.exists():
+            network = load(folder)
+        elif self.merge_lora:
+            network = load(folder, merge=lora_merge(lora))
+        else:
+            network = load(folder)
+            attach_lora(network, load_network(lora, read_config(lora)[1], dtype=dtype, mesh=mesh))
+            # Beside a layer, A and B are sharded like its kernel.
+            network = network if mesh is None else shard_module(network, mesh)
+        if self.eight_bit_products:
+            multiply_in_eight_bits(network, MLPS)
+        return network
 
 
 def load_network(
@@ -129,6 +165,7 @@ def load_network(
     dtype: DType,
     mesh: Mesh | None = None,
     merge: Merge = lambda item, values: values,
+    memory: WeightsMemory = "device",
 ) -> nnx.Module:
     """Loads a stored network of the given sizes.
 
@@ -139,19 +176,27 @@ def load_network(
         folder: The network's own, such as `DIR/transformer`.
         config: Its sizes.
         dtype: Type of weights and products. Parameters that the store holds in another type than most of the
-            network (`other_dtypes`) keep theirs.
+            network (`other_dtypes`), such as 8-bit weights, keep theirs.
         mesh: Mesh that the parameters are sharded over; None: one device.
         merge: Changes what is read.
+        memory: Where the parameters of blocks lie.
 
     Raises:
         WeightsError: The folder is missing, incomplete, damaged, or of another model.
+        ConfigError: Parameters of several devices are to lie in the memory of the host.
     """
     component = _check_sizes(folder, config)
+    if memory == "host" and mesh is not None:
+        raise ConfigError(
+            f"sample.weights_memory is 'host', which is for one device; on a mesh of {mesh.size} the weights "
+            "are sharded along fsdp and tensor"
+        )
     others = read_record(folder)[1].get("other_dtypes", {})
-    abstract = component.abstract(config, dtype)
+    eight_bit = eight_bit_layers(others)
+    abstract = component.abstract(config, dtype, eight_bit)
     target = flat_parameters(abstract if mesh is None else shard_module(abstract, mesh))
     values: Values = {}
-    for item, places in items(component, config).items():
+    for item, places in items(component, config, eight_bit).items():
         wanted = {path: _layer_spec(target[path], layer, mesh) for path, layer in places.items()}
         read = merge(item, read_item(folder, item, wanted))
         for path, layer in places.items():
@@ -161,7 +206,11 @@ def load_network(
             values[path] = put(
                 values.get(path), target[path], read.pop(path), layer, np.dtype(others.get(path, dtype))
             )
-    return component.build(config, dtype, values)
+    if memory == "host":
+        for path in values:
+            if is_stacked(path):
+                values[path] = to_host(values[path])
+    return component.build(config, dtype, values, eight_bit)
 
 
 def lora_merge(folder: Path) -> Merge:
@@ -179,6 +228,11 @@ def lora_merge(folder: Path) -> Merge:
         merged = {}
         for layer in {path.rpartition("/")[0] for path in thin}:
             kernel, (a, b) = f"{layer}/kernel", (thin[f"{layer}/{name}"] for name in ("lora_a", "lora_b"))
+            if f"{layer}/weight_scale" in values:
+                raise WeightsError(
+                    f"{folder}: cannot be added to 8-bit weights, to whose precision it would be rounded; "
+                    "set --config.sample.merge_lora=False, which leaves it beside them"
+                )
             if kernel not in values or values[kernel].shape != (len(a), b.shape[1]):
                 raise WeightsError(f"{folder}: is for {layer} of {len(a)} x {b.shape[1]}, of another model")
             merged[kernel] = merged_kernel(values[kernel], a, b, config.scale)
