@@ -19,6 +19,7 @@ from fantasy_jax.parity.reference import reference_files
 from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import EIGHT_BIT_LAYERS
 from fantasy_jax.system.registry import slots
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.download import download
@@ -26,7 +27,7 @@ from fantasy_jax.weights.exporter import export_weights
 from fantasy_jax.weights.importer import import_options, import_weights
 from fantasy_jax.weights.initial import init_store
 from fantasy_jax.weights.inspect import inspect
-from fantasy_jax.weights.quantize import LAYERS, quantize_store
+from fantasy_jax.weights.quantize import quantize_store
 
 EXAMPLES = """\
 examples:
@@ -300,7 +301,7 @@ def _add_quantize(commands: Any) -> None:
     command.add_argument("--dtype", required=True, choices=tuple(DTYPES), help="type of the weights")
     command.add_argument(
         "--layers",
-        default=LAYERS,
+        default=EIGHT_BIT_LAYERS,
         metavar="REGEX",
         help="the linear layers, by paths such as transformer/blocks/mlp_in (default: %(default)s)",
     )

@@ -20,7 +20,6 @@ from fantasy_jax.convert.rules import (
     make_plan,
     stored_dtype,
 )
-from fantasy_jax.diffusion.guidance import GuidanceBranch
 from fantasy_jax.models.adapters.audio import AudioAdapterConfig
 from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
 from fantasy_jax.models.clip_vision import CLIPVisionConfig
@@ -102,12 +101,6 @@ def tiny_inputs(
     noise, *base = (jax.random.normal(next(keys), (batch, *shape)) for shape in shapes.values())
     features = {name: jax.random.normal(next(keys), (batch, *shape)) for name, shape in adapters.items()}
     return noise, ClipInputs(*base, features)
-
-
-def only_branch(index: int) -> tuple[GuidanceBranch, ...]:
-    """The three branches of FantasyTalking's guidance in one step, all weight on one of them."""
-    groups = (("text", "audio"), ("audio",), ())
-    return tuple(GuidanceBranch(dropped, (float(i == index),)) for i, dropped in enumerate(groups))
 
 
 def run_convert_weights(capsys, *arguments) -> tuple[int, str, str]:

@@ -6,6 +6,7 @@ from PyTorch (`use_fast_variance`), and adds stacking and scanning of layers.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 import jax
@@ -18,6 +19,9 @@ run = jax.jit(lambda network, *inputs: network(*inputs))
 Module = TypeVar("Module", bound=nnx.Module)
 Layers = TypeVar("Layers")
 Carry = TypeVar("Carry")
+
+_STACKS = ("blocks", "layers")
+"""Names of stacks of layers."""
 
 # Statistics and the affine map are computed in float32 whatever the type of the input, as in the official
 # code. The variance is not computed as E[x^2] - E[x]^2, which cancels.
@@ -34,6 +38,12 @@ def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, *, rngs: nnx.Rn
         return make(rngs)
 
     return build(rngs)
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has an axis of layers, as those of `blocks/...`; a list's have an index there."""
+    names = pairwise(path.split("/"))
+    return any(name in _STACKS and not following.isdigit() for name, following in names)
 
 
 def scan_layers(
@@ -65,6 +75,18 @@ def scan_layers(
         policy = jax.checkpoint_policies.save_only_these_names(*remat_save_names)
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return jax.lax.scan(body, carry, state)[0]
+
+
+def in_host(network: Module) -> Module:
+    """An abstract network whose stacked parameters lie in the host's memory."""
+    graphdef, state = nnx.split(network)
+    flat = nnx.to_flat_state(state)
+    for path, variable in flat:
+        if is_stacked("/".join(map(str, path))):
+            spec = variable.get_value()
+            sharding = spec.sharding.with_memory_kind("pinned_host")
+            variable.set_value(jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding))
+    return nnx.merge(graphdef, state)
 
 
 def _to_device(x: jax.Array) -> jax.Array:

@@ -16,18 +16,18 @@ from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.models.eight_bit import eight_bit_layers, multiply_in_eight_bits
+from fantasy_jax.models.layers import is_stacked
 from fantasy_jax.models.lora import attach_lora, merged_kernel
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.sharding import WeightsMemory, shard_module, to_host
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Networks, RandomLoader
+from fantasy_jax.system.networks import MLPS, Networks, RandomLoader, is_streamed
 from fantasy_jax.system.registry import Component, component_of
 from fantasy_jax.typing import DType
 from fantasy_jax.weights.store import (
     LORA,
     TOKENIZER,
     check_sums,
-    is_stacked,
     items,
     network_hash,
     read_config,
@@ -35,10 +35,6 @@ from fantasy_jax.weights.store import (
     read_record,
     stored_networks_of,
 )
-
-MLPS = r"^blocks/mlp_(in|out)$"
-"""The transformer's layers whose products may have 8 bits. With all linear layers in float8, Wan2.2 gave
-noise; with the MLPs alone, a stable result (vllm-project/vllm-omni, issue 2920)."""
 
 Values = dict[str, Any]
 Merge = Callable[[str, Values], Values]
@@ -140,7 +136,7 @@ class StoredLoader:
             return RandomLoader()(component, config, dtype, mesh)
         folder, lora = self.directory / component.slot, self.directory / LORA
         load = partial(load_network, config=config, dtype=dtype, mesh=mesh)
-        if component.slot == "transformer" or component.adapter is not None:
+        if is_streamed(component):
             load = partial(load, memory=self.weights_memory)
         if component.slot != "transformer":
             return load(folder)

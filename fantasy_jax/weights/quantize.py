@@ -23,6 +23,7 @@ from fantasy_jax.models.eight_bit import (
     quantize_values,
     quantized_dtypes,
 )
+from fantasy_jax.system.networks import EIGHT_BIT_LAYERS
 from fantasy_jax.system.registry import slots
 from fantasy_jax.weights.store import (
     NetworkRecord,
@@ -34,14 +35,6 @@ from fantasy_jax.weights.store import (
     read_record,
     write,
 )
-
-LAYERS = r"^(transformer|text_encoder|image_encoder)/(blocks|layers)/"
-"""Layers that have 8-bit weights: the linear ones of the blocks of the three largest networks.
-
-All blocks alike, since the blocks of a stack are one array. Leaving out the first two and the last three, as
-is published for products in 8 bits (arXiv 2606.00957), would need three stacks in place of one, for a loss
-that weights alone do not have.
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +63,7 @@ def quantize_store(
     output: str | Path,
     dtype: EightBit,
     *,
-    layers: str = LAYERS,
+    layers: str = EIGHT_BIT_LAYERS,
     progress: bool = True,
 ) -> list[str]:
     """Writes a store with 8-bit weights, one block at a time; networks that stay as they are become links.

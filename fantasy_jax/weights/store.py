@@ -22,7 +22,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import parse_json
 from fantasy_jax.models.eight_bit import EXACT, Layers
+from fantasy_jax.models.layers import is_stacked
 from fantasy_jax.preprocessing.motion import MOTION_FILE
 from fantasy_jax.system.registry import Component, find_component, slots
 from fantasy_jax.weights.checksums import (
@@ -55,7 +55,6 @@ TOKENIZER = "tokenizer"
 _STARTED = "started.json"
 _MARKER = "commit_success.txt"
 """Orbax's mark of a complete item; it contains a path, and the folder's name says as much."""
-_STACKS = ("blocks", "layers")
 
 Places = dict[str, dict[str, int | None]]
 """For each item: its parameters by path, and their layer of the stack; None where there is no stack."""
@@ -153,12 +152,6 @@ def items(component: Component, config: Any, eight_bit: Layers = EXACT) -> Place
         for layer in range(spec.shape[0]) if is_stacked(path) else [None]:
             places.setdefault(item_name(layer), {})[path] = layer
     return dict(sorted(places.items()))
-
-
-def is_stacked(path: str) -> bool:
-    """Whether a parameter has an axis of layers, as those of `blocks/...`; a list's have an index there."""
-    names = pairwise(path.split("/"))
-    return any(name in _STACKS and not following.isdigit() for name, following in names)
 
 
 def item_name(layer: int | None) -> str:
