@@ -135,7 +135,8 @@ def _import(arguments: argparse.Namespace) -> int:
     sources = {name: path for name in options if (path := getattr(arguments, name)) is not None}
     if arguments.wan is None and not sources:
         raise WeightsError(f"nothing to import; give --wan, --{', --'.join(options)}")
-    dtype = jnp.dtype(arguments.dtype)
+    eight_bit = arguments.dtype if arguments.dtype in DTYPES else None
+    dtype = jnp.dtype("bfloat16" if eight_bit else arguments.dtype)
     if arguments.tokenizer and "text_encoder" not in sources:
         raise WeightsError("--tokenizer goes with --text_encoder, which is not given")
     lines = import_weights(
@@ -143,6 +144,7 @@ def _import(arguments: argparse.Namespace) -> int:
         wan=arguments.wan,
         sources=sources,
         dtype=dtype,
+        eight_bit=eight_bit,
         variant=arguments.variant,
         tokenizer=arguments.tokenizer,
     )
@@ -280,9 +282,10 @@ def _add_import(commands: Any) -> None:
     command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
     command.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", *DTYPES),
         default="bfloat16",
-        help="dtype of the stored weights; the official scripts compute in bfloat16 (default: %(default)s)",
+        help="dtype of the stored weights; the official scripts compute in bfloat16. int8 and fp8 are of the "
+        "layers that quantize chooses; all else is bfloat16 then (default: %(default)s)",
     )
 
 

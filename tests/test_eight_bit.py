@@ -1,6 +1,7 @@
 """8-bit weights and products: error bounds, stores, LoRA beside them, and weights in the host's memory."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import layer, random_network, relative, run_convert_weights
+from helpers import DATA, layer, random_network, relative, run_convert_weights
 from safetensors.numpy import load_file
 
 from configs.fantasy_talking_14b import small_model
@@ -17,11 +18,15 @@ from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.models.eight_bit import (
     DTYPES,
     EightBitLinear,
+    linear_layers,
+    multiply_eight_bit,
     quantize,
     quantize_values,
 )
 from fantasy_jax.models.lora import LoRAConfig, add_lora, lora_of
+from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.sharding import make_mesh, parameter_shardings
+from fantasy_jax.system.networks import EIGHT_BIT_LAYERS
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.parameters import lora_layers
 from fantasy_jax.weights.loading import StoredLoader, load_network
@@ -30,6 +35,7 @@ from fantasy_jax.weights.store import LORA, save_network
 
 MODEL = small_model()
 CONFIG = MODEL.transformer
+MANIFEST = "wan2.1_i2v_14b_dit.json"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +99,17 @@ def test_a_layer_multiplies_as_written_out_in_numpy(dtype, products):
     wanted = summed * row_scale[..., None] * scale + np.asarray(linear.bias)
     assert relative(eight_bit(jnp.asarray(x)), wanted) < 1e-6
     assert relative(eight_bit(jnp.asarray(x)), linear(x)) < (0.02 if dtype == "int8" else 0.05)
+
+
+@pytest.mark.parametrize(("dtype", "kind", "sum_"), [("int8", "i8", "i32"), ("fp8", "f8E4M3FN", "f32")])
+def test_operands_of_eight_bits_go_straight_into_the_product(dtype, kind, sum_):
+    x = jax.ShapeDtypeStruct((3, 32), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((16, 32), DTYPES[dtype])
+    for platform in ("cuda", "tpu"):
+        lowered = jax.jit(multiply_eight_bit).trace(x, weight).lower(lowering_platforms=(platform,)).as_text()
+        (product,) = (line for line in lowered.splitlines() if "stablehlo.dot_general" in line)
+        assert f"(tensor<3x32x{kind}>, tensor<16x32x{kind}>) -> tensor<3x16x{sum_}>" in product
+        assert "%arg1, contracting_dims = [1] x [1]" in product  # the stored weights themselves
 
 
 # Stores
@@ -257,3 +274,16 @@ def test_a_network_on_a_mesh_equals_the_one_on_one_device(outputs, stores):
     for path, value in flat_parameters(found).items():
         np.testing.assert_array_equal(value, expected[path], strict=True, err_msg=path)
     assert relative(same, outputs["int8"]) < 1e-5
+
+
+def test_the_full_size_takes_half_the_memory():
+    component, manifest = component_of(WanConfig()), json.loads((DATA / "manifests" / MANIFEST).read_text())
+    network = component.abstract(WanConfig(), jnp.bfloat16)
+    layers = linear_layers(network, EIGHT_BIT_LAYERS, "int8", prefix="transformer/")
+    assert len(layers) == 12
+    found = flat_parameters(component.abstract(WanConfig(), jnp.bfloat16, layers))
+    scales = sum(x.size for path, x in found.items() if path.endswith("/weight_scale"))
+    published = sum(math.prod(shape) for shape in manifest["tensors"].values())
+    assert sum(x.size for x in found.values()) - scales == published
+    # All but 0.3 GB outside the blocks, and their biases and norms, has 8 bits.
+    assert published < sum(x.size * x.dtype.itemsize for x in found.values()) < 1.02 * published

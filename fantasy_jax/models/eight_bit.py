@@ -12,7 +12,7 @@ inputs are quantised, too, with a scale for each token, and the product itself h
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -75,7 +75,7 @@ class EightBitLinear(nnx.Module):
 
 
 def quantize(
-    x: Float[Array | np.ndarray, "*n C"], dtype: DType
+    x: Float[Array | np.ndarray, "*n C"], dtype: DType, scale: Float[np.ndarray, "..."] | None = None
 ) -> tuple[Array | np.ndarray, Float[Array | np.ndarray, "*n"]]:
     """Rounds to 8 bits with a scale for each row, so that `x` is about `rounded * scale[..., None]`.
 
@@ -85,15 +85,17 @@ def quantize(
     Args:
         x: Weights or activations.
         dtype: int8 or float8_e4m3fn.
+        scale: Scales, or one for all rows, with which no value is too large; None: they are chosen.
 
     Returns:
         Rounded values of that type, and the scales, float32. A row of zeros has the scale 1.
     """
     xp = jnp if isinstance(x, jax.Array) else np
     dtype, x = np.dtype(dtype), x.astype(np.float32)
-    largest = xp.max(xp.abs(x), axis=-1)
-    # A product, since XLA makes one of a division by a constant, and NumPy does not.
-    scale = xp.where(largest > 0, largest * np.float32(1 / _LARGEST[dtype]), np.float32(1))
+    if scale is None:
+        # A product, since XLA makes one of a division by a constant, and NumPy does not.
+        scale = xp.max(xp.abs(x), axis=-1) * np.float32(1 / _LARGEST[dtype])
+    scale = xp.broadcast_to(xp.where(scale > 0, scale, np.float32(1)), x.shape[:-1])
     scaled = x / scale[..., None]
     return (xp.rint(scaled) if dtype == np.int8 else scaled).astype(dtype), scale
 
@@ -162,20 +164,24 @@ def multiply_in_eight_bits(network: nnx.Module, pattern: str) -> None:
         layer.products = True
 
 
-def quantize_values(values: Mapping[str, np.ndarray], layers: Layers) -> dict[str, np.ndarray]:
-    """Parameters by path with the kernels of layers in 8 bits: weight and scale in place of the kernel."""
-    return dict(_quantized(values, layers))
+def quantize_values(
+    values: Mapping[str, np.ndarray],
+    layers: Layers,
+    scales: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+) -> dict[str, np.ndarray]:
+    """Parameters by path with the kernels of layers in 8 bits: weight and scale in place of the kernel.
 
-
-def _quantized(values: Mapping[str, np.ndarray], layers: Layers) -> Iterator[tuple[str, np.ndarray]]:
-    for path, value in values.items():
-        layer, _, name = path.rpartition("/")
-        if name != "kernel" or layer not in layers:
-            yield path, value
-            continue
-        weight, scale = quantize(np.swapaxes(value, -1, -2), layers[layer])
-        yield layer + _WEIGHT, weight
-        yield layer + _SCALE, scale
+    Args:
+        values: Parameters by path.
+        layers: The layers.
+        scales: Scales of those whose kernels had 8 bits before, by path of the layer.
+    """
+    found = {path: x for path, x in values.items() if path.removesuffix("/kernel") not in layers}
+    for layer, dtype in layers.items():
+        if (kernel := values.get(f"{layer}/kernel")) is not None:
+            rows = np.swapaxes(kernel, -1, -2)
+            found[layer + _WEIGHT], found[layer + _SCALE] = quantize(rows, dtype, scales.get(layer))
+    return found
 
 
 def dequantize_values(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

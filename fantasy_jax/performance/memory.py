@@ -18,6 +18,7 @@ from fantasy_jax.config import section
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.models.eight_bit import EightBit
+from fantasy_jax.models.tiling import split_tiles
 from fantasy_jax.performance.ahead import slice_devices, with_size
 from fantasy_jax.performance.chips import GIB
 from fantasy_jax.performance.program import Program
@@ -112,7 +113,7 @@ def stages(
         for program in sampling_programs(model, config, video, mesh, eight_bit=choice.eight_bit):
             leaves = jax.tree.leaves(program.arguments)
             host = sum(_bytes(leaf) for leaf in leaves if _is_in_host(leaf))
-            arguments = sum(map(_bytes, leaves)) - host
+            arguments = sum(map(_bytes, leaves)) - host + _other_tiles(program, config, video)
             if device is None:
                 temporaries = account(program, model, config, video)
             else:
@@ -149,6 +150,15 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
             sides = tuple(map(min, sides, tile))
         return 3 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
     return sum(map(_bytes, leaves)) // 10
+
+
+def _other_tiles(program: Program, config: PipelineConfig, video: VideoConfig) -> int:
+    """Bytes of the causal caches of the tiles that are not being decoded, at most."""
+    if not program.name.startswith("a tile"):
+        return 0
+    _, carried, _ = program.arguments
+    tiles = split_tiles(video.latent_size, config.tile, config.tile_stride, 1)
+    return (len(tiles) - 1) * sum(map(_bytes, jax.tree.leaves(carried)))
 
 
 def _bytes(leaf: Leaf) -> int:
@@ -207,9 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     for choice in CHOICES:
         with cli.timed(choice.name):
             needed[choice.name] = stages(choice, model, settings, video, device=device)
-    print(
-        f"GiB for {video.height} x {video.width}; {RESERVE / GIB:g} GiB of each GPU is left to CUDA's libraries."
-    )
+    print(f"GiB for {video.height} x {video.width}; {RESERVE / GIB:g} GiB of each GPU is left to CUDA.")
     print(markdown_table(needed))
     if arguments.json:
         rows = {name: [asdict(stage) for stage in found] for name, found in needed.items()}

@@ -86,38 +86,38 @@ def quantize_store(
             one; no layer matches; or the disk has not enough space.
     """
     source, output = Path(source), Path(output)
+    jobs = _jobs(source, layers, dtype)
+    todo = [slot for slot, job in jobs.items() if job.layers and not _is_done(job, output / slot)]
+    check_space(output, sum(jobs[slot].stored_bytes for slot in todo), free_bytes(output))
+    total = sum(sum(jobs[slot].sizes.values()) for slot in todo)
+    lines = []
+    with lock_folder(output), tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for slot, job in jobs.items():
+            if slot in todo:
+                bar.set_description(slot)
+                _write(job, output / slot, bar)
+            elif not job.layers:
+                _link(job.source, output / slot)
+            size = f"{len(job.layers)} layers of {dtype}, {job.stored_bytes / 2**20:.1f} MiB"
+            lines.append(f"{output / slot}: {size if job.layers else 'as it is, a link'}")
+        for file in source.iterdir():  # pipeline.json, and its checksum
+            if file.is_file() and not file.name.startswith(".") and not (output / file.name).exists():
+                shutil.copy(file, output)
+    return lines
+
+
+def _jobs(source: Path, pattern: str, dtype: EightBit) -> dict[str, _Job]:
+    """The networks of a store by slot."""
     if not source.is_dir():
         raise WeightsError(f"{source}: no such folder; convert_weights.py import makes it")
     try:
-        re.compile(layers)
+        re.compile(pattern)
     except re.error as error:
-        raise WeightsError(f"--layers={layers}: is no regular expression ({error})") from None
-    held = [slot for slot in slots() if (source / slot).exists()]
-    jobs = {slot: job for slot in held if (job := _job(source / slot, layers, dtype)).layers}
-    if not jobs:
-        raise WeightsError(f"{source}: no linear layer matches --layers={layers}")
-    todo = {slot: job for slot, job in jobs.items() if not _is_done(job, output / slot)}
-    check_space(output, sum(job.stored_bytes for job in todo.values()), free_bytes(output))
-    lines = []
-    output.mkdir(parents=True, exist_ok=True)
-    total = sum(sum(job.sizes.values()) for job in todo.values())
-    with lock_folder(output), tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        for slot in held:
-            if slot not in jobs:
-                _link(source / slot, output / slot)
-                lines.append(f"{output / slot}: as it is, a link")
-                continue
-            if slot in todo:
-                bar.set_description(slot)
-                _write(todo[slot], output / slot, bar)
-            job = jobs[slot]
-            lines.append(
-                f"{output / slot}: {len(job.layers)} layers of {dtype}, {job.stored_bytes / 2**20:.1f} MiB"
-            )
-        for file in source.iterdir():  # pipeline.json, and its checksum
-            if file.is_file() and not file.name.startswith("."):
-                shutil.copy(file, output)
-    return lines
+        raise WeightsError(f"--layers={pattern}: is no regular expression ({error})") from None
+    jobs = {slot: _job(source / slot, pattern, dtype) for slot in slots() if (source / slot).exists()}
+    if not any(job.layers for job in jobs.values()):
+        raise WeightsError(f"{source}: no linear layer matches --layers={pattern}")
+    return jobs
 
 
 def _job(folder: Path, pattern: str, dtype: EightBit) -> _Job:
