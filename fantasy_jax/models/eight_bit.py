@@ -54,13 +54,19 @@ class EightBitLinear(nnx.Module):
             layer: With a kernel `[..., inputs, outputs]`.
             dtype: Type of the weights.
         """
-        *stack, inputs, outputs = self.kernel_shape = tuple(layer.kernel.shape)
+        *stack, inputs, outputs = layer.kernel.shape
         self.weight = nnx.Param(jnp.zeros((*stack, outputs, inputs), dtype))
         self.weight_scale = nnx.Param(jnp.zeros((*stack, outputs), jnp.float32))
         self.bias = nnx.data(layer.bias)
         self.dtype = layer.dtype
         self.products = False
         self.dot_general: LowRankDot | None = nnx.data(None)
+
+    @property
+    def kernel(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of the kernel that the weights stand for, `[..., inputs, outputs]`."""
+        *stack, outputs, inputs = self.weight.shape
+        return jax.ShapeDtypeStruct((*stack, inputs, outputs), self.dtype or jnp.float32)
 
     def __call__(self, inputs: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         """Applies one layer."""

@@ -69,7 +69,7 @@ def scan_layers(
     graphdef, state = nnx.split(layers)
 
     def body(carry: Carry, layer_state: nnx.State) -> tuple[Carry, None]:
-        return step(nnx.merge(graphdef, jax.tree.map(_to_device, layer_state)), carry), None
+        return step(nnx.merge(graphdef, to_device(layer_state)), carry), None
 
     if remat_save_names is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*remat_save_names)
@@ -89,6 +89,11 @@ def in_host(network: Module) -> Module:
     return nnx.merge(graphdef, state)
 
 
-def _to_device(x: jax.Array) -> jax.Array:
-    is_in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
-    return jax.device_put(x, jax.memory.Space.Device) if is_in_host else x
+def to_device(state: nnx.State) -> nnx.State:
+    """Copies what lies in the host's memory to the device, within a compiled program."""
+
+    def copy(x: jax.Array) -> jax.Array:
+        is_in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if is_in_host else x
+
+    return jax.tree.map(copy, state)

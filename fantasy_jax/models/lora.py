@@ -149,9 +149,10 @@ def attach_lora(network: nnx.Module, lora: LoRA) -> None:
     """Attaches a LoRA to the layers of a network, in place."""
     for path, product in lora.products().items():
         layer = _layer(network, path)
-        shape = layer.kernel.shape if isinstance(layer, nnx.Linear) else layer.kernel_shape
-        if shape != product.kernel_shape:
-            raise ConfigError(f"lora: {path} must be {product.kernel_shape}, as in the LoRA, not {shape}")
+        if layer.kernel.shape != product.kernel_shape:
+            raise ConfigError(
+                f"lora: {path} must be {product.kernel_shape}, as in the LoRA, not {layer.kernel.shape}"
+            )
         layer.dot_general = nnx.data(product)
 
 

@@ -219,7 +219,12 @@ def abstract_networks(
         eight_bit: Type of the weights that `convert_weights.py quantize` would give 8 bits; None: none.
         weights_memory: As for `weights.loading.stored_networks`.
         eight_bit_products: Likewise.
+
+    Raises:
+        ConfigError: Weights of several devices are to lie in the memory of the host, or no weights of MLPs
+            have 8 bits for products in 8 bits.
     """
+    check_memory(weights_memory, mesh)
 
     def load(component: Component, sizes: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
         network = component.abstract(sizes, dtype)
@@ -240,3 +245,12 @@ def abstract_networks(
 def is_streamed(component: Component) -> bool:
     """Whether the blocks of a network are copied to the device one by one if `weights_memory` is `host`."""
     return component.slot == "transformer" or component.adapter is not None
+
+
+def check_memory(weights_memory: WeightsMemory, mesh: Mesh | None) -> None:
+    """Raises a ConfigError if weights of several devices are to lie in the memory of the host."""
+    if weights_memory == "host" and mesh is not None and mesh.size > 1:
+        raise ConfigError(
+            f"sample.weights_memory is 'host', which is for one device; on a mesh of {mesh.size} the weights "
+            "are sharded along fsdp and tensor"
+        )

@@ -169,7 +169,8 @@ def import_weights(
             for job in todo:
                 bar.set_description(job.slot)
                 _import(job, output / job.slot, bar)
-                lines.append(f"{output / job.slot}: {job.stored_bytes / 2**30:.2f} GiB of {job.dtype}")
+                dtypes = " and ".join([str(job.dtype), *sorted(set(job.layers.values()))])
+                lines.append(f"{output / job.slot}: {job.stored_bytes / 2**30:.2f} GiB of {dtypes}")
     return lines
 
 

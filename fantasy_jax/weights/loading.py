@@ -14,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
-from fantasy_jax.errors import ConfigError, WeightsError
+from fantasy_jax.errors import WeightsError
 from fantasy_jax.models.eight_bit import eight_bit_layers, multiply_in_eight_bits
 from fantasy_jax.models.layers import is_stacked
 from fantasy_jax.models.lora import attach_lora, merged_kernel
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.sharding import WeightsMemory, shard_module, to_host
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import MLPS, Networks, RandomLoader, is_streamed
+from fantasy_jax.system.networks import MLPS, Networks, RandomLoader, check_memory, is_streamed
 from fantasy_jax.system.registry import Component, component_of
 from fantasy_jax.typing import DType
 from fantasy_jax.weights.store import (
@@ -126,7 +126,15 @@ class StoredLoader:
         """Keeps where they are, and how they are loaded (`stored_networks`).
 
         Networks of the slots in `new` are initialised instead.
+
+        Raises:
+            WeightsError: A LoRA is to be added to 8-bit weights.
         """
+        if merge_lora and (directory / LORA).exists() and _has_eight_bit(directory / "transformer"):
+            raise WeightsError(
+                f"{directory / LORA}: cannot be added to 8-bit weights, to whose precision it would be "
+                "rounded; set --config.sample.merge_lora=False, which leaves it beside them"
+            )
         self.directory, self.new, self.merge_lora = directory, new, merge_lora
         self.weights_memory, self.eight_bit_products = weights_memory, eight_bit_products
 
@@ -182,11 +190,7 @@ def load_network(
         ConfigError: Parameters of several devices are to lie in the memory of the host.
     """
     component = _check_sizes(folder, config)
-    if memory == "host" and mesh is not None:
-        raise ConfigError(
-            f"sample.weights_memory is 'host', which is for one device; on a mesh of {mesh.size} the weights "
-            "are sharded along fsdp and tensor"
-        )
+    check_memory(memory, mesh)
     others = read_record(folder)[1].get("other_dtypes", {})
     eight_bit = eight_bit_layers(others)
     abstract = component.abstract(config, dtype, eight_bit)
@@ -224,17 +228,16 @@ def lora_merge(folder: Path) -> Merge:
         merged = {}
         for layer in {path.rpartition("/")[0] for path in thin}:
             kernel, (a, b) = f"{layer}/kernel", (thin[f"{layer}/{name}"] for name in ("lora_a", "lora_b"))
-            if f"{layer}/weight_scale" in values:
-                raise WeightsError(
-                    f"{folder}: cannot be added to 8-bit weights, to whose precision it would be rounded; "
-                    "set --config.sample.merge_lora=False, which leaves it beside them"
-                )
             if kernel not in values or values[kernel].shape != (len(a), b.shape[1]):
                 raise WeightsError(f"{folder}: is for {layer} of {len(a)} x {b.shape[1]}, of another model")
             merged[kernel] = merged_kernel(values[kernel], a, b, config.scale)
         return values | merged
 
     return merge
+
+
+def _has_eight_bit(folder: Path) -> bool:
+    return bool(eight_bit_layers(read_record(folder)[1].get("other_dtypes", {})))
 
 
 def _put_numpy(stack: Any, spec: Any, value: Any, layer: int | None, dtype: np.dtype) -> np.ndarray:
