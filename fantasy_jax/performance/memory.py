@@ -106,7 +106,12 @@ def stages(
         video: Size and length of a window.
         device: Device whose compiler gives the temporaries; None: they are accounted for.
     """
-    config = replace(config, mesh=MeshConfig(fsdp=1), weights_memory=choice.weights_memory)
+    config = replace(
+        config,
+        mesh=MeshConfig(fsdp=1),
+        weights_memory=choice.weights_memory,
+        eight_bit_products=config.eight_bit_products and choice.eight_bit is not None,
+    )
     mesh = make_mesh(devices=[device or jax.devices()[0]])
     found = []
     with jax.set_mesh(mesh):
@@ -129,7 +134,8 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
       the hidden units of the MLP before and after the activation, in the type of products (attention needs
       less); two kernels in that type, if weights have 8 bits; two blocks that were copied from the host.
       On an H100 XLA needed 2.4 GiB for 24,000 tokens, for which this is 2.4.
-    - Of the VAE: of one latent frame in pixels, four frames of the widest features, three times.
+    - Of the VAE: of one latent frame in pixels, four frames of the widest features, six times. For a v5p XLA
+      needed 2.23 GiB to encode 512 x 512, for which this is 2.25.
     - Of encoders of text, images and sound, which take short inputs: as much as a tenth of their weights.
     """
     itemsize = 2 if model.dtype == "bfloat16" else 4
@@ -148,7 +154,7 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
         if program.name.startswith("a tile"):
             tile = (PIXELS_PER_LATENT * side for side in config.tile)
             sides = tuple(map(min, sides, tile))
-        return 3 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
+        return 6 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
     return sum(map(_bytes, leaves)) // 10
 
 
