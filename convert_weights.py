@@ -14,10 +14,12 @@ from fantasy_jax import cli
 from fantasy_jax.config import load_config, section
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import atomic_write, check_outputs
+from fantasy_jax.models.eight_bit import DTYPES
 from fantasy_jax.parity.reference import reference_files
 from fantasy_jax.parity.report import table, to_json, to_markdown
 from fantasy_jax.parity.verify import verify
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import EIGHT_BIT_LAYERS
 from fantasy_jax.system.registry import slots
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.download import download, hosted_slots
@@ -26,6 +28,7 @@ from fantasy_jax.weights.importer import import_options, import_weights
 from fantasy_jax.weights.initial import init_store
 from fantasy_jax.weights.inspect import inspect
 from fantasy_jax.weights.lora import parse_lora
+from fantasy_jax.weights.quantize import quantize_store
 from fantasy_jax.weights.store import LORA
 
 EXAMPLES = """\
@@ -82,6 +85,16 @@ examples:
   python convert_weights.py check out/adapters/weights        a trained store, with the networks it links to
 """
 
+QUANTIZE_EXAMPLES = """\
+examples:
+  python convert_weights.py quantize --weights=weights/fantasy_talking_14b --dtype=int8 --output=weights/int8
+  the transformer's MLPs alone:
+  python convert_weights.py quantize --weights=weights/fantasy_talking_14b --dtype=fp8 \\
+      --layers='^transformer/blocks/mlp' --output=weights/mlp_fp8
+
+Networks that stay as they are become links. After an interruption, run the same command again: it continues.
+"""
+
 INIT_EXAMPLES = """\
 examples:
   python convert_weights.py init --config=configs/fantasy_talking_14b.py:debug --output=out/random
@@ -131,7 +144,8 @@ def _import(arguments: argparse.Namespace) -> int:
     sources = {name: path for name in options if (path := getattr(arguments, name)) is not None}
     if arguments.wan is None and not sources:
         raise WeightsError(f"nothing to import; give --wan, --{', --'.join(options)}")
-    dtype = jnp.dtype(arguments.dtype)
+    eight_bit = arguments.dtype if arguments.dtype in DTYPES else None
+    dtype = jnp.dtype("bfloat16" if eight_bit else arguments.dtype)
     if arguments.tokenizer and "text_encoder" not in sources:
         raise WeightsError("--tokenizer goes with --text_encoder, which is not given")
     lines = import_weights(
@@ -139,6 +153,7 @@ def _import(arguments: argparse.Namespace) -> int:
         wan=arguments.wan,
         sources=sources,
         dtype=dtype,
+        eight_bit=eight_bit,
         variant=arguments.variant,
         tokenizer=arguments.tokenizer,
     )
@@ -154,6 +169,12 @@ def _check(arguments: argparse.Namespace) -> int:
     damaged = sum(bool(result.faults) for result in checked)
     print(f"\n{len(checked)} checked, {damaged} damaged")
     return int(damaged > 0)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    where = (arguments.weights, arguments.output, arguments.dtype)
+    print("\n".join(quantize_store(*where, layers=arguments.layers)))
+    return 0
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -203,7 +224,8 @@ def _write(path: str, text: str) -> None:
 def _parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(prog="convert_weights.py", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_download, _add_inspect, _add_import, _add_check, _add_init, _add_export, _add_verify):
+    added = (_add_download, _add_inspect, _add_import, _add_check, _add_quantize, _add_init, _add_export)
+    for add in (*added, _add_verify):
         add(commands)
     return parser
 
@@ -272,9 +294,10 @@ def _add_import(commands: Any) -> None:
     command.add_argument("--output", required=True, metavar="DIR", help="the store; created if needed")
     command.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", *DTYPES),
         default="bfloat16",
-        help="dtype of the stored weights; the official scripts compute in bfloat16 (default: %(default)s)",
+        help="dtype of the stored weights; the official scripts compute in bfloat16. int8 and fp8 are of the "
+        "layers that quantize chooses; all else is bfloat16 then (default: %(default)s)",
     )
 
 
@@ -282,6 +305,21 @@ def _add_check(commands: Any) -> None:
     describe = "Compares every file of a store with its checksum; the exit code is 1 if one differs."
     command = _add(commands, "check", _check, "check a store for damage", describe, CHECK_EXAMPLES)
     command.add_argument("directory", metavar="DIR", help="the store")
+
+
+def _add_quantize(commands: Any) -> None:
+    describe = "Writes a store with 8-bit weights in linear layers, half the size; one block at a time."
+    summary = "make a store with 8-bit weights"
+    command = _add(commands, "quantize", _quantize, summary, describe, QUANTIZE_EXAMPLES)
+    command.add_argument("--weights", required=True, metavar="DIR", help="the store of 16 or 32 bits")
+    command.add_argument("--output", required=True, metavar="DIR", help="the new store; created if needed")
+    command.add_argument("--dtype", required=True, choices=tuple(DTYPES), help="type of the weights")
+    command.add_argument(
+        "--layers",
+        default=EIGHT_BIT_LAYERS,
+        metavar="REGEX",
+        help="the linear layers, by paths such as transformer/blocks/mlp_in (default: %(default)s)",
+    )
 
 
 def _add_init(commands: Any) -> None:

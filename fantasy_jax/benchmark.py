@@ -25,6 +25,7 @@ from fantasy_jax.diffusion.magcache import MagCacheConfig
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.miniature.trainer import MiniatureConfig
+from fantasy_jax.models.eight_bit import DTYPES, EightBit
 from fantasy_jax.performance import torch_wan
 from fantasy_jax.performance.ahead import with_size
 from fantasy_jax.performance.cache import keep_compiled_programs
@@ -76,6 +77,7 @@ class _Settings:
     video: VideoConfig
     sample: SampleConfig
     train: StagesConfig
+    eight_bit: EightBit | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         with_size(section(VideoConfig, config, "video"), arguments.size),
         section(SampleConfig, config, "sample"),
         section(MiniatureConfig if config.get("task") == "miniature" else StagesConfig, config, "train"),
+        arguments.eight_bit,
     )
     reference = None
     if arguments.against:  # before JAX takes the device's memory
@@ -131,6 +134,9 @@ def _parser() -> cli.ArgumentParser:
         "--profile",
         metavar="DIR",
         help="also trace one call of each program, and print the kernels by their share of the time",
+    )
+    parser.add_argument(
+        "--eight_bit", choices=tuple(DTYPES), help="type of weights of the forward pass and the guided step"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the timings as JSON")
     return parser
@@ -179,7 +185,14 @@ def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterab
     if part == "training_step":
         yield from training_programs(model, settings.train, video, mesh)
         return
-    networks = abstract_networks(model, mesh, sample.mesh)
+    networks = abstract_networks(
+        model,
+        mesh,
+        sample.mesh,
+        eight_bit=settings.eight_bit,
+        weights_memory=sample.weights_memory,
+        eight_bit_products=sample.eight_bit_products,
+    )
     if part == "forward":  # a step whose guidance has one branch
         exact = replace(sample, magcache=MagCacheConfig())
         unguided = replace(exact, text_guidance_scale=1.0, audio_guidance_scale=1.0)

@@ -22,13 +22,16 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from fantasy_jax.config import Range, Settings
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.typing import Array, Int, Leaf
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+WeightsMemory = Literal["device", "host"]
+"""Where the weights of stacked layers lie: `host` is for sampling, on one device."""
 
 ContextParallelism = Literal["auto", "gather", "all_to_all"]
 """Strategy of self-attention across the context axis: `models/context_attention.py`."""
@@ -56,6 +59,11 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\b(query|key|value|gate|mlp_in)/bias$", ("heads",)),
     (r"\b(query|key)_norm/scale$", ("heads",)),
     (r"\b(out|mlp_out)/kernel$", ("heads", "embed")),
+    # Weights of 8 bits have the kernel's dimensions in reverse.
+    (r"\b(query|key|value|gate|mlp_in)/weight$", ("heads", "embed")),
+    (r"\b(query|key|value|gate|mlp_in)/weight_scale$", ("heads",)),
+    (r"\b(out|mlp_out)/weight$", ("embed", "heads")),
+    (r"/weight$", (None, "embed")),
     # A and B of a LoRA are sharded as their kernel is; the rank is small.
     (r"\b(out|mlp_out)/dot_general/lora_a$", ("heads", "embed")),
     (r"\b(out|mlp_out)/dot_general/lora_b$", (None, "embed")),
@@ -170,6 +178,12 @@ def in_host_memory() -> AbstractContextManager:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return nullcontext()
+
+
+def to_host(value: np.ndarray) -> Array:
+    """An array in pinned memory of the host, from where the first device copies what it needs at a time."""
+    pinned = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return jax.device_put(value, pinned)
 
 
 def axis_size(name: str) -> int:

@@ -13,6 +13,7 @@ from test_import import adapter, layout_tensors, official, references, tiny, wri
 
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.models.eight_bit import quantize
 from fantasy_jax.preprocessing.text import load_tokenizer
 from fantasy_jax.system.registry import components
 from fantasy_jax.weights.importer import import_weights
@@ -297,6 +298,35 @@ def test_float8_is_never_read_without_its_scale(tmp_path, change, match):
     save_file(kept, tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match=match):
         open_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("given", ["float8", "float32"])
+def test_weights_of_eight_bits_are_imported_as_they_are(tmp_path, references, transformer, command, given):  # noqa: F811
+    tensors, scales = dict(transformer), {}
+    for key in [x for x in tensors if x.startswith("blocks.") and tensors[x].ndim == 2 and given == "float8"]:
+        scales[key] = np.array(np.abs(tensors[key]).max() / 400, np.float32)
+        tensors[key] = float8(tensors[key], scales[key])
+        tensors[key.replace(".weight", ".scale_weight")] = scales[key]
+    save_file(tensors, tmp_path / "x.safetensors")
+    arguments = ("import", f"--transformer={tmp_path / 'x.safetensors'}", f"--output={tmp_path / 's'}")
+    code, out, _ = command(*arguments, "--dtype=fp8")
+    assert (code, out.endswith(" GiB of bfloat16 and float8_e4m3fn\n")) == (0, True)
+    config = references["wan2.1_i2v_dit"][0]
+    network = load_network(tmp_path / "s" / "transformer", config, dtype=jnp.bfloat16)
+    assert network.text_in.kernel.dtype == network.blocks.mlp_in.bias.dtype == jnp.bfloat16
+    for index in range(config.num_layers):
+        key, layer = f"blocks.{index}.ffn.0.weight", network.blocks.mlp_in
+        if given == "float8":
+            assert (np.asarray(layer.weight_scale[index]) == scales[key]).all()
+            stored = np.asarray(layer.weight[index])
+            np.testing.assert_array_equal(stored, tensors[key], strict=True)
+        else:
+            weight, scale = quantize(tensors[key], jnp.float8_e4m3fn)
+            np.testing.assert_array_equal(layer.weight[index], weight, strict=True)
+            np.testing.assert_array_equal(layer.weight_scale[index], scale, strict=True)
+    assert "already complete" in command(*arguments, "--dtype=fp8")[1]
+    code, _, err = command(*arguments, "--dtype=bfloat16")
+    assert (code, "delete it, or choose another --output" in err) == (2, True)
 
 
 def test_integers_without_a_scale_are_no_weights(tmp_path, transformer, command):

@@ -29,7 +29,7 @@ CONFIGS = ("configs/tiny.py", "configs/fantasy_talking_14b.py:adapters", "config
 PROGRAMS = (
     *("sample.py", "train.py", "fantasy_jax.prepare", "fantasy_jax.benchmark"),
     "fantasy_jax.miniature.lip_sync",
-    *(f"convert_weights.py {command}" for command in ("import", "export", "inspect", "verify")),
+    *(f"convert_weights.py {command}" for command in ("import", "export", "inspect", "quantize", "verify")),
 )
 FILES = re.compile(r"(?:^|(?<=[\s`(\"'=]))((fantasy_jax|configs|docs|tests|\.ci)/[\w./-]+)", re.MULTILINE)
 SETTING = re.compile(r"(data|model|prepare|sample|train|video)(\.[a-z0-9]\w*)+(?<!\.py)(?<!\.json)(?<!\.png)")

@@ -58,6 +58,27 @@ print(program.count("tpu_custom_call"), "kernels")
 """
 
 
+EIGHT_BIT = """
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from fantasy_jax.models.eight_bit import multiply_eight_bit, multiply_exact
+from fantasy_jax.performance.ahead import slice_devices
+
+device = SingleDeviceSharding(slice_devices("v6e:2x2")[0])
+x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16, sharding=device)
+weight = jax.ShapeDtypeStruct((384, 512), jnp.int8, sharding=device)
+for multiply in (multiply_eight_bit, multiply_exact):
+    compiled = jax.jit(multiply).lower(x, weight).compile()
+    text = compiled.as_text()
+    lines = [line for line in text.splitlines() if " = " in line]
+    types = {line.split()[0]: line.split()[2].partition("[")[0] for line in lines}
+    (product,) = (line for line in lines if " convolution(" in line)
+    operands = product.partition("convolution(")[2].partition(")")[0].split(", ")
+    print(product.split()[2].partition("[")[0], *(types[operand] for operand in operands))
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
 def run(program):
     """Runs a program in a process of its own and returns the lines that it prints."""
     if not HAS_COMPILER:
@@ -89,6 +110,13 @@ def test_every_strategy_compiles_for_a_slice(strategy, sent):
     sequence = 1024 * 4 * 128 * 2
     assert ast.literal_eval(found) == {kind: int(times * sequence) for kind, times in sent.items()}
     assert int(kernels.split()[0]) == 2
+
+
+def test_products_with_weights_of_eight_bits_are_not_converted_first():
+    eight_bit, _, exact, temporaries = run(EIGHT_BIT)
+    assert eight_bit == "s32 s8 s8"
+    assert exact == "bf16 bf16 s8"
+    assert int(temporaries) < 384 * 512 * 2, "the weights in 16 bits are not in memory"
 
 
 def test_chips_of_slices_are_known():

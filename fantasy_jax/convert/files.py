@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fantasy_jax.convert.arcface import onnx_tensors
 from fantasy_jax.convert.kinds import kind_of
 from fantasy_jax.convert.pickles import import_torch, read_pickle, reason, to_numpy
-from fantasy_jax.convert.quantised import read_gguf, with_scales
+from fantasy_jax.convert.quantised import ScaleOf, read_gguf, with_scales
 from fantasy_jax.convert.rules import TensorSpec
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import atomic_write, parse_json
@@ -57,17 +57,24 @@ class WeightsFile:
         specs: Shape and dtype of every tensor by key.
         read: Reads one tensor by key; raises a WeightsError for a manifest.
         config: Content of the config.json beside it; empty if there is none.
+        scale_of: The scale of a tensor that is held in 8 bits (`quantised.with_scales`).
     """
 
     path: Path
     specs: Mapping[str, TensorSpec]
     read: Callable[[str], np.ndarray]
     config: Mapping[str, Any]
+    scale_of: ScaleOf = lambda key, dtype: None
 
     def part(self, prefix: str) -> "WeightsFile":
         """The tensors whose keys start with a prefix, under keys without it."""
         specs = {k.removeprefix(prefix): spec for k, spec in self.specs.items() if k.startswith(prefix)}
-        return replace(self, specs=specs, read=lambda key: self.read(prefix + key))
+        return replace(
+            self,
+            specs=specs,
+            read=lambda key: self.read(prefix + key),
+            scale_of=lambda key, dtype: self.scale_of(prefix + key, dtype),
+        )
 
 
 def open_weights(path: str | Path, *, variant: str = "") -> WeightsFile:
@@ -100,8 +107,8 @@ def open_weights(path: str | Path, *, variant: str = "") -> WeightsFile:
     else:
         specs, read = read_gguf(path) if kind == "gguf" else read_pickle(path)
         weights = WeightsFile(path, specs, read, read_config(path.parent))
-    specs, read = with_scales(path, weights.specs, weights.read)
-    return replace(weights, specs=specs, read=read)
+    specs, read, scale_of = with_scales(path, weights.specs, weights.read)
+    return replace(weights, specs=specs, read=read, scale_of=scale_of)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

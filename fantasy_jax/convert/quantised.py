@@ -11,8 +11,11 @@ import numpy as np
 from fantasy_jax.convert.pickles import reason
 from fantasy_jax.convert.rules import TensorSpec
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.typing import DType
 
 Read = Callable[[str], np.ndarray]
+ScaleOf = Callable[[str, DType], np.ndarray | None]
+"""The scale of a tensor that has this type and a scale: one value, or one for each row; None for others."""
 
 _SCALES = ("scale_weight", "weight_scale")
 """Names beside `weight` of the factor of its values: ComfyUI's old one; its new one, also LightX2V's."""
@@ -25,10 +28,11 @@ _SMALL = (jnp.float8_e4m3fn, jnp.float8_e5m2, np.int8)
 
 def with_scales(
     path: Path, specs: Mapping[str, TensorSpec], read: Read
-) -> tuple[dict[str, TensorSpec], Read]:
+) -> tuple[dict[str, TensorSpec], Read, ScaleOf]:
     """Applies the scales of a file: its weights are float32, and the scales are no tensors of their own.
 
-    A file of float8 without any scale holds plain values and is returned as it is.
+    A file of float8 without any scale holds plain values and is returned as it is. The scales are returned,
+    too: with them, weights of the same type have the file's bits again.
 
     Args:
         path: The file, for messages.
@@ -42,7 +46,7 @@ def with_scales(
     scales = {_weight_of(key): key for key in specs if key.rpartition(".")[2] in _SCALES}
     marked = [key for key in specs if key.rpartition(".")[2] == _MARKER]
     if not scales and not marked:
-        return dict(specs), read
+        return dict(specs), read, lambda key, dtype: None
     for weight, scale in scales.items():
         _check_scale(path, weight, scale, specs)
     unused = {*scales.values(), *marked, *(key for key in specs if key.rpartition(".")[2] in _UNUSED)}
@@ -57,16 +61,20 @@ def with_scales(
             )
         found[key] = TensorSpec(spec.shape, np.dtype(np.float32)) if key in scales else spec
 
+    def scale_of(key: str, dtype: DType) -> np.ndarray | None:
+        if key not in scales or specs[key].dtype != np.dtype(dtype):
+            return None
+        scale = read(scales[key]).astype(np.float32)
+        return scale.reshape(() if scale.size == 1 else -1)
+
     def scaled(key: str) -> np.ndarray:
         value = read(key)
         if key not in scales:
             return value
-        scale = read(scales[key]).astype(np.float32)
-        # One value, or one for each row.
-        scale = scale.reshape(()) if scale.size == 1 else scale.reshape(-1, *[1] * (value.ndim - 1))
-        return value.astype(np.float32) * scale
+        scale = scale_of(key, specs[key].dtype)
+        return value.astype(np.float32) * scale.reshape(scale.shape + (1,) * (scale.ndim * (value.ndim - 1)))
 
-    return found, scaled
+    return found, scaled, scale_of
 
 
 def _weight_of(scale: str) -> str:

@@ -212,7 +212,9 @@ def load_held_out(
     data = section(SyntheticConfig, config, "data")
     sampling = section(SampleConfig, config, "sample")
     model = section(ModelConfig, config, "model")
-    networks = stored_networks(weights or config.get("weights", ""), model)
+    networks = stored_networks(
+        weights or config.get("weights", ""), model, eight_bit_products=sampling.eight_bit_products
+    )
     return HeldOutClips(networks, video, sampling, list(records(data, video, "test", num_clips)), seed=seed)
 
 

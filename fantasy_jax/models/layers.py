@@ -6,6 +6,7 @@ from PyTorch (`use_fast_variance`), and adds stacking and scanning of layers.
 
 from collections.abc import Callable
 from functools import partial, reduce
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -35,6 +36,9 @@ run = jax.jit(lambda network, *inputs: network(*inputs))
 Module = TypeVar("Module", bound=nnx.Module)
 Layers = TypeVar("Layers")
 Carry = TypeVar("Carry")
+
+_STACKS = ("blocks", "layers")
+"""Names of stacks of layers."""
 
 # Statistics and the affine map are computed in float32 whatever the type of the input, as in the official
 # code. The variance is not computed as E[x^2] - E[x]^2, which cancels.
@@ -82,6 +86,12 @@ def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, *, rngs: nnx.Rn
     return build(rngs)
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has an axis of layers, as those of `blocks/...`; a list's have an index there."""
+    names = pairwise(path.split("/"))
+    return any(name in _STACKS and not following.isdigit() for name, following in names)
+
+
 def scan_layers(
     step: Callable[[Layers, Carry], Carry],
     layers: Layers,
@@ -93,7 +103,8 @@ def scan_layers(
 
     Args:
         step: Applies one layer: `(layer, carry) -> carry`.
-        layers: Module built by `stack_layers`, or a tree of such modules.
+        layers: Module built by `stack_layers`, or a tree of such modules. Parameters in the host's memory
+            (`sharding.to_host`) are copied to the device layer by layer.
         carry: Input of the first layer.
         remat_save_names: Activations that are saved for the backward pass.
 
@@ -103,7 +114,7 @@ def scan_layers(
     graphdef, state = nnx.split(layers)
 
     def body(carry: Carry, layer_state: nnx.State) -> tuple[Carry, None]:
-        return step(nnx.merge(graphdef, layer_state), carry), None
+        return step(nnx.merge(graphdef, to_device(layer_state)), carry), None
 
     if remat_save_names is not None:
         body = jax.checkpoint(body, policy=_remat_policy(remat_save_names), prevent_cse=False)
@@ -119,3 +130,25 @@ def _remat_policy(names: tuple[str, ...]) -> Callable[..., Any]:
         named = saveable.save_only_these_names("self_attention")
         policies += [saveable.dots_with_no_batch_dims_saveable, named, is_cudnn_forward]
     return reduce(saveable.save_from_both_policies, policies)
+
+
+def in_host(network: Module) -> Module:
+    """An abstract network whose stacked parameters lie in the host's memory."""
+    graphdef, state = nnx.split(network)
+    flat = nnx.to_flat_state(state)
+    for path, variable in flat:
+        if is_stacked("/".join(map(str, path))):
+            spec = variable.get_value()
+            sharding = spec.sharding.with_memory_kind("pinned_host")
+            variable.set_value(jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding))
+    return nnx.merge(graphdef, state)
+
+
+def to_device(state: nnx.State) -> nnx.State:
+    """Copies what lies in the host's memory to the device, within a compiled program."""
+
+    def copy(x: jax.Array) -> jax.Array:
+        is_in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if is_in_host else x
+
+    return jax.tree.map(copy, state)

@@ -85,10 +85,14 @@ class LowRankDot(nnx.Module):
 
     def __call__(self, x: Array, kernel: Array, dimensions: Any, *, precision: Any, **options: Any) -> Array:
         """Computes `jax.lax.dot_general` plus the product, in the type of `x`."""
-        a, b = (matrix[...].astype(x.dtype) for matrix in (self.lora_a, self.lora_b))
-        low_rank = jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
         full = jax.lax.dot_general(x, kernel, dimensions, precision=precision, **options)
-        return full + self.config.scale * low_rank
+        return full + self.low_rank(x, precision)
+
+    def low_rank(self, x: Array, precision: Any = None) -> Array:
+        """The low-rank product alone, in the type of `x`."""
+        a, b = (matrix[...].astype(x.dtype) for matrix in (self.lora_a, self.lora_b))
+        product = jnp.matmul(jnp.matmul(x, a, precision=precision), b, precision=precision)
+        return self.config.scale * product
 
 
 class LoRA(nnx.Module):

@@ -21,6 +21,7 @@ from fantasy_jax.diffusion.sampler import (
     hashable,
 )
 from fantasy_jax.diffusion.windows import WindowSchedule
+from fantasy_jax.models.eight_bit import EightBit
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
 from fantasy_jax.performance.flops import hardware_flops, model_flops
@@ -86,7 +87,13 @@ def training_programs(
 
 
 def sampling_programs(
-    model: ModelConfig, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
+    model: ModelConfig,
+    config: PipelineConfig,
+    video: VideoConfig,
+    mesh: Mesh,
+    *,
+    people: int = 1,
+    eight_bit: EightBit | None = None,
 ) -> Iterator[Program]:
     """Yields the programs that sample the longest clip: encoders, guided step, decoder.
 
@@ -96,8 +103,16 @@ def sampling_programs(
         video: Size and length of the clip.
         mesh: The current mesh.
         people: People of the clip who have inputs of their own.
+        eight_bit: Type of 8-bit weights; None: there are none.
     """
-    networks = abstract_networks(model, mesh, config.mesh)
+    networks = abstract_networks(
+        model,
+        mesh,
+        config.mesh,
+        eight_bit=eight_bit,
+        weights_memory=config.weights_memory,
+        eight_bit_products=config.eight_bit_products,
+    )
     for slot, sizes in model.networks.items():
         if (inputs := component_of(sizes).inputs) is not None:
             arrays = [_replicated(shape, mesh, dtype) for shape, dtype in inputs(model, video)]

@@ -126,14 +126,20 @@ def time_program(
 
 
 def random_arguments(tree: Leaf) -> Leaf:
-    """Draws small random arrays for abstract ones; integers and the optimizer's state are zero."""
+    """Draws small random arrays for abstract ones; integers and the optimizer's state are zero.
+
+    Integers of 8 bits, which are weights, are drawn, too: products of zeros would take less power, and time.
+    """
     leaves, structure = jax.tree.flatten_with_path(tree)
 
     def make() -> list[Leaf]:
         key, arrays = jax.random.key(0, impl="rbg"), []
         for index, (path, leaf) in enumerate(leaves):
             is_zero = "opt_state" in jax.tree_util.keystr(path)
-            if is_zero or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            if leaf.dtype.itemsize == 1 and leaf.dtype != jnp.bool_:
+                drawn = jax.random.randint(jax.random.fold_in(key, index), leaf.shape, -100, 100, jnp.int8)
+                arrays.append(drawn.astype(leaf.dtype))
+            elif is_zero or not jnp.issubdtype(leaf.dtype, jnp.floating):
                 arrays.append(jnp.zeros(leaf.shape, leaf.dtype))
             else:
                 drawn = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)

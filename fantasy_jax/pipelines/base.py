@@ -161,7 +161,13 @@ class Pipeline:
             files = (file if isinstance(file, LoRAFile) else parse_lora(str(file)) for file in loras)
             config = replace(config, loras=tuple(files))
         networks = stored_networks(
-            directory, model, dtype=dtype, merge_lora=config.merge_lora, loras=config.loras
+            directory,
+            model,
+            dtype=dtype,
+            merge_lora=config.merge_lora,
+            loras=config.loras,
+            weights_memory=config.weights_memory,
+            eight_bit_products=config.eight_bit_products,
         )
         pipeline = cls(networks, video, config, keep=keep)
         used = (*networks.config.networks, LORA)

@@ -16,7 +16,7 @@ from fantasy_jax.models.adapters.identity import IDENTITY_SCALE
 from fantasy_jax.models.adapters.motion import NEUTRAL
 from fantasy_jax.preprocessing.driving import DrivingConfig
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
-from fantasy_jax.sharding import MeshConfig
+from fantasy_jax.sharding import MeshConfig, WeightsMemory
 from fantasy_jax.system.conditioning import AdapterOptions
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
@@ -50,6 +50,10 @@ class PipelineConfig(SamplerConfig):
             (at rank 32), and nothing is rounded.
         loras: LoRA files of other programs, whose changes add up; `from_pretrained` reads them.
         keep: Networks that stay in memory between clips.
+        weights_memory: Where the weights of a store's transformer and its adapters lie: `host` copies each
+            block to the device when it runs, and takes the same values to the same result. For one device.
+        eight_bit_products: Whether the transformer's MLPs multiply in 8 bits, which changes the result; the
+            store's weights must have 8 bits (`convert_weights.py quantize`).
         tile: Rows and columns of latents that are decoded at once, where one device decodes.
         tile_stride: Rows and columns from one tile to the next; overlaps are blended.
         start: Seconds of sound, or of driving videos, that are left out at the beginning.
@@ -67,6 +71,8 @@ class PipelineConfig(SamplerConfig):
     merge_lora: bool = True
     loras: tuple[LoRAFile, ...] = ()
     keep: Literal["all", "transformer", "none"] = "none"
+    weights_memory: WeightsMemory = "device"
+    eight_bit_products: bool = False
     tile: tuple[PositiveInt, PositiveInt] = (30, 52)
     tile_stride: tuple[PositiveInt, PositiveInt] = (15, 26)
     start: NonNegativeFloat = 0.0

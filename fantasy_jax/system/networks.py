@@ -10,13 +10,27 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.models.eight_bit import EightBit, linear_layers, multiply_in_eight_bits
+from fantasy_jax.models.layers import in_host
 from fantasy_jax.preprocessing.text import Tokenizer
-from fantasy_jax.sharding import MeshConfig, in_host_memory, make_mesh, shard_module
+from fantasy_jax.sharding import MeshConfig, WeightsMemory, in_host_memory, make_mesh, shard_module
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import Component, component_of
 
 Keep = Literal["all", "transformer", "none"]
 """Networks that stay in memory after their use."""
+
+
+EIGHT_BIT_LAYERS = r"^(transformer|text_encoder|image_encoder)/(blocks|layers)/"
+"""Linear layers that have 8-bit weights, by slot and path: those of the blocks of the three largest networks.
+
+All blocks alike, since the blocks of a stack are one array. To leave out the first two and the last three, as
+is published for products in 8 bits (arXiv 2606.00957), would take three stacks in place of one, and weights
+alone do not need it."""
+
+MLPS = r"^blocks/mlp_(in|out)$"
+"""The transformer's layers whose products may have 8 bits. With all linear layers in float8, Wan2.2 gave
+noise; with the MLPs alone, a stable result (vllm-project/vllm-omni, issue 2920)."""
 
 
 @runtime_checkable
@@ -187,13 +201,56 @@ class RandomLoader:
             return shard_module(component.init(config, dtype, seed=self.seed), mesh)
 
 
-def abstract_networks(config: ModelConfig, mesh: Mesh, mesh_config: MeshConfig) -> Networks:
-    """Networks of `jax.ShapeDtypeStruct`s with shardings: their programs can be compiled but not run."""
+def abstract_networks(
+    config: ModelConfig,
+    mesh: Mesh,
+    mesh_config: MeshConfig,
+    *,
+    eight_bit: EightBit | None = None,
+    weights_memory: WeightsMemory = "device",
+    eight_bit_products: bool = False,
+) -> Networks:
+    """Networks of `jax.ShapeDtypeStruct`s with shardings: their programs can be compiled but not run.
 
-    def load(component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
-        return shard_module(component.abstract(config, dtype), mesh)
+    Args:
+        config: All sizes.
+        mesh: The current mesh.
+        mesh_config: Its settings.
+        eight_bit: Type of the weights that `convert_weights.py quantize` would give 8 bits; None: none.
+        weights_memory: As for `weights.loading.stored_networks`.
+        eight_bit_products: Likewise.
+
+    Raises:
+        ConfigError: Weights of several devices are to lie in the memory of the host, or no weights of MLPs
+            have 8 bits for products in 8 bits.
+    """
+    check_memory(weights_memory, mesh)
+
+    def load(component: Component, sizes: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
+        network = component.abstract(sizes, dtype)
+        if eight_bit is not None:
+            layers = linear_layers(network, EIGHT_BIT_LAYERS, eight_bit, prefix=f"{component.slot}/")
+            network = component.abstract(sizes, dtype, layers)
+        if eight_bit_products and component.slot == "transformer":
+            multiply_in_eight_bits(network, MLPS)
+        network = shard_module(network, mesh)
+        return in_host(network) if weights_memory == "host" and is_streamed(component) else network
 
     def no_tokenizer() -> Tokenizer:
         raise NotImplementedError("abstract networks have no tokenizer")
 
     return Networks(config, load, no_tokenizer, mesh=mesh, mesh_config=mesh_config)
+
+
+def is_streamed(component: Component) -> bool:
+    """Whether the blocks of a network are copied to the device one by one if `weights_memory` is `host`."""
+    return component.slot == "transformer" or component.adapter is not None
+
+
+def check_memory(weights_memory: WeightsMemory, mesh: Mesh | None) -> None:
+    """Raises a ConfigError if weights of several devices are to lie in the memory of the host."""
+    if weights_memory == "host" and mesh is not None and mesh.size > 1:
+        raise ConfigError(
+            f"sample.weights_memory is 'host', which is for one device; on a mesh of {mesh.size} the weights "
+            "are sharded along fsdp and tensor"
+        )

@@ -19,6 +19,7 @@ from flax import nnx
 from fantasy_jax.config import build
 from fantasy_jax.convert.rules import STORED, Rule, assign
 from fantasy_jax.errors import ConfigError, WeightsError
+from fantasy_jax.models.eight_bit import EXACT, Layers, with_eight_bit
 from fantasy_jax.models.layers import abstract, traced_rngs
 from fantasy_jax.typing import DType
 from fantasy_jax.video import VideoConfig
@@ -139,9 +140,15 @@ class Component:
     def _from_fields(self, values: Mapping[str, Any]) -> Any:
         return _from_fields(self.config_type, values)
 
-    def abstract(self, config: Any, dtype: DType = jnp.float32) -> nnx.Module:
-        """Returns the module with `jax.ShapeDtypeStruct`s as parameters."""
-        return abstract(lambda rngs: self._make(config, dtype, rngs))
+    def abstract(self, config: Any, dtype: DType = jnp.float32, eight_bit: Layers = EXACT) -> nnx.Module:
+        """Returns the module with `jax.ShapeDtypeStruct`s as parameters.
+
+        Args:
+            config: Sizes.
+            dtype: Dtype of weights and matrix products.
+            eight_bit: Layers that have 8-bit weights.
+        """
+        return abstract(lambda rngs: with_eight_bit(self._make(config, dtype, rngs), eight_bit))
 
     def init(self, config: Any, dtype: DType, *, seed: int = 0, **more: Any) -> nnx.Module:
         """Returns the module with random initial weights, drawn by one compiled program.
@@ -161,7 +168,13 @@ class Component:
 
         return draw(more)
 
-    def build(self, config: Any, dtype: DType, values: dict[str, np.ndarray | jax.Array]) -> nnx.Module:
+    def build(
+        self,
+        config: Any,
+        dtype: DType,
+        values: dict[str, np.ndarray | jax.Array],
+        eight_bit: Layers = EXACT,
+    ) -> nnx.Module:
         """Returns the module with the given parameters.
 
         Args:
@@ -169,11 +182,12 @@ class Component:
             dtype: Dtype of weights and matrix products.
             values: All parameters by path. Each is removed once it is set, so that no weight is in memory
                 twice.
+            eight_bit: Layers that have 8-bit weights.
 
         Raises:
             ConversionError: A parameter is missing or unexpected.
         """
-        module = self.abstract(config, dtype)
+        module = self.abstract(config, dtype, eight_bit)
         assign(module, values, consume=True)
         # Variables other than parameters (the VAE's latent statistics) are not stored but computed from the
         # config. The compiler removes the unused initial weights.

@@ -11,6 +11,7 @@ from fantasy_jax.convert.files import write_safetensors
 from fantasy_jax.convert.rules import Entry, TensorSpec, export_entries, flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import check_outputs
+from fantasy_jax.models.eight_bit import dequantize_values, eight_bit_layers
 from fantasy_jax.system.registry import Component, Layout
 from fantasy_jax.weights.inspect import store_paths
 from fantasy_jax.weights.lora import LoRAFile, chain_merges, lora_merge, open_loras
@@ -27,7 +28,7 @@ def export_weights(
     loras: Sequence[LoRAFile] = (),
     progress: bool = True,
 ) -> str:
-    """Writes one network of a store as safetensors, one block at a time.
+    """Writes one network of a store as safetensors, one block at a time; 8-bit weights in 16 or 32 bits.
 
     Args:
         directory: The store.
@@ -58,7 +59,7 @@ def export_weights(
     entries = sorted(export_entries(chosen.rules(config), target), key=_item)
     specs = {entry.key: _spec(entry, target[entry.path].shape, record) for entry in entries}
     total = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
-    places = items(component, config)
+    places = items(component, config, eight_bit_layers(record.get("other_dtypes", {})))
     merges = [lora_merge(Path(directory) / LORA)] if merge_lora else []
     merges += [lora.merge() for lora in open_loras(loras, config)] if loras else []
     merge = chain_merges(merges)
@@ -70,7 +71,7 @@ def export_weights(
             for entry in entries:
                 if _item(entry) != item:
                     item, values = _item(entry), {}  # frees the previous item before the next one is read
-                    values = merge(item, read_item(folder, item, places[item]))
+                    values = merge(item, dequantize_values(read_item(folder, item, places[item])))
                 value = entry.transform.inverse(entry.place(values[entry.path], of_layer=True))
                 value = value.astype(specs[entry.key].dtype)
                 bar.update(value.nbytes)

@@ -4,6 +4,7 @@ At most one block, or the parameters outside the blocks, is in memory at a time.
 skipped, and an interrupted import continues with the first missing block.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,15 @@ from fantasy_jax.convert.rules import Plan, check, load, stored_dtype
 from fantasy_jax.disk import check_space, free_bytes
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import lock_folder
+from fantasy_jax.models.eight_bit import (
+    EXACT,
+    EightBit,
+    Layers,
+    linear_layers,
+    quantize_values,
+    quantized_dtypes,
+)
+from fantasy_jax.system.networks import EIGHT_BIT_LAYERS
 from fantasy_jax.system.registry import Component, components
 from fantasy_jax.typing import DType
 from fantasy_jax.weights.checksums import sha256
@@ -35,6 +45,9 @@ from fantasy_jax.weights.store import (
 )
 from fantasy_jax.weights.tokenizer import WriteTokenizer, find_tokenizer
 
+_Kind = tuple[DType, EightBit | None]
+"""Type of weights, and of those of 8 bits."""
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -44,12 +57,14 @@ class Job:
         found: The network in its file.
         plan: How the file fills the module; without problems.
         dtype: Dtype of the stored parameters, except for integers.
+        layers: Layers whose weights are stored in 8 bits.
         tokenizer: Writes the tokenizer that belongs to the network into a folder.
     """
 
     found: Detected
     plan: Plan
     dtype: np.dtype
+    layers: Layers
     tokenizer: WriteTokenizer | None = None
 
     @property
@@ -71,13 +86,18 @@ class Job:
     @property
     def stored_bytes(self) -> int:
         """Size of the parameters that are written, before compression."""
-        return sum(_size(spec.shape, stored_dtype(spec, self.dtype)) for spec in self.plan.target.values())
+        shapes = {path: spec.shape for path, spec in self.plan.target.items()}
+        eight_bit = [math.prod(shapes.pop(f"{layer}/kernel")) for layer in self.layers]
+        return sum(eight_bit) + sum(
+            _size(shape, stored_dtype(self.plan.target[path], self.dtype)) for path, shape in shapes.items()
+        )
 
     @property
     def other_dtypes(self) -> dict[str, str]:
         """Dtypes of the parameters that are not stored as `dtype`, by path."""
         dtypes = {path: stored_dtype(spec, self.dtype) for path, spec in self.plan.target.items()}
-        return {path: str(dtype) for path, dtype in dtypes.items() if dtype != self.dtype}
+        others = {path: str(dtype) for path, dtype in dtypes.items() if dtype != self.dtype}
+        return quantized_dtypes(others, self.layers)
 
     @property
     def files(self) -> list[Path]:
@@ -97,6 +117,7 @@ def import_weights(
     wan: str | Path | None = None,
     sources: Mapping[str, str | Path] | None = None,
     dtype: DType,
+    eight_bit: EightBit | None = None,
     variant: str = "",
     tokenizer: str | Path | None = None,
     progress: bool = True,
@@ -110,6 +131,8 @@ def import_weights(
         wan: Folder of Wan2.1 I2V 14B, in the official or in diffusers' layout.
         sources: Files or folders of networks, by option (`import_options`); they replace those in `wan`.
         dtype: Dtype of the stored parameters, except for networks with a fixed dtype.
+        eight_bit: Type of the weights of the layers that `convert_weights.py quantize` would choose, which
+            have the file's bits and scales if they have this type there; None: they have the dtype, too.
         variant: Part of the name of the files to use where a folder holds several, such as `fp16`.
         tokenizer: Folder of the text encoder's tokenizer; None: the one in its file or beside it.
         progress: Whether to show a progress bar.
@@ -124,12 +147,12 @@ def import_weights(
         ConversionError: A file does not fit its network.
     """
     options, tokenizer = import_options(), None if tokenizer is None else Path(tokenizer)
-    jobs = []
+    jobs, kind = [], (dtype, eight_bit)
     for option, path in (sources or {}).items():
-        jobs += _jobs(options[option], Path(path), dtype, variant, partial(find_tokenizer, given=tokenizer))
+        jobs += _jobs(options[option], Path(path), kind, variant, partial(find_tokenizer, given=tokenizer))
     if wan is not None:
         given = {job.found.component.slot for job in jobs}
-        jobs = _wan_jobs(Path(wan), dtype, variant, given) + jobs
+        jobs = _wan_jobs(Path(wan), kind, variant, given) + jobs
     _check_distinct(jobs)
     _check_variant(jobs, variant)
     output = Path(output)
@@ -147,7 +170,8 @@ def import_weights(
             for job in todo:
                 bar.set_description(job.slot)
                 _import(job, output / job.slot, bar)
-                lines.append(f"{output / job.slot}: {job.stored_bytes / 2**30:.2f} GiB of {job.dtype}")
+                dtypes = " and ".join([str(job.dtype), *sorted(set(job.layers.values()))])
+                lines.append(f"{output / job.slot}: {job.stored_bytes / 2**30:.2f} GiB of {dtypes}")
     return lines
 
 
@@ -168,12 +192,12 @@ def _todo(jobs: list[Job], output: Path, progress: bool) -> list[Job]:
     return todo
 
 
-def _wan_jobs(folder: Path, dtype: DType, variant: str, given: set[str]) -> list[Job]:
+def _wan_jobs(folder: Path, kind: _Kind, variant: str, given: set[str]) -> list[Job]:
     """The networks of a folder of Wan2.1, in the layout of which it holds more files.
 
     Args:
         folder: The folder.
-        dtype: As for `import_weights`.
+        kind: As for `import_weights`, dtype and 8-bit type.
         variant: Likewise.
         given: Slots of the networks that are imported from elsewhere.
     """
@@ -195,14 +219,14 @@ def _wan_jobs(folder: Path, dtype: DType, variant: str, given: set[str]) -> list
     for row in rows:
         given_by = row.download.wan_tokenizer
         tokenizer = partial(find_tokenizer, given=folder / given_by[layout] if given_by else None)
-        jobs += _jobs(row, folder / row.download.wan_files[layout], dtype, variant, tokenizer)
+        jobs += _jobs(row, folder / row.download.wan_files[layout], kind, variant, tokenizer)
     return jobs
 
 
 def _jobs(
     component: Component,
     path: Path,
-    dtype: DType,
+    kind: _Kind,
     variant: str,
     tokenizer: Callable[[Detected, Path], WriteTokenizer | None],
 ) -> list[Job]:
@@ -213,12 +237,16 @@ def _jobs(
         names = " and ".join(x.component.name for x in found)
         raise WeightsError(f"{path}: holds {names}, not {component.name}")
     found.sort(key=lambda x: x.component.name != component.name)
-    return [_job(x, path, dtype, tokenizer(x, path)) for x in found]
+    return [_job(x, path, kind, tokenizer(x, path)) for x in found]
 
 
-def _job(found: Detected, path: Path, dtype: DType, tokenizer: WriteTokenizer | None) -> Job:
-    dtype = np.dtype(found.component.dtype or dtype)
-    return Job(found, check(found.plan(dtype)[1], path), dtype, tokenizer)
+def _job(found: Detected, path: Path, kind: _Kind, tokenizer: WriteTokenizer | None) -> Job:
+    dtype = np.dtype(found.component.dtype or kind[0])
+    module, plan = found.plan(dtype)
+    layers = EXACT
+    if kind[1] is not None:
+        layers = linear_layers(module, EIGHT_BIT_LAYERS, kind[1], prefix=f"{found.component.slot}/")
+    return Job(found, check(plan, path), dtype, layers, tokenizer)
 
 
 def _check_distinct(jobs: list[Job]) -> None:
@@ -248,7 +276,8 @@ def _check_same(job: Job, folder: Path, sources: list[tuple]) -> None:
     _, stored = read_record(folder)
     kept = [(x["name"], x["bytes"], x["sha256"]) for x in stored["sources"]]
     same_files = [x[: len(y)] for x, y in zip(kept, sources, strict=False)] == sources
-    same_kind = (stored["dtype"], stored["component"]) == (str(job.dtype), job.found.component.name)
+    kind = (stored["dtype"], stored.get("other_dtypes", {}), stored["component"])
+    same_kind = kind == (str(job.dtype), job.other_dtypes, job.found.component.name)
     if same_files and same_kind and len(kept) == len(sources):
         return
     raise WeightsError(
@@ -283,7 +312,23 @@ def _import(job: Job, folder: Path, bar: tqdm) -> None:
         if job.tokenizer is not None:
             job.tokenizer(partial / TOKENIZER)
 
-    write(folder, record, sorted(parts), lambda item: load(parts[item], read, dtype=job.dtype), extra=extra)
+    def make(item: str) -> dict[str, np.ndarray]:
+        if not (layers := _layers_of(parts[item], job.layers)):
+            return load(parts[item], read, dtype=job.dtype)
+        # Rounded once, not to 16 bits first.
+        values = load(parts[item], read, dtype=np.float32)
+        scales = {layer: found.weights.scale_of(key, job.layers[layer]) for layer, key in layers.items()}
+        values = quantize_values(values, job.layers, scales)
+        dtypes = {path: np.dtype(job.other_dtypes.get(path, job.dtype)) for path in values}
+        return {path: x.astype(dtypes[path], copy=False) for path, x in values.items()}
+
+    write(folder, record, sorted(parts), make, extra=extra)
+
+
+def _layers_of(plan: Plan, layers: Layers) -> dict[str, str]:
+    """The keys of kernels by the path of their layer, for those of the given layers that a plan fills."""
+    keys = {entry.path.removesuffix("/kernel"): entry.key for entry in plan.entries}
+    return {layer: keys[layer] for layer in layers if layer in keys}
 
 
 def _split(plan: Plan) -> dict[str, Plan]:

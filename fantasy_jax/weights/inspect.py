@@ -9,6 +9,7 @@ from pathlib import Path
 from fantasy_jax.convert.files import WeightsFile, open_weights
 from fantasy_jax.convert.lora import is_lora, read_lora
 from fantasy_jax.convert.rules import Plan, flat_parameters
+from fantasy_jax.models.eight_bit import eight_bit_layers
 from fantasy_jax.system.registry import Layout, find_component, slots
 from fantasy_jax.weights.detect import Detected, detect
 from fantasy_jax.weights.store import LORA, RECORD, network_hash, read_record
@@ -118,7 +119,9 @@ def origin(folder: Path) -> str:
     made = "random weights" if record.get("random") else "trained here"
     if names:
         made = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return f"{component.name}, {record['dtype']}, {made}, {network_hash(folder)[:8]}"
+    eight_bit = sorted(set(eight_bit_layers(record.get("other_dtypes", {})).values()))
+    dtypes = " and ".join([record["dtype"], *eight_bit])
+    return f"{component.name}, {dtypes}, {made}, {network_hash(folder)[:8]}"
 
 
 def store_paths(directory: str | Path) -> list[Path]:

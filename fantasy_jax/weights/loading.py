@@ -1,7 +1,7 @@
 """Networks from a store, whole on one device or sharded over a mesh."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fantasy_jax.config import as_json, differences
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
+from fantasy_jax.models.eight_bit import eight_bit_layers, multiply_in_eight_bits
+from fantasy_jax.models.layers import is_stacked
 from fantasy_jax.models.lora import attach_lora
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
-from fantasy_jax.sharding import shard_module
+from fantasy_jax.sharding import WeightsMemory, shard_module, to_host
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Networks, RandomLoader
+from fantasy_jax.system.networks import MLPS, Networks, RandomLoader, check_memory, is_streamed
 from fantasy_jax.system.registry import Component, component_of
 from fantasy_jax.typing import DType
 from fantasy_jax.weights.lora import (
@@ -53,6 +55,8 @@ def stored_networks(
     new_adapters: bool = False,
     merge_lora: bool = True,
     loras: Sequence[LoRAFile] = (),
+    weights_memory: WeightsMemory = "device",
+    eight_bit_products: bool = False,
 ) -> Networks:
     """Networks from a store, each loaded when it is asked for.
 
@@ -64,6 +68,8 @@ def stored_networks(
         new_adapters: Whether adapters that the store lacks are initialised, to be trained.
         merge_lora: Whether low-rank products are added to the transformer's weights, or stay beside them.
         loras: Files of LoRAs that are added to the transformer, after the store's LoRA.
+        weights_memory: Where the weights of the blocks of the transformer and its adapters lie.
+        eight_bit_products: Whether the transformer's MLPs multiply in 8 bits; their weights must have 8 bits.
 
     Raises:
         WeightsError: A network is missing, damaged, or of another model; no weights are read to find out.
@@ -86,8 +92,14 @@ def stored_networks(
         _check_sizes(directory / slot, sizes)
     for note in notes(directory, [slot for slot in config.networks if slot not in new]):
         logging.getLogger(__name__).warning("%s", note)
-    opened = open_loras(loras, config.transformer)
-    loader = StoredLoader(directory, new=new, merge_lora=merge_lora, loras=opened)
+    loader = StoredLoader(
+        directory,
+        new=new,
+        merge_lora=merge_lora,
+        loras=open_loras(loras, config.transformer),
+        weights_memory=weights_memory,
+        eight_bit_products=eight_bit_products,
+    )
     return Networks(config, loader, partial(_tokenizer, directory))
 
 
@@ -137,9 +149,25 @@ class StoredLoader:
         new: set[str] = frozenset(),
         merge_lora: bool = True,
         loras: Sequence[OpenLoRA] = (),
+        weights_memory: WeightsMemory = "device",
+        eight_bit_products: bool = False,
     ):
-        """Keeps where they are; those of the slots in `new` are initialised instead."""
+        """Keeps where they are, and how they are loaded (`stored_networks`).
+
+        Networks of the slots in `new` are initialised instead.
+
+        Raises:
+            WeightsError: A LoRA is to be added to 8-bit weights.
+        """
+        stored = [directory / LORA] if (directory / LORA).exists() else []
+        names = [*stored, *(file.tensors.weights.path for file in loras)]
+        if merge_lora and names and _has_eight_bit(directory / "transformer"):
+            raise WeightsError(
+                f"{names[0]}: cannot be added to 8-bit weights, to whose precision it would be rounded; set "
+                "--config.sample.merge_lora=False, which leaves it beside them"
+            )
         self.directory, self.new, self.merge_lora, self.loras = directory, new, merge_lora, loras
+        self.weights_memory, self.eight_bit_products = weights_memory, eight_bit_products
 
     def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
         """Loads one network; the transformer with the LoRAs of store and files."""
@@ -147,18 +175,27 @@ class StoredLoader:
             return RandomLoader()(component, config, dtype, mesh)
         load = partial(load_network, dtype=dtype, mesh=mesh)
         folder, lora = self.directory / component.slot, self.directory / LORA
+        memory = self.weights_memory if is_streamed(component) else "device"
         if component.slot != "transformer":
-            return load(folder, config)
-        merges = [lora.merge(products=self.merge_lora) for lora in self.loras]
-        if self.merge_lora:
-            stored = [lora_merge(lora)] if lora.exists() else []
-            return load(folder, config, merge=chain_merges([*stored, *merges]))
-        network = load(folder, config, merge=chain_merges(merges))
-        if lora.exists():
+            return load(folder, config, memory=memory)
+        merges = [file.merge(products=self.merge_lora) for file in self.loras]
+        if self.merge_lora and lora.exists():
+            merges = [lora_merge(lora), *merges]
+        network = load(folder, config, merge=chain_merges(merges), memory=memory)
+        if not self.merge_lora:
+            network = self._with_products(network, load, mesh)
+        if self.eight_bit_products:
+            multiply_in_eight_bits(network, MLPS)
+        return network
+
+    def _with_products(
+        self, network: nnx.Module, load: Callable[[Path, Any], nnx.Module], mesh: Mesh | None
+    ) -> nnx.Module:
+        """The transformer with the products of all LoRAs beside its layers, sharded like their kernels."""
+        if (lora := self.directory / LORA).exists():
             attach_lora(network, load(lora, read_config(lora)[1]))
         for file in self.loras:
             file.attach(network)
-        # Beside a layer, A and B are sharded like its kernel.
         return network if mesh is None else shard_module(network, mesh)
 
 
@@ -169,6 +206,7 @@ def load_network(
     dtype: DType,
     mesh: Mesh | None = None,
     merge: Merge = lambda item, values: values,
+    memory: WeightsMemory = "device",
 ) -> nnx.Module:
     """Loads a stored network of the given sizes.
 
@@ -179,19 +217,23 @@ def load_network(
         folder: The network's own, such as `DIR/transformer`.
         config: Its sizes.
         dtype: Type of weights and products. Parameters that the store holds in another type than most of the
-            network (`other_dtypes`) keep theirs.
+            network (`other_dtypes`), such as 8-bit weights, keep theirs.
         mesh: Mesh that the parameters are sharded over; None: one device.
         merge: Changes what is read.
+        memory: Where the parameters of blocks lie.
 
     Raises:
         WeightsError: The folder is missing, incomplete, damaged, or of another model.
+        ConfigError: Parameters of several devices are to lie in the memory of the host.
     """
     component = _check_sizes(folder, config)
+    check_memory(memory, mesh)
     others = read_record(folder)[1].get("other_dtypes", {})
-    abstract = component.abstract(config, dtype)
+    eight_bit = eight_bit_layers(others)
+    abstract = component.abstract(config, dtype, eight_bit)
     target = flat_parameters(abstract if mesh is None else shard_module(abstract, mesh))
     values: Values = {}
-    for item, places in items(component, config).items():
+    for item, places in items(component, config, eight_bit).items():
         wanted = {path: _layer_spec(target[path], layer, mesh) for path, layer in places.items()}
         read = merge(item, read_item(folder, item, wanted))
         for path, layer in places.items():
@@ -201,7 +243,15 @@ def load_network(
             values[path] = put(
                 values.get(path), target[path], read.pop(path), layer, np.dtype(others.get(path, dtype))
             )
-    return component.build(config, dtype, values)
+    if memory == "host":
+        for path in values:
+            if is_stacked(path):
+                values[path] = to_host(values[path])
+    return component.build(config, dtype, values, eight_bit)
+
+
+def _has_eight_bit(folder: Path) -> bool:
+    return bool(eight_bit_layers(read_record(folder)[1].get("other_dtypes", {})))
 
 
 def _put_numpy(stack: Any, spec: Any, value: Any, layer: int | None, dtype: np.dtype) -> np.ndarray:

@@ -82,6 +82,10 @@ class OpenLoRA:
             for entry, change in self.tensors.changes:
                 if item_name(entry.layer) != item:
                     continue
+                if (products or change.difference) and entry.path not in merged:
+                    raise WeightsError(
+                        f"{self.tensors.weights.path}: cannot change 8-bit weights ({entry.path})"
+                    )
                 if products and (factors := self.tensors.product(entry, change)):
                     merged[entry.path] = merged_kernel(merged[entry.path], *factors, self.strength)
                 if (difference := self.tensors.difference(entry, change)) is not None:

@@ -21,9 +21,8 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from fantasy_jax.config import as_json
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.files import parse_json
+from fantasy_jax.models.eight_bit import EXACT, Layers
+from fantasy_jax.models.layers import is_stacked
 from fantasy_jax.preprocessing.motion import MOTION_FILE
 from fantasy_jax.system.registry import Component, find_component, slots
 from fantasy_jax.weights.checksums import (
@@ -55,7 +56,6 @@ TOKENIZER = "tokenizer"
 _STARTED = "started.json"
 _MARKER = "commit_success.txt"
 """Orbax's mark of a complete item; it contains a path, and the folder's name says as much."""
-_STACKS = ("blocks", "layers")
 _ITEM = re.compile(r"rest|blocks_\d+")
 """Names that `item_name` makes."""
 
@@ -148,19 +148,13 @@ def save_network(
     write(folder, record, places, make, resume=False, extra=extra)
 
 
-def items(component: Component, config: Any) -> Places:
+def items(component: Component, config: Any, eight_bit: Layers = EXACT) -> Places:
     """The items of a stored network: one for each block, and one for the rest."""
     places: Places = {}
-    for path, spec in flat_parameters(component.abstract(config)).items():
-        for layer in range(spec.shape[0]) if _is_stacked(path) else [None]:
+    for path, spec in flat_parameters(component.abstract(config, eight_bit=eight_bit)).items():
+        for layer in range(spec.shape[0]) if is_stacked(path) else [None]:
             places.setdefault(item_name(layer), {})[path] = layer
     return dict(sorted(places.items()))
-
-
-def _is_stacked(path: str) -> bool:
-    """Whether a parameter has an axis of layers, as those of `blocks/...`; a list's have an index there."""
-    names = pairwise(path.split("/"))
-    return any(name in _STACKS and not following.isdigit() for name, following in names)
 
 
 def item_name(layer: int | None) -> str:
@@ -355,6 +349,11 @@ def read_item(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, n
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise WeightsError(f"{path}: damaged ({reason}); import it again") from error
+
+
+def files_beside_items(folder: Path, names: Iterable[str]) -> list[Path]:
+    """What else belongs to a stored network: its tokenizer, or a file that defines its inputs."""
+    return [path for path in folder.iterdir() if path.name not in {RECORD, SUMS, _STARTED, *names}]
 
 
 def network_hash(folder: Path) -> str:

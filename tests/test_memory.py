@@ -1,0 +1,49 @@
+"""The memory that settings of sampling need, and the GPUs that have it."""
+
+import json
+
+import jax
+import pytest
+
+from fantasy_jax.config import load_config, section
+from fantasy_jax.performance import memory
+from fantasy_jax.performance.chips import GIB
+from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.video import VideoConfig
+
+CONFIG = "configs/fantasy_talking_14b.py:debug"
+
+
+def guided_step(found):
+    return next(stage for stage in found if stage["name"].startswith("guided step"))
+
+
+def test_the_table_says_which_gpus_have_enough():
+    step = memory.Stage("guided step, 2 branches", 17 * GIB, 4 * GIB, 3 * GIB)
+    other = memory.Stage("text encoder", 23 * GIB, GIB // 2, 0)
+    *_, row = memory.markdown_table({"x": [other, step]}).splitlines()
+    assert row == "| x | 17.0 + 4.0 | 23.5, text encoder | 23.5 | 3.0 | no | yes | yes | yes | yes |"
+
+
+@pytest.mark.slow
+def test_memory_is_counted_for_every_choice_of_settings(tmp_path, capsys):
+    assert memory.main([f"--config={CONFIG}", "--seconds=1", f"--json={tmp_path / 'x.json'}"]) == 0
+    assert capsys.readouterr().out.count(" yes | yes | yes | yes | yes |") == len(memory.CHOICES)
+    exact, eight_bit, host, both = map(guided_step, json.loads((tmp_path / "x.json").read_text()).values())
+    assert eight_bit["arguments"] < 0.8 * exact["arguments"]  # a third of it is not in the blocks
+    for before, after in ((exact, host), (eight_bit, both)):
+        assert after["arguments"] + after["host"] == before["arguments"]
+        assert after["host"] > 0.1 * before["arguments"]
+        assert after["temporaries"] > before["temporaries"]
+
+
+@pytest.mark.slow
+def test_temporaries_are_those_of_the_compiler_of_a_device():
+    config = load_config(CONFIG)
+    model, video = section(ModelConfig, config, "model"), section(VideoConfig, config, "video")
+    sampling = section(SampleConfig, config, "sample")
+    found = memory.stages(memory.CHOICES[-1], model, sampling, video, device=jax.devices()[0])
+    (step,) = (stage for stage in found if stage.name.startswith("guided step"))
+    assert step.host > 10**5
+    assert step.temporaries > 2**20
