@@ -95,7 +95,7 @@ def plane(name, **lines):
             SimpleNamespace(
                 name=line.replace("_", " "),
                 events=[
-                    SimpleNamespace(name=x, start_ns=start, duration_ns=end - start, stats=[])
+                    SimpleNamespace(name=x, start_ns=float(start), duration_ns=float(end - start), stats=[])
                     for x, start, end in events
                 ],
             )
