@@ -176,9 +176,14 @@ def assert_parsed(words):
     with (
         mock.patch.object(sys, "argv", [program, *arguments]),
         mock.patch.object(argparse.ArgumentParser, "parse_args", only_parse),
-        mock.patch.object(signal, "signal"),  # scripts that run end this process on Ctrl-C
         pytest.raises(Parsed),
     ):
+        run_script(program)
+
+
+def run_script(program):
+    """Runs a program in this process, which it must not make end on Ctrl-C."""
+    with mock.patch.object(signal, "signal"):
         runpy.run_path(script_of(program), run_name="__main__")
 
 
@@ -204,7 +209,7 @@ def help_of(program, *arguments):
         contextlib.redirect_stdout(output),
         pytest.raises(SystemExit) as stopped,
     ):
-        runpy.run_path(script_of(program), run_name="__main__")
+        run_script(program)
     assert stopped.value.code == 0
     return output.getvalue()
 
