@@ -9,14 +9,12 @@ from pathlib import Path
 from xla_flags import quick_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs are not kept in the user's folder, and those of an earlier run are not used.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Tests of sharding use eight virtual devices; all other tests run on the first of them.
 os.environ.setdefault("XLA_FLAGS", quick_flags(8))
 # The devices start collectives that do not depend on each other in any order, and block a thread for each:
 # with a thread per device, which is XLA's default, they can wait for each other forever.
 os.environ.setdefault("NPROC", "32")
-# The workers of pytest-xdist and the commands that tests start find the programs that others compiled.
+# Workers of pytest-xdist and commands that tests start share compiled programs, but not with earlier runs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fantasy_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

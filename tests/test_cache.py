@@ -35,7 +35,7 @@ def test_programs_are_kept_in_the_users_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled_programs()
     (folder,) = (tmp_path / "fantasy_jax" / "xla").iterdir()
-    assert capsys.readouterr().err.startswith(f"Compiled programs are kept in {folder} ")
+    assert capsys.readouterr().out.startswith(f"Compiled programs are kept in {folder} ")
     compile_program()
     assert any(folder.iterdir())
 
@@ -46,7 +46,7 @@ def test_the_environment_turns_it_off(tmp_path, monkeypatch, capsys):
     keep_compiled_programs()
     compile_program()
     assert not any(tmp_path.iterdir())
-    assert not capsys.readouterr().err
+    assert not capsys.readouterr().out
 
 
 def test_an_unusable_folder_does_not_end_the_run(tmp_path, monkeypatch, capsys):

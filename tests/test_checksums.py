@@ -15,6 +15,7 @@ from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.system.components import SPEECH_ENCODER
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.registry import component_of
 from fantasy_jax.weights import checksums
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.inspect import store_origins
@@ -138,6 +139,15 @@ def test_a_network_is_replaced_with_its_own_files_only(tmp_path, checksums):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory):
+    """A store of the debug variant's networks, and its model."""
+    store, model = tmp_path_factory.mktemp("small"), build(ModelConfig, load_config(DEBUG).model, "model")
+    for slot, sizes in model.networks.items():
+        save_network(store / slot, random_network(sizes), component=component_of(sizes).name)
+    return store, model
+
+
 # Random stores
 
 
@@ -151,6 +161,7 @@ def random_store(tmp_path_factory):
     return store, build(ModelConfig, load_config(DEBUG).model, "model")
 
 
+@pytest.mark.slow
 def test_a_store_of_random_weights_says_so(random_store, caplog, capsys):
     store, model = random_store
     assert {slot: read_record(store / slot)[1]["random"] for slot in model.networks} == dict.fromkeys(
@@ -168,10 +179,10 @@ def test_a_store_of_random_weights_says_so(random_store, caplog, capsys):
     assert (code, err.count("\n"), "exists already" in err) == (2, 1, True)
 
 
-def test_another_encoder_than_the_adapters_is_said(random_store, tmp_path, caplog):
-    random, model = random_store
+def test_another_encoder_than_the_adapters_is_said(small_store, tmp_path, caplog):
+    folder, model = small_store
     store = tmp_path / "store"
-    shutil.copytree(random, store)
+    shutil.copytree(folder, store)
     adapter = stored_networks(store, model)["audio_adapter"]
     trained_with = {"speech_encoder": network_hash(store / "speech_encoder")}
     save_network(store / "audio_adapter", adapter, component="fantasytalking", trained_with=trained_with)
@@ -186,9 +197,9 @@ def test_another_encoder_than_the_adapters_is_said(random_store, tmp_path, caplo
 
 
 @pytest.mark.parametrize("changed", [{}, {"do_normalize": False}])
-def test_an_encoder_unlike_that_of_the_released_adapter_is_said(random_store, tmp_path, changed, monkeypatch):
-    random, model = random_store
-    shutil.copytree(random, store := tmp_path / "store")
+def test_an_encoder_unlike_that_of_the_released_adapter_is_said(small_store, tmp_path, changed, monkeypatch):
+    folder, model = small_store
+    shutil.copytree(folder, store := tmp_path / "store")
     adapter = stored_networks(store, model)["audio_adapter"]
     released = {"component": "fantasytalking", "preset": "fantasytalking"}
     save_network(store / "audio_adapter", adapter, **released)
@@ -203,10 +214,10 @@ def test_an_encoder_unlike_that_of_the_released_adapter_is_said(random_store, tm
     assert "another speech_encoder" in note
 
 
-def test_sizes_that_an_earlier_version_did_not_have_are_the_defaults(random_store, tmp_path):
-    random, model = random_store
+def test_sizes_that_an_earlier_version_did_not_have_are_the_defaults(small_store, tmp_path):
+    store, model = small_store
     folder = tmp_path / "speech_encoder"
-    shutil.copytree(random / "speech_encoder", folder)
+    shutil.copytree(store / "speech_encoder", folder)
     record = json.loads((folder / "component.json").read_text())
     del record["config"]["do_normalize"]
     (folder / "component.json").write_text(json.dumps(record))

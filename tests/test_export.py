@@ -1,5 +1,6 @@
 """`convert_weights.py export`: equal to the imported file, and read by the programs that it is for."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -32,13 +33,16 @@ def command(capsys):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """All references, each in a store of its own."""
-    folder = tmp_path_factory.mktemp("stores")
-    for name in REFERENCES:
-        for found in detect(open_weights(DATA / name)):
-            place = folder / name / found.component.slot
-            save_network(place, found.load(), component=found.component.name)
-    return folder
+    """A function that makes the store of a reference, once."""
+
+    @functools.cache
+    def make(reference):
+        folder = tmp_path_factory.mktemp("store")
+        for found in detect(open_weights(DATA / reference)):
+            save_network(folder / found.component.slot, found.load(), component=found.component.name)
+        return folder
+
+    return make
 
 
 def cases():
@@ -58,7 +62,7 @@ def widened(found):
 @pytest.mark.slow
 @pytest.mark.parametrize(("reference", "component", "layout"), list(cases()))
 def test_every_layout_of_every_network_can_be_imported_again(store, tmp_path, reference, component, layout):
-    folder, file = store / reference / components()[component].slot, tmp_path / "x.safetensors"
+    folder, file = store(reference) / components()[component].slot, tmp_path / "x.safetensors"
     options = ["--component", folder.name, "--layout", layout, "--output", str(file)]
     assert convert_weights.main(["export", "--weights", str(folder.parent), *options]) == 0
     found = next(x for x in detect(open_weights(DATA / reference)) if x.component.name == component)
@@ -101,7 +105,7 @@ def export(store, tmp_path, reference, network, layout):
 
     file = tmp_path / "x.safetensors"
     options = ["--component", network, "--layout", layout, "--output", str(file)]
-    assert convert_weights.main(["export", "--weights", str(store / reference), *options]) == 0
+    assert convert_weights.main(["export", "--weights", str(store(reference)), *options]) == 0
     return load_torch(file)
 
 
@@ -133,7 +137,7 @@ def test_the_official_class_loads_the_adapter(store, tmp_path):
     blocks.load_state_dict(parts["audio_processor"], strict=True)
 
     config = detect(open_weights(DATA / "fantasytalking_dit"))[1].config
-    ours = load_network(store / "fantasytalking_dit" / "audio_adapter", config, dtype=jnp.float32)
+    ours = load_network(store("fantasytalking_dit") / "audio_adapter", config, dtype=jnp.float32)
     features = np.random.default_rng(0).standard_normal((1, 7, 32), np.float32)
     with torch.no_grad():
         theirs = projection.norm(projection.proj(torch.from_numpy(features))).numpy()
@@ -229,7 +233,7 @@ def test_exports_of_the_miniature(tmp_path, command):
 def test_what_cannot_be_exported(store, tmp_path, command, network, layout, output, word):
     (tmp_path / "file").write_text("")
     options = ["--component", network, "--layout", layout, "--output", tmp_path / output]
-    code, out, err = command("export", "--weights", store / "fantasytalking_dit", *options)
+    code, out, err = command("export", "--weights", store("fantasytalking_dit"), *options)
     assert (code, out) == (2, "")
     assert word in err
     assert [x.name for x in tmp_path.iterdir()] == ["file"]

@@ -26,6 +26,7 @@ def pipeline():
     return FantasyTalkingPipeline(small_networks(small_model()), WINDOW, SETTINGS, keep="all")
 
 
+@pytest.mark.slow
 def test_the_clip_lasts_as_long_as_the_sound(pipeline, tmp_path):
     out = pipeline(portrait(), speech(1.5))
     assert out.latents.shape[1] == 10  # 37 frames
@@ -95,6 +96,7 @@ def test_blocks_follow_each_other():
     assert later[0] == pytest.approx(60 / 23 * 16_000, abs=FEATURE_HOP)
 
 
+@pytest.mark.slow
 def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline):
     sound = speech(2.0)
     chunks = np.split(sound, [100, 5000, 20_000])

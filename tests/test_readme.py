@@ -97,6 +97,7 @@ def test_imports(page):
                 assert [x.name for x in node.names if not hasattr(module, x.name)] == []
 
 
+@pytest.mark.slow
 def test_example_of_a_reference_verifies(tmp_path):
     example = next(block for block in blocks(README, "python") if "my_wav2vec2" in block)
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, capture_output=True)

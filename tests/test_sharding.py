@@ -122,7 +122,7 @@ def compile_block(transformer, mesh, rows, columns, strategy, options=None):
             draw(BATCH, FRAMES, 17, AUDIO.token_width, seed=3), jnp.full((BATCH, FRAMES), 12), jnp.ones(BATCH)
         ),
     }
-    rotary = tuple(draw(padded, FRAMES, HEAD_WIDTH // 2, seed=i) for i in (4, 5))
+    rotary = tuple(draw(padded, FRAMES, HEAD_WIDTH, seed=i) for i in (4, 5))
 
     def run(state, x, modulation, rotary, conditions):
         block, kv_layer = nnx.merge(graphdef, state)

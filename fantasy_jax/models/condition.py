@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.models.attention import attention, grouped_attention
-from fantasy_jax.models.layers import RMSNorm, stack_layers
+from fantasy_jax.models.layers import RMSNorm, stack_layers, to_device
 from fantasy_jax.sharding import constrain, constrain_last
 from fantasy_jax.typing import Array, DType, Float, Int, Leaf
 
@@ -209,7 +209,7 @@ def keep_keys_and_values(layers: KVProjection, condition: Condition) -> KeysValu
     graphdef, state = nnx.split(layers)
 
     def project(state: nnx.State) -> KeysValues:
-        k, v = nnx.merge(graphdef, state).keys_and_values(condition)
+        k, v = nnx.merge(graphdef, to_device(state)).keys_and_values(condition)
         k, v = (constrain_last(x.reshape(*x.shape[:-2], -1), "kept") for x in (k, v))
         return k, v
 

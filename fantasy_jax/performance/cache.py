@@ -10,7 +10,7 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Makes JAX keep compiled programs, and says where on the standard error.
+    """Makes JAX keep compiled programs, and says where.
 
     The folder is that of JAX_COMPILATION_CACHE_DIR, otherwise one in the user's cache folder (XDG_CACHE_HOME,
     or ~/.cache). JAX_ENABLE_COMPILATION_CACHE=false turns it off. A folder that cannot be used costs the time
@@ -29,7 +29,7 @@ def keep_compiled_programs() -> None:
             print(f"Compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    print(f"Compiled programs are kept in {folder} (JAX_COMPILATION_CACHE_DIR)", file=sys.stderr)
+    print(f"Compiled programs are kept in {folder} (JAX_COMPILATION_CACHE_DIR)", flush=True)
 
 
 def _default_folder() -> Path:
