@@ -397,11 +397,12 @@ def test_train_steps_of_the_14b_model_compile_for_64_chips(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_steps_of_the_14b_model_compile_for_16_chips(tmp_path):
+def test_a_train_step_of_the_14b_model_compiles_for_16_chips(tmp_path):
     # Without a context axis the compiler makes loops of its own, of products and collective-permutes.
-    result, reports = compile_only("configs/fantasy_talking_14b.py", "v5p:2x2x4", tmp_path)
+    result, reports = compile_only("configs/fantasy_talking_14b.py", "v5p:2x2x4", tmp_path, "--only=stage 1")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert all(report["collectives"]["collective-permute"]["count"] > 1000 for report in reports)
+    (report,) = reports
+    assert report["collectives"]["collective-permute"]["count"] > 1000
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,23 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Makes JAX keep compiled programs, and says where.
+    """Makes JAX keep compiled programs, and prints the folder unless the environment names it.
 
     The folder is that of JAX_COMPILATION_CACHE_DIR, otherwise one in the user's cache folder (XDG_CACHE_HOME,
     or ~/.cache). JAX_ENABLE_COMPILATION_CACHE=false turns it off. A folder that cannot be used costs the time
     of compiling, and nothing else.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
         return
-    folder = jax.config.jax_compilation_cache_dir
-    if folder is None:
-        try:
-            folder = _default_folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(f"{folder} is write-protected")
-        except (OSError, RuntimeError) as error:  # a RuntimeError where there is no home
-            print(f"Compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        folder = _default_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is write-protected")
+    except (OSError, RuntimeError) as error:  # a RuntimeError where there is no home
+        print(f"Compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     print(f"Compiled programs are kept in {folder} (JAX_COMPILATION_CACHE_DIR)", flush=True)
 
 

@@ -141,7 +141,7 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
         prompt: str,
         plan: DubbingPlan,
         clips: Sequence["_Clip"],
-        noise: Sequence[Float[Array, "1 F h w C"]],
+        noise: Sequence[Float[Array, "1 _ h w C"]],
         *,
         timed: Timed,
         **options: Any,
