@@ -30,8 +30,11 @@ _DECODABLE = 256_000_000
 """Pixels that are decoded at most; Pillow takes 4 bytes for each."""
 _READABLE = 512_000_000
 """Pixels of a file at most; progressive JPEG takes up to 6 bytes for each, however small it is decoded."""
-DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error)
-"""What Pillow and its plugins raise for damaged files."""
+DAMAGED_IMAGE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error),
+    *(TypeError, LookupError, ArithmeticError),
+)
+"""What Pillow and its plugins raise for damaged files, whose values they compute with unchecked."""
 _SHEET = ("Software", "fantasy_jax contact sheet")
 """Text of a PNG file that says what it is."""
 

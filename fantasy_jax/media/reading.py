@@ -188,6 +188,8 @@ def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
             if not container.streams.video:
                 raise MediaError(f"{path}: has no video stream")
             context = container.streams.video[0].codec_context
+            if context is None:
+                raise MediaError(f"{path}: not a readable video (its codec is unknown)")
             if context.codec_tag in _DOLBY_VISION and context.color_trc not in TONE_MAPS:
                 raise MediaError(
                     f"{path}: is Dolby Vision without a compatible base layer (profile 5), whose colours "
