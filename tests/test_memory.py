@@ -21,9 +21,16 @@ def guided_step(found):
 
 def test_the_table_says_which_gpus_have_enough():
     step = memory.Stage("guided step, 2 branches", 17 * GIB, 4 * GIB, 3 * GIB)
+    gated = memory.Stage("guided step, 1 branch", 17 * GIB, 2 * GIB, 3 * GIB)
     other = memory.Stage("text encoder", 23 * GIB, GIB // 2, 0)
-    *_, row = memory.markdown_table({"x": [other, step]}).splitlines()
+    *_, row = memory.stage_table({"x": [other, gated, step]}).splitlines()
     assert row == "| x | 17.0 + 4.0 | 23.5, text encoder | 23.5 | 3.0 | no | yes | yes | yes | yes |"
+
+
+def test_results_that_reuse_memory_are_not_counted():
+    step = jax.jit(lambda x, y: (x + y, y[:2] * 2.0), donate_argnums=0)
+    array = jax.ShapeDtypeStruct((8,), "float32")
+    assert memory._new_results(step.lower(array, array)) == 8
 
 
 @pytest.mark.slow
