@@ -29,7 +29,7 @@ from fantasy_jax.sharding import make_mesh, replicate
 from fantasy_jax.system import encoders
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Keep, Networks
+from fantasy_jax.system.networks import Keep, Networks, check_memory
 from fantasy_jax.system.streaming import StreamingDecoder
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
@@ -110,13 +110,14 @@ class Pipeline:
                 `config` has it.
 
         Raises:
-            ConfigError: A network is missing.
+            ConfigError: A network is missing, or weights of several devices are to lie in the host's memory.
         """
         if missing := [slot for slot in self.required if slot not in networks]:
             raise ConfigError(f"model.{missing[0]}: is missing; {type(self).__name__} needs it")
         self.networks = networks.keeping(config.keep if keep is None else keep)
         self.video, self.config = video, config
         self.mesh = make_mesh(**config.mesh.axes)
+        check_memory(config.weights_memory, self.mesh)
         self.origins: dict[str, str] = {}
         self.calibration: Calibration | None = None
         self._said_origins = False
