@@ -32,6 +32,7 @@ from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.checksums import files_below, write_sums
 from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.quantize import quantize_store
 from fantasy_jax.weights.store import network_hash, read_record, record_hashes
 
 NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)])
@@ -165,6 +166,32 @@ def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_pat
     (events,) = (tmp_path / "stage_1").glob("events*")
     assert b"stage_1/validation/at_0.9/loss_at_lips" in events.read_bytes()
     assert "test: record 0 cannot be read" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def eight_bit_store(tmp_path_factory):
+    """The bundled weights with 8-bit weights in the transformer's blocks."""
+    folder = tmp_path_factory.mktemp("eight_bit")
+    quantize_store(WEIGHTS, folder, "int8", layers="^transformer/blocks/", progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["trained", "lora"])
+def test_config_error_for_training_weights_of_eight_bits(tmp_path, settings, eight_bit_store, mode):
+    rules = (("^adapters/", "trained"), ("^blocks/.*kernel$", mode), ("", "frozen"))
+    first, second = settings["config"].stages
+    config = replace(settings["config"], stages=(first, replace(second, parameters=rules)))
+    with pytest.raises(ConfigError, match=rf"stages\.1\.parameters: blocks/.* is {mode}, .*8-bit"):
+        finetune(eight_bit_store, tmp_path / "none", tmp_path / "run", **settings | {"config": config})
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_beside_weights_of_eight_bits(tmp_path, settings, encoded, eight_bit_store):
+    config = replace(settings["config"], stages=settings["config"].stages[:1])
+    store = finetune(eight_bit_store, encoded, tmp_path, **settings | {"config": config})
+    assert (store / "transformer").resolve() == (eight_bit_store / "transformer").resolve()
+    assert not (store / "audio_adapter").is_symlink()
+    assert not any(result.faults for result in check_store(store))
 
 
 def write_records(folder, metadata):
