@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fantasy_jax import media
-from fantasy_jax.diffusion.caching import EvaluationPlan
-from fantasy_jax.diffusion.held import HeldLatents
+from fantasy_jax.diffusion.flow import sampling_sigmas
+from fantasy_jax.diffusion.held import HeldLatents, first_step
 from fantasy_jax.diffusion.magcache import Calibration
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
@@ -31,7 +31,7 @@ from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Keep, Networks, check_memory
 from fantasy_jax.system.streaming import StreamingDecoder
-from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.typing import Array, Bool, Float, UInt8
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
 from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import stored_networks
@@ -264,8 +264,10 @@ class Pipeline:
         if progress:
             seconds = video_frames(noise.shape[1]) / self.video.fps
             self._print_origins()
-            plan = config.evaluation_plan(config.guidance)
-            print(_plan(seconds, windows.count if windows else 1, plan), flush=True)
+            sigmas = sampling_sigmas(config.num_inference_steps, config.shift)
+            first = 0 if held is None else first_step(sigmas, strength)
+            evaluations = config.evaluation_plan(config.guidance, first).evaluations[first:]
+            print(_plan(seconds, windows.count if windows else 1, evaluations), flush=True)
         with timed("Transformer"):
             latents = sample(
                 networks["transformer"],
@@ -324,11 +326,11 @@ class Pipeline:
                     yield from frames
 
 
-def _plan(seconds: float, windows: int, plan: EvaluationPlan) -> str:
+def _plan(seconds: float, windows: int, evaluations: Bool[np.ndarray, "steps branches"]) -> str:
     """How much work a clip is."""
-    factors = windows, *plan.evaluations.shape
+    factors = windows, *evaluations.shape
     product = " x ".join(map(str, factors))
-    total, count = math.prod(factors), windows * int(plan.evaluations.sum())
+    total, count = math.prod(factors), windows * int(evaluations.sum())
     made = f", of which {count} are made" if count < total else ""
     return (
         f"{seconds:.2f} s of video: {total} evaluations of the transformer ({product}: windows, steps, "
