@@ -8,6 +8,7 @@ import pytest
 from fantasy_jax.config import load_config, section
 from fantasy_jax.performance import memory
 from fantasy_jax.performance.chips import GIB
+from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
@@ -31,6 +32,16 @@ def test_results_that_reuse_memory_are_not_counted():
     step = jax.jit(lambda x, y: (x + y, y[:2] * 2.0), donate_argnums=0)
     array = jax.ShapeDtypeStruct((8,), "float32")
     assert memory._new_results(step.lower(array, array)) == 8
+
+
+def test_a_program_that_does_not_fit_says_what_it_needs(monkeypatch):
+    def fail(lowered):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 16.00G hbm.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    array = jax.ShapeDtypeStruct((2**28,), "float32")
+    program = Program("double", jax.jit(lambda x: x + x).lower, (array,), 0, 0, print)
+    assert memory._compiled_temporaries(program, program.lower(array)) == 19.5 * GIB
 
 
 @pytest.mark.slow

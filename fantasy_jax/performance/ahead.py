@@ -262,12 +262,8 @@ def compile_program(program: Program, topology: str, mesh: Mesh) -> CompiledRepo
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (exceeded := _OUT_OF_MEMORY.search(str(error))):
-            raise
-        fits = False
-        needed = int(float(exceeded[1]) * {"G": 2**30, "M": 2**20, "K": 2**10}[exceeded[2].upper()])
-        arguments = device_bytes(program.arguments)
-        temporaries = max(needed - arguments, 0)
+        fits, arguments = False, device_bytes(program.arguments)
+        temporaries = exceeding_temporaries(error, arguments)
     else:
         memory = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -296,6 +292,19 @@ def compile_program(program: Program, topology: str, mesh: Mesh) -> CompiledRepo
         largest_arguments={} if fits else largest_arrays(program.arguments),
         would_fit=[] if fits else _would_fit(program, mesh, arguments, temporaries, chip),
     )
+
+
+def exceeding_temporaries(error: jax.errors.JaxRuntimeError, arguments: int) -> int:
+    """Bytes of the temporaries of a program that does not fit, by the compiler's error.
+
+    Args:
+        error: What compiling raised; an error about anything else is raised again.
+        arguments: Bytes of the program's arguments.
+    """
+    if not (exceeded := _OUT_OF_MEMORY.search(str(error))):
+        raise error
+    needed = int(float(exceeded[1]) * {"G": 2**30, "M": 2**20, "K": 2**10}[exceeded[2].upper()])
+    return max(needed - arguments, 0)
 
 
 def _would_fit(program: Program, mesh: Mesh, arguments: int, temporaries: int, chip: Chip) -> list[str]:

@@ -19,7 +19,7 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.models.eight_bit import EightBit
 from fantasy_jax.models.tiling import split_tiles
-from fantasy_jax.performance.ahead import slice_devices, with_size
+from fantasy_jax.performance.ahead import exceeding_temporaries, slice_devices, with_size
 from fantasy_jax.performance.chips import GIB
 from fantasy_jax.performance.program import Program, device_bytes
 from fantasy_jax.performance.programs import sampling_programs
@@ -121,7 +121,7 @@ def stages(
             if device is None:
                 temporaries = account(program, model, config, video)
             else:
-                temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+                temporaries = _compiled_temporaries(program, lowered)
             host = device_bytes(program.arguments, in_host=True)
             found.append(Stage(program.name, arguments, temporaries, host))
     return found
@@ -156,6 +156,14 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
             sides = tuple(map(min, sides, tile))
         return 6 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
     return device_bytes(leaves) // 10
+
+
+def _compiled_temporaries(program: Program, lowered: jax.stages.Lowered) -> int:
+    """Temporaries by the compiler, even if the program does not fit its device."""
+    try:
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        return exceeding_temporaries(error, device_bytes(program.arguments))
 
 
 def _new_results(lowered: jax.stages.Lowered) -> int:
