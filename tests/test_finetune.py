@@ -85,12 +85,12 @@ def linked_store(folder, *copied):
     return folder
 
 
-def change_record(network):
-    """Changes the hash of a network's record."""
+def change_record(network, changes):
+    """Changes the content of a network's record, and so its hash."""
     record = network / "component.json"
     content = json.loads(record.read_text())
     record.unlink()
-    record.write_text(json.dumps(content | {"note": "another"}))
+    record.write_text(json.dumps(content | changes))
     write_sums(network, files_below(network))
 
 
@@ -132,7 +132,7 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
     # A complete run is not trained again; a run of other weights is not resumed.
     assert finetune(WEIGHTS, encoded, tmp_path, **settings) == store
     other = linked_store(tmp_path / "other", "text_encoder")
-    change_record(other / "text_encoder")
+    change_record(other / "text_encoder", {"note": "another"})
     with pytest.raises(ConfigError, match="weights"):
         finetune(other, encoded, tmp_path, **settings)
 
@@ -168,28 +168,24 @@ def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_pat
     assert "test: record 0 cannot be read" in caplog.text
 
 
-@pytest.fixture(scope="module")
-def eight_bit_store(tmp_path_factory):
-    """The bundled weights with 8-bit weights in the transformer's blocks."""
-    folder = tmp_path_factory.mktemp("eight_bit")
-    quantize_store(WEIGHTS, folder, "int8", layers="^transformer/blocks/", progress=False)
-    return folder
-
-
 @pytest.mark.parametrize("mode", ["trained", "lora"])
-def test_config_error_for_training_weights_of_eight_bits(tmp_path, settings, eight_bit_store, mode):
+def test_config_error_for_training_weights_of_eight_bits(tmp_path, settings, mode):
+    weights = linked_store(tmp_path / "weights", "transformer")
+    dtypes = {"blocks/mlp_in/weight": "int8", "blocks/mlp_in/weight_scale": "float32"}
+    change_record(weights / "transformer", {"other_dtypes": dtypes})
     rules = (("^adapters/", "trained"), ("^blocks/.*kernel$", mode), ("", "frozen"))
     first, second = settings["config"].stages
     config = replace(settings["config"], stages=(first, replace(second, parameters=rules)))
     with pytest.raises(ConfigError, match=rf"stages\.1\.parameters: blocks/.* is {mode}, .*8-bit"):
-        finetune(eight_bit_store, tmp_path / "none", tmp_path / "run", **settings | {"config": config})
+        finetune(weights, tmp_path / "none", tmp_path / "run", **settings | {"config": config})
 
 
 @pytest.mark.slow
-def test_adapters_are_trained_beside_weights_of_eight_bits(tmp_path, settings, encoded, eight_bit_store):
-    config = replace(settings["config"], stages=settings["config"].stages[:1])
-    store = finetune(eight_bit_store, encoded, tmp_path, **settings | {"config": config})
-    assert (store / "transformer").resolve() == (eight_bit_store / "transformer").resolve()
+def test_adapters_are_trained_beside_weights_of_eight_bits(tmp_path, settings, encoded):
+    weights, config = tmp_path / "int8", replace(settings["config"], stages=settings["config"].stages[:1])
+    quantize_store(WEIGHTS, weights, "int8", layers="^transformer/blocks/", progress=False)
+    store = finetune(weights, encoded, tmp_path / "run", **settings | {"config": config})
+    assert (store / "transformer").resolve() == weights / "transformer"
     assert not (store / "audio_adapter").is_symlink()
     assert not any(result.faults for result in check_store(store))
 
