@@ -135,9 +135,9 @@ def test_settings_out_of_range_are_refused(pipeline):
     networks = pipeline.networks
     with pytest.raises(ConfigError, match="face_motion"):
         FantasyTalkingPipeline(networks, VIDEO, SampleConfig(face_motion=1.0))
+    on_two = SampleConfig(weights_memory="host", mesh=MeshConfig(fsdp=2))
     with pytest.raises(ConfigError, match="weights_memory"):
-        config = SampleConfig(weights_memory="host", mesh=MeshConfig(fsdp=2))
-        FantasyTalkingPipeline(networks, VIDEO, config)
+        FantasyTalkingPipeline(networks, VIDEO, on_two)
     without_audio = small_model().replace(audio_adapter=None)
     with pytest.raises(ConfigError, match="audio_adapter"):
         FantasyTalkingPipeline(random_networks(without_audio, byte_tokenizer()), VIDEO, STEPS)
