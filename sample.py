@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 
 from fantasy_jax import cli, media
 from fantasy_jax.config import section
-from fantasy_jax.diffusion.guidance import GatingConfig
-from fantasy_jax.diffusion.magcache import Calibration, MagCacheConfig, write_curve
+from fantasy_jax.diffusion.magcache import Calibration, write_curve
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs, is_stream
 from fantasy_jax.performance import ahead
@@ -75,16 +74,26 @@ def main(argv: list[str] | None = None) -> int:
     pipeline_type = _pipeline_type(config, arguments)
     model = section(ModelConfig, config, "model")
     video = section(VideoConfig, config, "video")
+    if arguments.calibrate:
+        _drop_approximations(config)
     settings = section(pipeline_type.config_type, config, "sample")
     piece = {"start": arguments.start, "max_seconds": arguments.seconds}
     if arguments.lora:
         piece["loras"] = tuple(map(parse_lora, arguments.lora))
     settings = replace(settings, **{name: x for name, x in piece.items() if x is not None})
     if ahead.is_requested(arguments, also=("size",)):
+        if settings.eight_bit_products:
+            raise ConfigError(
+                "sample.eight_bit_products needs 8-bit weights, which --compile_only does not have; "
+                "python -m fantasy_jax.performance.memory --compile_only compiles with them"
+            )
         programs = partial(sampling_programs, model, settings, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, settings.mesh, programs)
-    if arguments.calibrate:  # the exact steps are measured
-        settings = replace(settings, gating=GatingConfig(), magcache=MagCacheConfig())
+    if arguments.calibrate and arguments.video and settings.strength < 1:
+        raise ConfigError(
+            f"--calibrate measures all steps, but sample.strength is {settings.strength:g}, which leaves "
+            "some out; set it to 1"
+        )
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
     _check_files(arguments, config, requests, settings)
@@ -98,6 +107,14 @@ def main(argv: list[str] | None = None) -> int:
         write_curve(pipeline.calibration.curve(settings.shift, settings.guidance), arguments.calibrate)
         print(f"Wrote {arguments.calibrate}: what --config.sample.magcache.curve takes")
     return status
+
+
+def _drop_approximations(config: ConfigDict) -> None:
+    """Drops the settings of approximations: exact steps are measured, and the curve need not exist yet."""
+    if isinstance(sampling := config.get("sample"), ConfigDict):
+        with sampling.unlocked():
+            for name in {"gating", "magcache"} & set(sampling):
+                del sampling[name]
 
 
 def _check_files(

@@ -48,6 +48,7 @@ from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
 
 PARTS = ("forward", "guided_step", "training_step", "vae", "loader")
+_EIGHT_BIT_PARTS = frozenset(PARTS[:2])
 _BATCHES_PER_CALL = 4
 """Batches that one timed call of the loader reads: it reads ahead, and batches come in groups."""
 _RECORDS_BYTES = 256 * 2**20
@@ -95,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         section(MiniatureConfig if config.get("task") == "miniature" else StagesConfig, config, "train"),
         arguments.eight_bit,
     )
+    if settings.sample.eight_bit_products and not settings.eight_bit and _EIGHT_BIT_PARTS & set(only):
+        raise ConfigError("sample.eight_bit_products needs 8-bit weights; add --eight_bit=int8 or fp8")
     reference = None
     if arguments.against:  # before JAX takes the device's memory
         with cli.timed("PyTorch"):
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if profile:
         _show_kernels(profile, timings)
     if arguments.json:
-        _write(arguments.json, timings, settings.video, reference)
+        _write(arguments.json, timings, settings, reference)
         print(f"Wrote {arguments.json}")
     return 0
 
@@ -149,6 +152,8 @@ def _parts(arguments: argparse.Namespace) -> Sequence[str]:
         raise ConfigError(f"--only={arguments.only}: no such part {unknown[0]!r}; use {', '.join(PARTS)}")
     if arguments.against and "forward" not in only:
         raise ConfigError("--against compares the forward pass; add forward to --only")
+    if arguments.eight_bit and not _EIGHT_BIT_PARTS & set(only):
+        raise ConfigError("--eight_bit is for forward and guided_step; add one of them to --only")
     if arguments.profile and set(only) == {"loader"}:
         raise ConfigError("--profile traces programs; add another part than the loader to --only")
     return only
@@ -268,13 +273,17 @@ def _compare(reference: dict[str, Any], ours: Timing) -> list[Timing]:
 
 
 def _write(
-    path: str, timings: Sequence[Timing], video: VideoConfig, reference: dict[str, Any] | None
+    path: str, timings: Sequence[Timing], settings: _Settings, reference: dict[str, Any] | None
 ) -> None:
+    video, sample = settings.video, settings.sample
     content = {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "clip": [video.num_frames, *video.size],
+        "eight_bit": settings.eight_bit,
+        "eight_bit_products": sample.eight_bit_products,
+        "weights_memory": sample.weights_memory,
         "timings": [timing.to_json() for timing in timings],
     }
     if reference:

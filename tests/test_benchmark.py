@@ -151,6 +151,7 @@ def test_all_parts_and_pytorch_are_timed(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     content = json.loads(path.read_text())
     assert content["clip"] == [5, 32, 32]
+    assert (content["eight_bit"], content["weights_memory"]) == (None, "device")
     assert set(content["versions"]) == {"jax", "jaxlib", "flax", "torch"}
     timings = {timing["name"]: timing for timing in content["timings"]}
     assert list(timings) == [

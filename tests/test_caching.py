@@ -311,6 +311,9 @@ def test_wrappers_do_not_go_with_residuals(transformer):
     config = SamplerConfig(num_inference_steps=STEPS, magcache=MAGCACHE)
     with pytest.raises(ValueError, match="wrappers"):
         sample(transformer, noise, inputs, config, guidance=GUIDANCE, wrappers=[lambda velocity: velocity])
+    for settings in ({"gating": GATES}, {"magcache": MAGCACHE}):
+        with pytest.raises(ValueError, match="residual_callback"):
+            run(transformer, noise, inputs, windows=None, callback=print, **settings)
 
 
 def test_a_calibration_measures_the_residuals(transformer):
@@ -361,6 +364,7 @@ def test_programs_of_the_approximations():
 def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
     names = ["gated 0.25, 0.25", "4 steps"]
     options = [f"--config={ROOT / 'configs/tiny.py'}", "--clips=2", f"--json={tmp_path / 'figures.json'}"]
+    options += ["--config.sample.gating.enabled=True"]  # which the exact steps leave out
     approximate.main([*options, *(f"--only={name}" for name in names)])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [(name, row["evaluations"]) for name, row in figures.items()] == [
@@ -376,15 +380,23 @@ def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"context": 4, "tensor": 2}], ids=str)
-def test_caches_are_sharded(transformer, sizes):
+def test_caches_are_sharded(transformer, sizes, monkeypatch):
     noise, inputs = clip()
     settings = {"gating": GATES, "magcache": MAGCACHE}
     expected = run(transformer, noise, inputs, **settings)
-    mesh, residuals = make_mesh(**sizes), []
+    mesh, residuals, sampler_step = make_mesh(**sizes), [], sampler.guided_step
+
+    def step(*arguments):
+        latents, cache = sampler_step(*arguments)
+        residuals.extend(cache.residuals)
+        return latents, cache
+
+    monkeypatch.setattr(sampler, "guided_step", step)
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(transformer)
         state = jax.device_put(state, parameter_shardings(state, mesh))
         on_mesh = nnx.merge(graphdef, state), *replicate((noise, inputs))
-        result = run(*on_mesh, callback=lambda _, x: residuals.extend(x), **settings)
+        result = run(*on_mesh, **settings)
     assert relative(result, expected) < 1e-5
+    assert residuals
     assert all(x.addressable_shards[0].data.size == x.size // 4 for x in residuals)

@@ -246,9 +246,10 @@ def test_only_the_mouth_of_the_speaker_changes(pipeline, tmp_path):
 
 
 @pytest.mark.slow
-def test_strength_0_without_a_mask_is_the_vaes_reconstruction(pipeline, tmp_path):
+def test_strength_0_without_a_mask_is_the_vaes_reconstruction(pipeline, tmp_path, capsys):
     path = write(tmp_path / "v.mp4", person(frames=9), fps=20)
-    out = pipeline(path, speech(1.0), mask="none", strength=0.0)
+    out = pipeline(path, speech(1.0), mask="none", strength=0.0, progress=True)
+    assert ": 0 evaluations of the transformer" in capsys.readouterr().out
     (scene,) = out.scenes
     square = scene.speaker.square
     crops = np.stack([resize_crop(square.cut(frame), 32) for frame in frames_of(path)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import DATA, layer, random_network, relative, run_convert_weights
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax.convert.rules import flat_parameters
@@ -30,6 +30,7 @@ from fantasy_jax.system.networks import EIGHT_BIT_LAYERS
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.parameters import lora_layers
 from fantasy_jax.weights.loading import StoredLoader, load_network
+from fantasy_jax.weights.lora import LoRAFile, open_loras
 from fantasy_jax.weights.quantize import quantize_store
 from fantasy_jax.weights.store import LORA, save_network
 
@@ -235,7 +236,15 @@ def test_only_one_device_takes_weights_from_the_host(stores):
 
 def test_products_in_eight_bits_need_such_weights(store):
     with pytest.raises(ConfigError, match="eight_bit_products"):
-        transformer(store, eight_bit_products=True)
+        StoredLoader(store, eight_bit_products=True)  # before weights are read
+
+
+def test_the_difference_of_a_lora_file_needs_weights_of_16_bits(stores, tmp_path):
+    difference = np.ones((CONFIG.ffn_dim, CONFIG.dim), np.float32)
+    save_file({"diffusion_model.blocks.0.ffn.0.diff": difference}, tmp_path / "x.safetensors")
+    loras = open_loras([LoRAFile(str(tmp_path / "x.safetensors"))], CONFIG)
+    with pytest.raises(WeightsError, match="cannot change 8-bit weights"):
+        StoredLoader(stores["int8"], merge_lora=False, loras=loras)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.checksums import files_below, write_sums
 from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.quantize import quantize_store
 from fantasy_jax.weights.store import network_hash, read_record, record_hashes
 
 NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)])
@@ -84,12 +85,12 @@ def linked_store(folder, *copied):
     return folder
 
 
-def change_record(network):
-    """Changes the hash of a network's record."""
+def change_record(network, changes):
+    """Changes the content of a network's record, and so its hash."""
     record = network / "component.json"
     content = json.loads(record.read_text())
     record.unlink()
-    record.write_text(json.dumps(content | {"note": "another"}))
+    record.write_text(json.dumps(content | changes))
     write_sums(network, files_below(network))
 
 
@@ -131,7 +132,7 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
     # A complete run is not trained again; a run of other weights is not resumed.
     assert finetune(WEIGHTS, encoded, tmp_path, **settings) == store
     other = linked_store(tmp_path / "other", "text_encoder")
-    change_record(other / "text_encoder")
+    change_record(other / "text_encoder", {"note": "another"})
     with pytest.raises(ConfigError, match="weights"):
         finetune(other, encoded, tmp_path, **settings)
 
@@ -165,6 +166,28 @@ def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_pat
     (events,) = (tmp_path / "stage_1").glob("events*")
     assert b"stage_1/validation/at_0.9/loss_at_lips" in events.read_bytes()
     assert "test: record 0 cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["trained", "lora"])
+def test_config_error_for_training_weights_of_eight_bits(tmp_path, settings, mode):
+    weights = linked_store(tmp_path / "weights", "transformer")
+    dtypes = {"blocks/mlp_in/weight": "int8", "blocks/mlp_in/weight_scale": "float32"}
+    change_record(weights / "transformer", {"other_dtypes": dtypes})
+    rules = (("^adapters/", "trained"), ("^blocks/.*kernel$", mode), ("", "frozen"))
+    first, second = settings["config"].stages
+    config = replace(settings["config"], stages=(first, replace(second, parameters=rules)))
+    with pytest.raises(ConfigError, match=rf"stages\.1\.parameters: blocks/.* is {mode}, .*8-bit"):
+        finetune(weights, tmp_path / "none", tmp_path / "run", **settings | {"config": config})
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_beside_weights_of_eight_bits(tmp_path, settings, encoded):
+    weights, config = tmp_path / "int8", replace(settings["config"], stages=settings["config"].stages[:1])
+    quantize_store(WEIGHTS, weights, "int8", layers="^transformer/blocks/", progress=False)
+    store = finetune(weights, encoded, tmp_path / "run", **settings | {"config": config})
+    assert (store / "transformer").resolve() == weights / "transformer"
+    assert not (store / "audio_adapter").is_symlink()
+    assert not any(result.faults for result in check_store(store))
 
 
 def write_records(folder, metadata):

@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 from test_import import adapter, layout_tensors, official, references, tiny, write_pickle  # noqa: F401
 
 from fantasy_jax.convert.files import open_weights
+from fantasy_jax.convert.rules import LINEAR, Entry, Plan
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.models.eight_bit import quantize
 from fantasy_jax.preprocessing.text import load_tokenizer
 from fantasy_jax.system.registry import components
-from fantasy_jax.weights.importer import import_weights
+from fantasy_jax.weights.importer import _layers_of, import_weights
 from fantasy_jax.weights.loading import load_network
 
 
@@ -327,6 +328,13 @@ def test_weights_of_eight_bits_are_imported_as_they_are(tmp_path, references, tr
     assert "already complete" in command(*arguments, "--dtype=fp8")[1]
     code, _, err = command(*arguments, "--dtype=bfloat16")
     assert (code, "delete it, or choose another --output" in err) == (2, True)
+
+
+def test_a_fused_layer_does_not_take_the_scale_of_a_part():
+    parts = [Entry(key, "layers/qkv/kernel", None, LINEAR, (i, 2)) for i, key in enumerate("qk")]
+    plan = Plan([*parts, Entry("o", "layers/out/kernel", None, LINEAR)], {}, {}, [])
+    layers = dict.fromkeys(("layers/qkv", "layers/out"), "int8")
+    assert _layers_of(plan, layers) == {"layers/qkv": None, "layers/out": "o"}
 
 
 def test_integers_without_a_scale_are_no_weights(tmp_path, transformer, command):

@@ -290,6 +290,7 @@ def test_a_product_of_convolutions_is_merged(network, base, tmp_path):
     product = np.tensordot(b[..., 0, 0, 0], a, 1)
     wanted = expected(network, by_hand(base, {}, {("patch_embedding", "diff"): product}, 0.7))
     check_equal(merged(network, lora, products=False), wanted)
+    assert lora.changed(products=False) == lora.changed()
 
 
 def test_the_own_export_is_read_back_equal(store, tmp_path, capsys):

@@ -11,6 +11,7 @@ from fantasy_jax.config import load_config, section
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.performance import memory
 from fantasy_jax.performance.chips import GIB
+from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
@@ -24,9 +25,26 @@ def guided_step(found):
 
 def test_the_table_says_which_gpus_have_enough():
     step = memory.Stage("guided step, 2 branches", 17 * GIB, 4 * GIB, 3 * GIB)
+    gated = memory.Stage("guided step, 1 branch", 17 * GIB, 2 * GIB, 3 * GIB)
     other = memory.Stage("text encoder", 23 * GIB, GIB // 2, 0)
-    *_, row = memory.markdown_table({"x": [other, step]}).splitlines()
+    *_, row = memory.stage_table({"x": [other, gated, step]}).splitlines()
     assert row == "| x | 17.0 + 4.0 | 23.5, text encoder | 23.5 | 3.0 | no | yes | yes | yes | yes |"
+
+
+def test_results_that_reuse_memory_are_not_counted():
+    step = jax.jit(lambda x, y: (x + y, y[:2] * 2.0), donate_argnums=0)
+    array = jax.ShapeDtypeStruct((8,), "float32")
+    assert memory._new_results(step.lower(array, array)) == 8
+
+
+def test_a_program_that_does_not_fit_says_what_it_needs(monkeypatch):
+    def fail(lowered):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 16.00G hbm.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    array = jax.ShapeDtypeStruct((2**28,), "float32")
+    program = Program("double", jax.jit(lambda x: x + x).lower, (array,), 0, 0, print)
+    assert memory._compiled_temporaries(program, program.lower(array)) == 19.5 * GIB
 
 
 def saved_bytes():

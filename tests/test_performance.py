@@ -25,7 +25,7 @@ from fantasy_jax.performance import ahead
 from fantasy_jax.performance.chips import CHIPS, chip_of
 from fantasy_jax.performance.collectives import Collective, UnknownTripCountError, collectives
 from fantasy_jax.performance.flops import model_flops
-from fantasy_jax.performance.program import Program
+from fantasy_jax.performance.program import Program, device_bytes
 from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.sharding import MeshConfig, make_mesh
@@ -188,6 +188,9 @@ def test_largest_arrays_of_a_chip():
     sharded = NamedSharding(mesh, PartitionSpec("fsdp"))
     tree = {"a": jax.ShapeDtypeStruct((80,), jnp.float32, sharding=sharded), "b": {"c": array(30)}}
     assert ahead.largest_arrays(tree) == {"b/c": 120, "a": 40}
+    in_host = jax.ShapeDtypeStruct((80,), jnp.float32, sharding=sharded.with_memory_kind("pinned_host"))
+    assert (device_bytes([tree, in_host]), device_bytes([tree, in_host], in_host=True)) == (160, 40)
+    assert device_bytes(tree, {"fsdp": 4}) == 200
 
 
 class Compiled:

@@ -16,6 +16,7 @@ from fantasy_jax.media import read_video
 from fantasy_jax.pipelines.base import as_image, as_waveform
 from fantasy_jax.pipelines.config import SampleConfig, read_pipeline, write_pipeline
 from fantasy_jax.preprocessing.text import byte_tokenizer
+from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.networks import RandomLoader, random_networks
 from fantasy_jax.video import VideoConfig
 
@@ -134,6 +135,9 @@ def test_settings_out_of_range_are_refused(pipeline):
     networks = pipeline.networks
     with pytest.raises(ConfigError, match="face_motion"):
         FantasyTalkingPipeline(networks, VIDEO, SampleConfig(face_motion=1.0))
+    on_two = SampleConfig(weights_memory="host", mesh=MeshConfig(fsdp=2))
+    with pytest.raises(ConfigError, match="weights_memory"):
+        FantasyTalkingPipeline(networks, VIDEO, on_two)
     without_audio = small_model().replace(audio_adapter=None)
     with pytest.raises(ConfigError, match="audio_adapter"):
         FantasyTalkingPipeline(random_networks(without_audio, byte_tokenizer()), VIDEO, STEPS)

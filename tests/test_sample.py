@@ -113,7 +113,8 @@ def test_the_debug_configuration_runs(inputs, tmp_path, monkeypatch, capsys):
 def test_a_curve_is_measured_and_used(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = [*common(inputs), "--weights=", "--seconds=0.6", "--config.sample.num_inference_steps=2"]
-    main([*settings, "--calibrate=curve.json", "--config.sample.gating.enabled=True"])
+    given = ["--config.sample.gating.enabled=True", "--config.sample.magcache.curve=curve.json"]
+    main([*settings, "--calibrate=curve.json", *given])  # measures exact steps
     assert "4 evaluations" in capsys.readouterr().out
     measured = read_curve("curve.json")
     assert measured.branches == (("audio",), ())

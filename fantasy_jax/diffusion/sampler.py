@@ -227,7 +227,8 @@ def sample(
 
     Raises:
         ConfigError: The curve of MagCache does not fit the settings.
-        ValueError: There are wrappers, and residuals, which are those of the transformer alone.
+        ValueError: There are wrappers, and residuals, which are those of the transformer alone; or there is a
+            `residual_callback`, but not every step computes all branches.
     """
     sigmas = sampling_sigmas(config.num_inference_steps, config.shift)
     scales = difference_scales(guidance)
@@ -243,6 +244,8 @@ def sample(
     first = 0 if held is None else first_step(sigmas, strength)
     plan = config.evaluation_plan(guidance, first)
     kept = plan.gates, plan.skips or residual_callback is not None
+    if residual_callback is not None and (plan.gates or plan.skips):
+        raise ValueError("residual_callback takes exact steps; turn gating and magcache off")
     if wrappers and kept[1]:
         raise ValueError("wrappers do not go with residuals, which are those of the transformer alone")
     program, cache = StepProgram(config.batch_branches, solver, tuple(wrappers), group, *kept), StepCache()

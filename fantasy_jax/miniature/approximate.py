@@ -48,6 +48,9 @@ def _skipping(curve: MagnitudeCurve, bound: float, skips: int) -> dict[str, Any]
     return {"magcache": MagCacheConfig(curve, bound, skips)}
 
 
+EXACT = {"gating": GatingConfig(), "magcache": MagCacheConfig()}
+"""The settings of exact sampling, whatever the config has."""
+
 METHODS: dict[str, Settings] = {
     "gated 0.4, 0.7": lambda curve: _gated(0.4, 0.7),
     "gated 0.5, 0.5": lambda curve: _gated(0.5, 0.5),
@@ -113,14 +116,14 @@ def measure(held_out: HeldOutClips, names: Sequence[str], show: Callable[[str, R
 def _sample(
     held_out: HeldOutClips, changes: Mapping[str, Any], name: str, calibration: Calibration | None = None
 ) -> _Clips:
-    config = replace(held_out.config, **changes)
+    config = replace(held_out.config, **EXACT | changes)
     batches = held_out.sample(held_out.encoded, name, config, residual_callback=calibration)
     latents = np.concatenate([np.asarray(x) for x in batches])
     return _Clips(latents, held_out.decode(latents))
 
 
 def _row(held_out: HeldOutClips, changes: Mapping[str, Any], clips: _Clips, exact: _Clips) -> Row:
-    config, records = replace(held_out.config, **changes), held_out.clips
+    config, records = replace(held_out.config, **EXACT | changes), held_out.clips
     return Row(
         int(config.evaluation_plan(config.guidance).evaluations.sum()),
         held_out.correlation_with(clips.videos, [record["opening"] for record in records]),

@@ -12,7 +12,7 @@ inputs are quantised, too, with a scale for each token, and the product itself h
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -156,18 +156,24 @@ def multiply_in_eight_bits(network: nnx.Module, pattern: str) -> None:
     Raises:
         ConfigError: There are none.
     """
-    found = [
-        module
-        for path, module in nnx.iter_modules(network)
-        if isinstance(module, EightBitLinear) and re.search(pattern, "/".join(map(str, path)))
-    ]
-    if not found:
-        raise ConfigError(
-            "sample.eight_bit_products: the transformer's MLPs have no 8-bit weights; use a store that "
-            "convert_weights.py quantize has made"
-        )
-    for layer in found:
-        layer.products = True
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(network)}
+    layers = [path for path, module in modules.items() if isinstance(module, EightBitLinear)]
+    for path in layers_of_products(layers, pattern):
+        modules[path].products = True
+
+
+def layers_of_products(layers: Iterable[str], pattern: str) -> list[str]:
+    """The paths that match, of layers with 8-bit weights.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if found := [path for path in layers if re.search(pattern, path)]:
+        return found
+    raise ConfigError(
+        "sample.eight_bit_products: the transformer's MLPs have no 8-bit weights; use a store that "
+        "convert_weights.py quantize has made"
+    )
 
 
 def quantize_values(

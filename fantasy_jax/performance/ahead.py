@@ -8,7 +8,6 @@ the run time: what compute, memory or links alone would take at their peak rates
 import argparse
 import json
 import logging
-import math
 import os
 import re
 import time
@@ -26,7 +25,7 @@ from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.performance.chips import GIB, Chip, chip_of
 from fantasy_jax.performance.collectives import Collective, UnknownTripCountError, collectives
 from fantasy_jax.performance.fitting import setups_that_fit
-from fantasy_jax.performance.program import Program
+from fantasy_jax.performance.program import Program, device_bytes
 from fantasy_jax.sharding import MeshConfig, make_mesh
 from fantasy_jax.typing import Leaf
 from fantasy_jax.video import VideoConfig
@@ -263,12 +262,8 @@ def compile_program(program: Program, topology: str, mesh: Mesh) -> CompiledRepo
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (exceeded := _OUT_OF_MEMORY.search(str(error))):
-            raise
-        fits = False
-        needed = int(float(exceeded[1]) * {"G": 2**30, "M": 2**20, "K": 2**10}[exceeded[2].upper()])
-        arguments = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(program.arguments))
-        temporaries = max(needed - arguments, 0)
+        fits, arguments = False, device_bytes(program.arguments)
+        temporaries = exceeding_temporaries(error, arguments)
     else:
         memory = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -299,6 +294,19 @@ def compile_program(program: Program, topology: str, mesh: Mesh) -> CompiledRepo
     )
 
 
+def exceeding_temporaries(error: jax.errors.JaxRuntimeError, arguments: int) -> int:
+    """Bytes of the temporaries of a program that does not fit, by the compiler's error.
+
+    Args:
+        error: What compiling raised; an error about anything else is raised again.
+        arguments: Bytes of the program's arguments.
+    """
+    if not (exceeded := _OUT_OF_MEMORY.search(str(error))):
+        raise error
+    needed = int(float(exceeded[1]) * {"G": 2**30, "M": 2**20, "K": 2**10}[exceeded[2].upper()])
+    return max(needed - arguments, 0)
+
+
 def _would_fit(program: Program, mesh: Mesh, arguments: int, temporaries: int, chip: Chip) -> list[str]:
     found = list(map(str, setups_that_fit(program, mesh.shape, arguments, temporaries, chip.memory)))
     if program.batch_size is not None:
@@ -325,16 +333,10 @@ def _roofline(
 def largest_arrays(tree: Leaf, count: int = 10) -> dict[str, int]:
     """Returns the `count` arrays of a tree that take most memory of a chip: bytes by path."""
     sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _shard_bytes(leaf)
+        jax.tree_util.keystr(path, simple=True, separator="/"): device_bytes(leaf)
         for path, leaf in jax.tree.flatten_with_path(tree)[0]
     }
     return dict(sorted(sizes.items(), key=lambda item: -item[1])[:count])
-
-
-def _shard_bytes(leaf: Leaf) -> int:
-    sharding = getattr(leaf, "sharding", None)
-    shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def report_table(reports: Sequence[CompiledReport]) -> str:

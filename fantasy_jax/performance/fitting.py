@@ -5,12 +5,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import jax
-
 from fantasy_jax.performance.chips import GIB
-from fantasy_jax.performance.program import Program
+from fantasy_jax.performance.program import Program, device_bytes
 from fantasy_jax.sharding import RULES
-from fantasy_jax.typing import Leaf
 
 _MARGIN = 0.9
 """Fraction of a chip's memory that an estimate may take; estimates are up to a tenth too low."""
@@ -58,11 +55,11 @@ def setups_that_fit(
         memory: Bytes of a chip.
     """
     present, batch = dict(mesh), program.batch_size
-    scale = argument_bytes / sharded_bytes(program.arguments, present)
+    scale = argument_bytes / device_bytes(program.arguments, present)
     per_clip = temporary_bytes / _clips_of_a_chip(present, 1, batch)
 
     def estimate(candidate: dict[str, int], parts: int) -> Setup:
-        arguments = scale * sharded_bytes(program.arguments, candidate)
+        arguments = scale * device_bytes(program.arguments, candidate)
         return Setup(
             candidate, parts, int(arguments), int(per_clip * _clips_of_a_chip(candidate, parts, batch))
         )
@@ -79,16 +76,6 @@ def setups_that_fit(
     here = first(chips, _STEPS if batch else (1,))
     more = (first(chips * times, (1,)) for times in _STEPS[1:])
     return [setup for setup in (here, next(filter(None, more), None)) if setup]
-
-
-def sharded_bytes(tree: Leaf, mesh: Mapping[str, int]) -> float:
-    """Bytes of abstract arrays on one chip of a mesh with the axes of theirs, but other sizes."""
-    total = 0.0
-    for leaf in jax.tree.leaves(tree):
-        spec = leaf.sharding.spec if getattr(leaf, "sharding", None) else ()
-        axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-        total += math.prod(leaf.shape) * leaf.dtype.itemsize / math.prod(mesh[axis] for axis in axes)
-    return total
 
 
 def _clips_of_a_chip(mesh: Mapping[str, int], parts: int, batch: int | None) -> float:

@@ -19,14 +19,13 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.models.eight_bit import EightBit
 from fantasy_jax.models.tiling import split_tiles
-from fantasy_jax.performance.ahead import slice_devices, with_size
+from fantasy_jax.performance.ahead import exceeding_temporaries, slice_devices, with_size
 from fantasy_jax.performance.chips import GIB
-from fantasy_jax.performance.program import Program
+from fantasy_jax.performance.program import Program, device_bytes
 from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.config import PipelineConfig, PortraitSampleConfig, SampleConfig
 from fantasy_jax.sharding import MeshConfig, WeightsMemory, make_mesh
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.typing import Leaf
 from fantasy_jax.video import PIXELS_PER_LATENT, TEMPORAL_FACTOR, VideoConfig
 
 EXAMPLES = """\
@@ -73,7 +72,7 @@ class Stage:
 
     Attributes:
         name: Name of the program.
-        arguments: Bytes of weights and inputs on the device.
+        arguments: Bytes of weights and inputs on the device, and of results that do not reuse their memory.
         temporaries: Bytes of everything else on it.
         host: Bytes of weights in the host's memory.
     """
@@ -116,13 +115,14 @@ def stages(
     found = []
     with jax.set_mesh(mesh):
         for program in sampling_programs(model, config, video, mesh, eight_bit=choice.eight_bit):
-            leaves = jax.tree.leaves(program.arguments)
-            host = sum(_bytes(leaf) for leaf in leaves if _is_in_host(leaf))
-            arguments = sum(map(_bytes, leaves)) - host + _other_tiles(program, config, video)
+            lowered = program.lower()
+            arguments = device_bytes(program.arguments) + _new_results(lowered)
+            arguments += _other_tiles(program, config, video)
             if device is None:
                 temporaries = account(program, model, config, video)
             else:
-                temporaries = program.lower().compile().memory_analysis().temp_size_in_bytes
+                temporaries = _compiled_temporaries(program, lowered)
+            host = device_bytes(program.arguments, in_host=True)
             found.append(Stage(program.name, arguments, temporaries, host))
     return found
 
@@ -147,7 +147,7 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
         block = tokens * (8 * sizes.dim + itemsize * (sizes.dim + 2 * sizes.ffn_dim))
         has_eight_bit = any(leaf.dtype.itemsize == 1 for leaf in leaves)
         kernels = 2 * itemsize * sizes.dim * sizes.ffn_dim * has_eight_bit
-        streamed = 2 * sum(_bytes(leaf) for leaf in leaves if _is_in_host(leaf)) // sizes.num_layers
+        streamed = 2 * device_bytes(leaves, in_host=True) // sizes.num_layers
         return block + kernels + streamed
     if "latent" in program.name:
         sides = video.size
@@ -155,7 +155,21 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
             tile = (PIXELS_PER_LATENT * side for side in config.tile)
             sides = tuple(map(min, sides, tile))
         return 6 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
-    return sum(map(_bytes, leaves)) // 10
+    return device_bytes(leaves) // 10
+
+
+def _compiled_temporaries(program: Program, lowered: jax.stages.Lowered) -> int:
+    """Temporaries by the compiler, even if the program does not fit its device."""
+    try:
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        return exceeding_temporaries(error, device_bytes(program.arguments))
+
+
+def _new_results(lowered: jax.stages.Lowered) -> int:
+    """Bytes of the results that do not take the place of donated arguments."""
+    donated = [leaf for leaf in jax.tree.leaves(lowered.args_info) if leaf.donated]
+    return max(device_bytes(lowered.out_info) - device_bytes(donated), 0)
 
 
 def _other_tiles(program: Program, config: PipelineConfig, video: VideoConfig) -> int:
@@ -164,34 +178,23 @@ def _other_tiles(program: Program, config: PipelineConfig, video: VideoConfig) -
         return 0
     _, carried, _ = program.arguments
     tiles = split_tiles(video.latent_size, config.tile, config.tile_stride, 1)
-    return (len(tiles) - 1) * sum(map(_bytes, jax.tree.leaves(carried)))
+    return (len(tiles) - 1) * device_bytes(carried)
 
 
-def _bytes(leaf: Leaf) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
-def _is_in_host(leaf: Leaf) -> bool:
-    return leaf.sharding.memory_kind == "pinned_host"
-
-
-def markdown_table(needed: dict[str, Sequence[Stage]]) -> str:
+def stage_table(needed: dict[str, Sequence[Stage]]) -> str:
     """The table of stages by the name of the settings: what they need, and which GPUs have it."""
-    gpus = " | ".join(f"{size} GB" for size in GPUS)
-    rows = [
-        f"| settings | step: weights + temporaries | largest other stage | peak | in the host | {gpus} |",
-        "|---|--:|--:|--:|--:|" + ":-:|" * len(GPUS),
-    ]
+    gpus = {f"{size} GB": mebibytes * 2**20 for size, mebibytes in GPUS.items()}
+    numbers = ("step: weights + temporaries", "largest other stage", "peak", "in the host")
+    rows = []
     for name, found in needed.items():
-        (step,) = (stage for stage in found if stage.name.startswith("guided step"))
-        other = max((stage for stage in found if stage != step), key=lambda stage: stage.peak)
+        steps = [stage for stage in found if stage.name.startswith("guided step")]
+        step = max(steps, key=lambda stage: stage.peak)
+        other = max((stage for stage in found if stage not in steps), key=lambda stage: stage.peak)
         peak = max(step.peak, other.peak)
-        fits = " | ".join("yes" if peak + RESERVE <= size * 2**20 else "no" for size in GPUS.values())
-        rows.append(
-            f"| {name} | {step.arguments / GIB:.1f} + {step.temporaries / GIB:.1f} "
-            f"| {other.peak / GIB:.1f}, {other.name} | {peak / GIB:.1f} | {step.host / GIB:.1f} | {fits} |"
-        )
-    return "\n".join(rows)
+        cells = [name, f"{step.arguments / GIB:.1f} + {step.temporaries / GIB:.1f}"]
+        cells += [f"{other.peak / GIB:.1f}, {other.name}", f"{peak / GIB:.1f}", f"{step.host / GIB:.1f}"]
+        rows.append(cells + ["yes" if peak + RESERVE <= memory else "no" for memory in gpus.values()])
+    return cli.markdown_table(("settings", *numbers, *gpus), rows, numbers=numbers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         with cli.timed(choice.name):
             needed[choice.name] = stages(choice, model, settings, video, device=device)
     print(f"GiB for {video.height} x {video.width}; {RESERVE / GIB:g} GiB of each GPU is left to CUDA.")
-    print(markdown_table(needed))
+    print(stage_table(needed))
     if arguments.json:
         rows = {name: [asdict(stage) for stage in found] for name, found in needed.items()}
         with atomic_write(arguments.json) as partial:

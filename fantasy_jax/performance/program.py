@@ -1,6 +1,7 @@
-"""A program to compile or to time."""
+"""A program to compile or to time, and the memory that its arrays take."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -29,3 +30,24 @@ class Program:
     hardware_flops: int
     call: Callable[..., Leaf]
     batch_size: int | None = None
+
+
+def device_bytes(tree: Leaf, mesh: Mapping[str, int] | None = None, *, in_host: bool = False) -> int:
+    """Bytes of arrays that one device has in its own memory, or in that of the host.
+
+    Args:
+        tree: The arrays, abstract ones too; one without a sharding lies on each device.
+        mesh: Sizes of the axes in place of those of the arrays' mesh.
+        in_host: Whether those in the host's memory (`pinned_host`) are counted, or the others.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if (getattr(sharding, "memory_kind", None) == "pinned_host") != in_host:
+            continue
+        entries = [entry for entry in getattr(sharding, "spec", ()) if entry is not None]
+        axes = [axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)]
+        sizes = sharding.mesh.shape if axes and mesh is None else mesh
+        shards = math.prod(sizes[axis] for axis in axes)
+        total += -(-math.prod(leaf.shape) * leaf.dtype.itemsize // shards)
+    return total

@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fantasy_jax import media
-from fantasy_jax.diffusion.caching import EvaluationPlan
-from fantasy_jax.diffusion.held import HeldLatents
+from fantasy_jax.diffusion.flow import sampling_sigmas
+from fantasy_jax.diffusion.held import HeldLatents, first_step
 from fantasy_jax.diffusion.magcache import Calibration
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
@@ -29,9 +29,9 @@ from fantasy_jax.sharding import make_mesh, replicate
 from fantasy_jax.system import encoders
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Keep, Networks
+from fantasy_jax.system.networks import Keep, Networks, check_memory
 from fantasy_jax.system.streaming import StreamingDecoder
-from fantasy_jax.typing import Array, Float, UInt8
+from fantasy_jax.typing import Array, Bool, Float, UInt8
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, video_frames
 from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import stored_networks
@@ -110,13 +110,14 @@ class Pipeline:
                 `config` has it.
 
         Raises:
-            ConfigError: A network is missing.
+            ConfigError: A network is missing, or weights of several devices are to lie in the host's memory.
         """
         if missing := [slot for slot in self.required if slot not in networks]:
             raise ConfigError(f"model.{missing[0]}: is missing; {type(self).__name__} needs it")
         self.networks = networks.keeping(config.keep if keep is None else keep)
         self.video, self.config = video, config
         self.mesh = make_mesh(**config.mesh.axes)
+        check_memory(config.weights_memory, self.mesh)
         self.origins: dict[str, str] = {}
         self.calibration: Calibration | None = None
         self._said_origins = False
@@ -263,8 +264,10 @@ class Pipeline:
         if progress:
             seconds = video_frames(noise.shape[1]) / self.video.fps
             self._print_origins()
-            plan = config.evaluation_plan(config.guidance)
-            print(_plan(seconds, windows.count if windows else 1, plan), flush=True)
+            sigmas = sampling_sigmas(config.num_inference_steps, config.shift)
+            first = 0 if held is None else first_step(sigmas, strength)
+            evaluations = config.evaluation_plan(config.guidance, first).evaluations[first:]
+            print(_plan(seconds, windows.count if windows else 1, evaluations), flush=True)
         with timed("Transformer"):
             latents = sample(
                 networks["transformer"],
@@ -323,11 +326,11 @@ class Pipeline:
                     yield from frames
 
 
-def _plan(seconds: float, windows: int, plan: EvaluationPlan) -> str:
+def _plan(seconds: float, windows: int, evaluations: Bool[np.ndarray, "steps branches"]) -> str:
     """How much work a clip is."""
-    factors = windows, *plan.evaluations.shape
+    factors = windows, *evaluations.shape
     product = " x ".join(map(str, factors))
-    total, count = math.prod(factors), windows * int(plan.evaluations.sum())
+    total, count = math.prod(factors), windows * int(evaluations.sum())
     made = f", of which {count} are made" if count < total else ""
     return (
         f"{seconds:.2f} s of video: {total} evaluations of the transformer ({product}: windows, steps, "

@@ -201,9 +201,10 @@ def _report(
 
 
 def _networks(weights: str, model: ModelConfig) -> Networks:
-    # Only the encoders are used: the store need not have the adapters that will be trained.
+    # Only the encoders are used: the store need not have the adapters that will be trained, and no LoRA is
+    # merged, which 8-bit weights would refuse.
     return (
-        stored_networks(weights, model, new_adapters=True)
+        stored_networks(weights, model, new_adapters=True, merge_lora=False)
         if weights
         else random_networks(model, byte_tokenizer())
     )

@@ -173,7 +173,7 @@ def cached_velocity(
         transformer: With its adapters.
         latents: Noisy latents.
         sigma: Noise level in [0, 1], of all samples or of each.
-        conditions: From `condition`.
+        conditions: From `condition` or `share_keys_and_values`.
         residual: Added to the embedded tokens in place of running the blocks; None runs them.
         kept: From `share_keys_and_values`.
 

@@ -7,21 +7,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from fantasy_jax.data.records import check_metadata, read_metadata
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.lora import lora_of
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipelines.config import SampleConfig, check_pipeline, write_pipeline
 from fantasy_jax.preprocessing.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.sharding import in_host_memory, make_mesh
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import abstract_networks
 from fantasy_jax.system.registry import component_of, slots
 from fantasy_jax.training.parameters import parameter_modes
 from fantasy_jax.training.stages import StagesConfig, train_stages
 from fantasy_jax.training.state import cast_parameters
 from fantasy_jax.typing import DType
 from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.loading import stored_eight_bit, stored_networks
 from fantasy_jax.weights.store import LORA, check_writable_store, network_hash, record_hashes, save_network
 
 PIPELINE = "FantasyTalkingPipeline"
@@ -56,15 +59,17 @@ def finetune(
         The trained store.
 
     Raises:
-        ConfigError: The records were made with another VAE, size, length, frame rate or motion normaliser.
+        ConfigError: The records were made with another VAE, size, length, frame rate or motion normaliser; or
+            a stage trains a transformer whose weights have 8 bits.
         WeightsError: The store is missing, damaged, or of another model or pipeline.
     """
     check_writable_store(store := workdir / "weights")
     check_pipeline(weights, PIPELINE)
     networks = stored_networks(weights, model, new_adapters=True, merge_lora=False)
+    mesh = make_mesh(**config.mesh.axes)
+    _check_base(weights, model, config, mesh)
     hashes = record_hashes(weights)
     check_metadata(records, _wanted_metadata(weights, hashes, video))
-    mesh = make_mesh(**config.mesh.axes)
     stages = train_stages(
         networks,
         records,
@@ -83,6 +88,21 @@ def finetune(
     if not jax.process_index():
         write_pipeline(store, PIPELINE, video, sampling)
     return store
+
+
+def _check_base(weights: Path, model: ModelConfig, config: StagesConfig, mesh: Mesh) -> None:
+    """Raises a ConfigError if a stage trains more than the adapters of a transformer with 8-bit weights."""
+    if not stored_eight_bit(weights / "transformer"):
+        return
+    transformer = abstract_networks(model, mesh, config.mesh)["transformer"]
+    for index, stage in enumerate(config.stages):
+        for path, mode in parameter_modes(transformer, stage.parameters).items():
+            if mode != "frozen" and not path.startswith("adapters/"):
+                raise ConfigError(
+                    f"train.stages.{index}.parameters: {path} is {mode}, but the transformer in {weights} "
+                    "has 8-bit weights, beside which only adapters are trained; use a store with weights of "
+                    "16 bits"
+                )
 
 
 def _wanted_metadata(weights: Path, hashes: dict[str, str], video: VideoConfig) -> dict[str, object]:

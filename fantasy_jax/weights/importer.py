@@ -317,7 +317,9 @@ def _import(job: Job, folder: Path, bar: tqdm) -> None:
             return load(parts[item], read, dtype=job.dtype)
         # Rounded once, not to 16 bits first.
         values = load(parts[item], read, dtype=np.float32)
-        scales = {layer: found.weights.scale_of(key, job.layers[layer]) for layer, key in layers.items()}
+        scales = {
+            layer: found.weights.scale_of(key, job.layers[layer]) for layer, key in layers.items() if key
+        }
         values = quantize_values(values, job.layers, scales)
         dtypes = {path: np.dtype(job.other_dtypes.get(path, job.dtype)) for path in values}
         return {path: x.astype(dtypes[path], copy=False) for path, x in values.items()}
@@ -325,9 +327,12 @@ def _import(job: Job, folder: Path, bar: tqdm) -> None:
     write(folder, record, sorted(parts), make, extra=extra)
 
 
-def _layers_of(plan: Plan, layers: Layers) -> dict[str, str]:
-    """The keys of kernels by the path of their layer, for those of the given layers that a plan fills."""
-    keys = {entry.path.removesuffix("/kernel"): entry.key for entry in plan.entries}
+def _layers_of(plan: Plan, layers: Layers) -> dict[str, str | None]:
+    """The keys of kernels by the path of their layer, for those of the given layers that a plan fills.
+
+    None for a kernel of several keys (`Entry.part`): a scale that the file has is that of a part.
+    """
+    keys = {x.path.removesuffix("/kernel"): x.key if x.part is None else None for x in plan.entries}
     return {layer: keys[layer] for layer in layers if layer in keys}
 
 

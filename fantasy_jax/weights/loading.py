@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fantasy_jax.config import as_json, differences
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
-from fantasy_jax.models.eight_bit import eight_bit_layers, multiply_in_eight_bits
+from fantasy_jax.models.eight_bit import Layers, eight_bit_layers, layers_of_products, multiply_in_eight_bits
 from fantasy_jax.models.layers import is_stacked
 from fantasy_jax.models.lora import attach_lora
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
@@ -72,7 +72,9 @@ def stored_networks(
         eight_bit_products: Whether the transformer's MLPs multiply in 8 bits; their weights must have 8 bits.
 
     Raises:
-        WeightsError: A network is missing, damaged, or of another model; no weights are read to find out.
+        WeightsError: A network is missing, damaged, or of another model, or a LoRA would change 8-bit
+            weights; no weights are read to find out.
+        ConfigError: Products are to have 8 bits, but no weights of MLPs have.
     """
     directory = Path(directory)
     check_exist(loras)  # before the store, which takes longer to make
@@ -158,14 +160,24 @@ class StoredLoader:
 
         Raises:
             WeightsError: A LoRA is to be added to 8-bit weights.
+            ConfigError: Products are to have 8 bits, but no weights of MLPs have.
         """
         stored = [directory / LORA] if (directory / LORA).exists() else []
         names = [*stored, *(file.tensors.weights.path for file in loras)]
-        if merge_lora and names and _has_eight_bit(directory / "transformer"):
+        eight_bit = stored_eight_bit(directory / "transformer") if names or eight_bit_products else {}
+        if merge_lora and names and eight_bit:
             raise WeightsError(
                 f"{names[0]}: cannot be added to 8-bit weights, to whose precision it would be rounded; set "
                 "--config.sample.merge_lora=False, which leaves it beside them"
             )
+        for file in loras:
+            if changed := {f"{layer}/kernel" for layer in eight_bit} & file.changed(products=merge_lora):
+                raise WeightsError(
+                    f"{file.tensors.weights.path}: cannot change 8-bit weights ({min(changed)}); use a store "
+                    "with weights of 16 bits"
+                )
+        if eight_bit_products:
+            layers_of_products(eight_bit, MLPS)
         self.directory, self.new, self.merge_lora, self.loras = directory, new, merge_lora, loras
         self.weights_memory, self.eight_bit_products = weights_memory, eight_bit_products
 
@@ -250,8 +262,9 @@ def load_network(
     return component.build(config, dtype, values, eight_bit)
 
 
-def _has_eight_bit(folder: Path) -> bool:
-    return bool(eight_bit_layers(read_record(folder)[1].get("other_dtypes", {})))
+def stored_eight_bit(folder: Path) -> Layers:
+    """The layers of a stored network that have 8-bit weights."""
+    return eight_bit_layers(read_record(folder)[1].get("other_dtypes", {}))
 
 
 def _put_numpy(stack: Any, spec: Any, value: Any, layer: int | None, dtype: np.dtype) -> np.ndarray:

@@ -13,7 +13,7 @@ from flax import nnx
 from fantasy_jax.config import Factor, Settings
 from fantasy_jax.convert.files import open_weights
 from fantasy_jax.convert.lora import LoRATensors, check_lora, read_lora
-from fantasy_jax.convert.rules import flat_parameters
+from fantasy_jax.convert.rules import LINEAR, flat_parameters
 from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.models.lora import add_products, merged_kernel
 from fantasy_jax.models.wan import WanConfig
@@ -70,6 +70,14 @@ class OpenLoRA:
     tensors: LoRATensors
     strength: float
 
+    def changed(self, *, products: bool = True) -> set[str]:
+        """Paths of the parameters that `merge` changes."""
+        return {
+            entry.path
+            for entry, change in self.tensors.changes
+            if products or change.difference or entry.transform is not LINEAR
+        }
+
     def merge(self, *, products: bool = True) -> Merge:
         """A hook that adds the file to the transformer's parameters, which become float32 for it.
 
@@ -82,10 +90,6 @@ class OpenLoRA:
             for entry, change in self.tensors.changes:
                 if item_name(entry.layer) != item:
                     continue
-                if (products or change.difference) and entry.path not in merged:
-                    raise WeightsError(
-                        f"{self.tensors.weights.path}: cannot change 8-bit weights ({entry.path})"
-                    )
                 if products and (factors := self.tensors.product(entry, change)):
                     merged[entry.path] = merged_kernel(merged[entry.path], *factors, self.strength)
                 if (difference := self.tensors.difference(entry, change)) is not None:
