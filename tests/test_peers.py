@@ -3,9 +3,11 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from fantasy_jax.training import peers
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.training import loop, peers
 from fantasy_jax.training.peers import Peers
 
 
@@ -98,3 +100,19 @@ def test_a_failure_ends_no_later_run_of_the_process(ends):
     time.sleep(0.3)
     assert not ends
     second.leave()
+
+
+@pytest.mark.parametrize(("index", "raised"), [(0, OSError), (1, ConfigError)])
+def test_a_folder_that_the_first_process_cannot_use_ends_all(monkeypatch, tmp_path, index, raised):
+    (tmp_path / "file").touch()
+    told = []
+
+    def broadcast(refused):
+        told.append(bool(refused))
+        return np.array(True)
+
+    monkeypatch.setattr(peers.jax, "process_index", lambda: index)
+    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", broadcast)
+    with pytest.raises(raised), loop.lock_workdir(tmp_path / "file/workdir"):
+        pass
+    assert told == [index == 0]
