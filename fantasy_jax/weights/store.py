@@ -231,15 +231,12 @@ def check_writable_store(store: Path, written: Iterable[str] | None = None) -> N
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises a WeightsError if a network's folder is a file, or holds files that belong to no network.
-
-    A symbolic link to a network of another store is replaced itself, whatever that folder holds.
-    """
-    if folder.is_symlink():
-        return
+    """Raises a WeightsError if a network's folder is a file, or holds files that belong to no network."""
     if not folder.is_dir():
         if folder.exists():
             raise WeightsError(f"{folder}: is a file where a network is written; choose another folder")
+        return
+    if folder.is_symlink():  # to a network of another store; the link is replaced
         return
     # Stores of earlier versions have no checksums that would name the other files.
     known = {RECORD, SUMS, _STARTED, MOTION_FILE, TOKENIZER}
