@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import os
 import re
 import select
@@ -205,15 +206,17 @@ def _interruptible(prog: str) -> Iterator[None]:
 
     Python drops exceptions in callbacks of the garbage collector, and libraries replace them by their own.
     """
-    interrupts: list[int] = []
+    interrupts: list[float] = []  # when they came
     repeated: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
+        if not interrupts or time.monotonic() - interrupts[-1] > _SAME_SECONDS:
+            interrupts.append(time.monotonic())
+            raise KeyboardInterrupt
 
     def repeat_if_dropped(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
+            interrupts.append(-math.inf)
             repeated.append(signal.SIGINT)
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:

@@ -180,13 +180,23 @@ def replace_error():
         raise RuntimeError("compilation failed\nin many lines") from error
 
 
-@pytest.mark.parametrize("main", [drop, replace_error])
+def work_on_in_cleanup():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:  # as where latents are kept
+        signal.raise_signal(signal.SIGINT)
+        print("cleaned up")
+
+
+@pytest.mark.parametrize("main", [drop, replace_error, work_on_in_cleanup])
 def test_an_interrupt_is_one_line_whatever_python_and_libraries_make_of_it(main, capsys):
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     with pytest.raises(SystemExit) as stopped:
         cli.run(main, "program")
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "program: interrupted\n"
+    printed = capsys.readouterr()
+    assert printed.err == "program: interrupted\n"
+    assert (main is work_on_in_cleanup) == (printed.out == "cleaned up\n")
     assert signal.getsignal(signal.SIGINT) is handler
     assert sys.unraisablehook is hook
 

@@ -129,10 +129,12 @@ def failing_together() -> Iterator[Peers | None]:
     Where all fail by themselves, as with settings that are refused, the errors are raised; so they are where
     there is one process or no coordination service, and None is yielded then.
     """
-    from jax._src import distributed  # JAX has no public access to the service
+    client = None
+    if jax.process_count() > 1:
+        from jax._src import distributed  # JAX has no public access to the service
 
-    client = distributed.global_state.client
-    if jax.process_count() == 1 or client is None:
+        client = distributed.global_state.client
+    if client is None:
         yield None
         return
     peers = Peers(client)
