@@ -272,10 +272,11 @@ def _write(
     needed: str,
 ) -> None:
     """Writes a clip, its contact sheet and, where they are asked for or writing fails, its latents."""
-    if arguments.save_latents:
-        save_latents(arguments.save_latents, output.latents, num_frames)
-        print(f"Wrote {arguments.save_latents}: the latents")
     video, sheet = request.outputs
+    if arguments.save_latents:
+        with keep_latents(video, output.latents, num_frames, needed=needed):
+            save_latents(arguments.save_latents, output.latents, num_frames)
+        print(f"Wrote {arguments.save_latents}: the latents")
     saved = arguments.save_latents or arguments.latents
     saved = None if saved and is_stream(saved) else saved
     with (

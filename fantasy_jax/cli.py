@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import os
 import re
 import select
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,8 @@ EXPECTED = (FantasyError, FloatingPointError, OSError)
 """Errors that a user's input causes; `run` prints them as one line."""
 
 _PATIENCE_SECONDS = 1.0
+_SAME_SECONDS = 0.5
+"""Time after SIGINT in which another one is the same: `timeout` signals the program and then its group."""
 _STOPPING = "stopping when the step or the compilation that runs has ended; press Ctrl-C again to end now"
 _LOG = logging.getLogger(__package__)
 _EXAMPLE = re.compile(r"^  python ", re.MULTILINE)
@@ -158,17 +161,24 @@ def exit_on_interrupt(prog: str) -> None:
 
 
 def _end(prog: str, number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
-    os.write(2, f"{prog}: interrupted\n".encode())  # the streams may be in use where the signal arrives
+    _write_error(f"{prog}: interrupted\n")
     os._exit(128 + number)
+
+
+def _write_error(text: str) -> None:
+    """Writes to standard error where the streams may be in use, as in signal handlers; ignores failures."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 class _WarningHandler(logging.Handler):
     """Prints the package's warnings like the other messages of a command, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one line."""
+        """Prints one line, unless the reader of standard error is gone, which must not end the command."""
         text = _printable(" ".join(record.getMessage().splitlines()))
-        tqdm.write(f"{record.levelname.lower()}: {text}", file=sys.stderr)
+        with suppress(BrokenPipeError):
+            tqdm.write(f"{record.levelname.lower()}: {text}", file=sys.stderr)
 
 
 _WARNING_HANDLER = _WarningHandler()
@@ -196,15 +206,17 @@ def _interruptible(prog: str) -> Iterator[None]:
 
     Python drops exceptions in callbacks of the garbage collector, and libraries replace them by their own.
     """
-    interrupts: list[int] = []
+    interrupts: list[float] = []  # when they came
     repeated: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
+        if not interrupts or time.monotonic() - interrupts[-1] > _SAME_SECONDS:
+            interrupts.append(time.monotonic())
+            raise KeyboardInterrupt
 
     def repeat_if_dropped(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
+            interrupts.append(-math.inf)
             repeated.append(signal.SIGINT)
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
@@ -226,7 +238,7 @@ def _interruptible(prog: str) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_answered(prog: str, repeated: list[int]) -> Iterator[None]:
-    """Answers Ctrl-C where nothing else does, and ends the program at once when it is pressed again.
+    """Reports that Ctrl-C was received while the main thread is busy; a second Ctrl-C ends the program.
 
     Python's handlers run in the main thread, which a compilation holds for minutes; a thread reads the
     signals' numbers as they arrive. Those in `repeated` are sent by the program itself.
@@ -243,18 +255,22 @@ def _interrupts_answered(prog: str, repeated: list[int]) -> Iterator[None]:
 
 
 def _answer_interrupts(prog: str, reading: int, repeated: list[int]) -> None:
-    answered = False
-    while number := os.read(reading, 1):  # empty when the other end is closed
+    first, patience = None, None  # when the first one came, and how long to wait before that is reported
+    while True:
+        if not select.select([reading], [], [], patience)[0]:
+            _write_error(f"\n{prog}: {_STOPPING}\n")
+            patience = None
+            continue
+        if not (number := os.read(reading, 1)):  # the other end is closed
+            break
         if number[0] != signal.SIGINT:
             continue
         if repeated:
             repeated.pop()
-        elif answered:
+        elif first is None:
+            first, patience = time.monotonic(), _PATIENCE_SECONDS
+        elif time.monotonic() - first > _SAME_SECONDS:
             _end(prog)
-        else:
-            answered = True
-            if not select.select([reading], [], [], _PATIENCE_SECONDS)[0]:
-                os.write(2, f"\n{prog}: {_STOPPING}\n".encode())
     os.close(reading)
 
 

@@ -20,7 +20,14 @@ from fantasy_jax.weights import checksums
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import load_network, notes, stored_networks
-from fantasy_jax.weights.store import SourceFile, network_hash, read_record, record_hashes, save_network
+from fantasy_jax.weights.store import (
+    SourceFile,
+    check_writable_store,
+    network_hash,
+    read_record,
+    record_hashes,
+    save_network,
+)
 
 DEBUG = "configs/fantasy_talking_14b.py:debug"
 SOURCE = SourceFile("adapter.ckpt", 3, "ab" * 32)
@@ -136,6 +143,19 @@ def test_a_network_is_replaced_with_its_own_files_only(tmp_path, checksums):
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(WeightsError, match=r"holds notes\.txt"):
         save_network(folder, network, component="fantasytalking")
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(WeightsError, match=r"holds notes\.txt"):
+        check_writable_store(folder.parent)
+    check_writable_store(folder.parent, ["vae"])
+    # Fine-tuning links the networks that it does not train.
+    trained = tmp_path / "trained/audio_adapter"
+    trained.parent.mkdir()
+    trained.symlink_to(folder, target_is_directory=True)
+    for _ in range(2):
+        check_writable_store(trained.parent)
+        save_network(trained, network, component="fantasytalking")
+        assert [path.name for path in trained.parent.iterdir()] == ["audio_adapter"]
+    assert not trained.is_symlink()
     assert (folder / "notes.txt").read_text() == "mine"
 
 

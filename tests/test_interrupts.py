@@ -1,5 +1,6 @@
 """Ctrl-C reaches every process of a terminal's group, SIGKILL one: what is told, and what is left running."""
 
+import logging
 import os
 import re
 import signal
@@ -8,11 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from xla_flags import quick_flags
 
 from fantasy_jax import cli
+from fantasy_jax.errors import Stopped
+from fantasy_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,13 +180,23 @@ def replace_error():
         raise RuntimeError("compilation failed\nin many lines") from error
 
 
-@pytest.mark.parametrize("main", [drop, replace_error])
+def work_on_in_cleanup():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:  # as where latents are kept
+        signal.raise_signal(signal.SIGINT)
+        print("cleaned up")
+
+
+@pytest.mark.parametrize("main", [drop, replace_error, work_on_in_cleanup])
 def test_an_interrupt_is_one_line_whatever_python_and_libraries_make_of_it(main, capsys):
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     with pytest.raises(SystemExit) as stopped:
         cli.run(main, "program")
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "program: interrupted\n"
+    printed = capsys.readouterr()
+    assert printed.err == "program: interrupted\n"
+    assert (main is work_on_in_cleanup) == (printed.out == "cleaned up\n")
     assert signal.getsignal(signal.SIGINT) is handler
     assert sys.unraisablehook is hook
 
@@ -190,10 +204,12 @@ def test_an_interrupt_is_one_line_whatever_python_and_libraries_make_of_it(main,
 def test_ctrl_c_is_answered_where_nothing_stops_and_the_second_ends_at_once(monkeypatch, capfd):
     ended = threading.Event()
     monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(cli, "_SAME_SECONDS", 0.2)
     monkeypatch.setattr(cli, "_end", lambda prog: ended.set())
 
     def compile_for_long():
         signal.signal(signal.SIGINT, lambda *_: None)
+        signal.raise_signal(signal.SIGINT)  # sent twice, as by `timeout`
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.5)
         assert not ended.is_set()
@@ -204,3 +220,52 @@ def test_ctrl_c_is_answered_where_nothing_stops_and_the_second_ends_at_once(monk
         cli.run(compile_for_long, "program")
     assert stopped.value.code == 0
     assert capfd.readouterr().err == f"\nprogram: {cli._STOPPING}\n"
+
+
+@pytest.mark.parametrize(
+    ("received", "repeated", "same_seconds", "ended"),
+    [(2, 0, 9, 0), (2, 0, -1, 1), (2, 1, -1, 0), (3, 1, -1, 1)],
+)
+def test_what_counts_as_a_second_ctrl_c(monkeypatch, received, repeated, same_seconds, ended):
+    """Neither what is sent with the first one does, nor what the program repeats."""
+    ends = []
+    monkeypatch.setattr(cli, "_SAME_SECONDS", same_seconds)
+    monkeypatch.setattr(cli, "_end", ends.append)
+    reading, writing = os.pipe()
+    os.write(writing, bytes(received * [signal.SIGINT]))
+    os.close(writing)
+    cli._answer_interrupts("program", reading, repeated * [signal.SIGINT])
+    assert len(ends) == ended
+
+
+def test_one_ctrl_c_that_is_answered_ends_by_saving(monkeypatch, capfd):
+    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0)
+    saved, write = [], cli._write_error
+
+    def slow_write(text):
+        time.sleep(0.2)
+        write(text)
+
+    monkeypatch.setattr(cli, "_write_error", slow_write)
+
+    def main():
+        with loop._stop_signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)  # the message is being printed
+            saved.extend(signals)
+        time.sleep(0.3)
+        raise Stopped("saved", signal.SIGINT)
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, "program")
+    assert stopped.value.code == 130
+    assert saved == [signal.SIGINT]
+    assert capfd.readouterr().err == f"\nprogram: {cli._STOPPING}\nsaved\n"
+
+
+def test_a_warning_that_nobody_reads_ends_nothing(monkeypatch):
+    write = mock.Mock(side_effect=BrokenPipeError)
+    monkeypatch.setattr(cli.tqdm, "write", write)
+    with cli._warnings_shown():
+        logging.getLogger("fantasy_jax.part").warning("unread")
+    assert write.called

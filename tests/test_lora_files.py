@@ -338,9 +338,9 @@ KEY = "diffusion_model.blocks.0.ffn.0.lora_{}.weight"
     [
         ({f"unknown.{i}": np.ones(2) for i in range(9)}, r"unknown.0 is of no known kind; .*; and 6 more"),
         ({"blocks.0.ffn.7.diff_b": np.ones(2)}, r"blocks.0.ffn.7.bias \[2\] matches no parameter"),
-        ({"lora_te_text_model.lora_up.weight": np.ones((2, 2))}, "without the matrices"),
+        ({"lora_te_text_model.lora_up.weight": np.ones((2, 2))}, "no matching lora_A and lora_B"),
         ({"blocks.3.ffn.0.diff_b": np.ones(48)}, "3 blocks: .* is for layer 3"),
-        ({KEY.format("B"): None}, "without the matrices"),
+        ({KEY.format("B"): None}, "no matching lora_A and lora_B"),
         ({KEY.format("B"): np.ones((48, 7), np.float32)}, "cannot be multiplied"),
         ({"blocks.0.ffn.0.lora_down.weight": np.ones((1, 32))}, "are for the same layer"),
         ({"blocks.0.ffn.0.alpha": np.ones(2)}, "is not a number"),

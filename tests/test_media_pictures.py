@@ -114,6 +114,9 @@ def srgb_curve(light):
         ((9, 1), BT2020, srgb_curve, 3),
         ((9, 16), BT2020, lambda light: pq(203 * light), 12),
         ((9, 18), BT2020, lambda light: hlg(0.26496 * light), 6),
+        ((12, 16), P3, lambda light: pq(203 * light), 12),
+        ((12, 18), P3, lambda light: hlg(0.26496 * light), 6),
+        ((1, 16), SRGB, lambda light: pq(203 * light), 12),
     ],
 )
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -123,7 +126,22 @@ def test_colours_that_a_png_states_by_numbers_become_srgb(tmp_path, numbers, pri
     assert np.abs(np.asarray(media.read_image(tmp_path / "w.png")).astype(int) - colours()).max() <= most
 
 
-@pytest.mark.parametrize("numbers", [(1, 13), (2, 2), (200, 13)])
+@pytest.mark.parametrize(("numbers", "known"), [((1, 13), True), ((12, 13), True), ((9, 4), False)])
+def test_numbers_of_a_png_have_precedence_over_its_profile_if_they_are_known(tmp_path, numbers, known):
+    content = matrix_profile(to_d50(ADOBE_RGB, D65), 563 / 256)
+
+    def read(name, content, numbers):
+        Image.fromarray(colours()).save(tmp_path / name, icc_profile=content)
+        if numbers:
+            with_cicp(tmp_path / name, *numbers)
+        return np.asarray(media.read_image(tmp_path / name))
+
+    numbered, profiled = read("n.png", b"", numbers), read("p.png", content, None)
+    assert not np.array_equal(numbered, profiled)
+    assert np.array_equal(read("both.png", content, numbers), numbered if known else profiled)
+
+
+@pytest.mark.parametrize("numbers", [(1, 13), (1, 6), (2, 2), (200, 13), (9, 4), (12, 2)])
 def test_numbers_of_srgb_and_unknown_ones_change_nothing(tmp_path, numbers):
     Image.fromarray(colours()).save(tmp_path / "s.png")
     with_cicp(tmp_path / "s.png", *numbers)

@@ -195,8 +195,16 @@ def test_latents_survive_a_disk_that_is_full(capsys):
     assert np.array_equal(kept, latents)
     assert frames == 9
     Path("v.2.latents.safetensors").unlink()
+    Path("file").touch()
+    arguments.save_latents = "file/mine.safetensors"
+    with pytest.raises(MediaError, match=r"^file/mine.*--latents=v\.2\.latents\.safetensors"):
+        _write_clip(output, arguments, request)
+    assert np.array_equal(read_latents("v.2.latents.safetensors", 4)[0], latents)
+    Path("v.2.latents.safetensors").unlink()
+    arguments.save_latents = "mine.safetensors"
     _write_clip(output, arguments, request)
-    assert sorted(path.name for path in Path().iterdir()) == ["v.latents.safetensors", "v.mp4", "v.png"]
+    written = ["file", "mine.safetensors", "v.latents.safetensors", "v.mp4", "v.png"]
+    assert sorted(path.name for path in Path().iterdir()) == written
 
 
 def test_latents_survive_an_interruption_and_no_room_beside_the_video(capsys, monkeypatch, tmp_path):

@@ -48,7 +48,7 @@ def test_commands(page):
 
 
 @pages
-def test_commands_run_as_they_are_written(page):
+def test_commands_are_parsed_as_they_are_written(page):
     """Python is that of `make install`, and every program takes the arguments of its command."""
     for command in (words for body in blocks(page, "") for words in lines_of(body)):
         assert not any((INSTALLED_PROGRAMS / word).exists() for word in command if "/" not in word), command

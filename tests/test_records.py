@@ -9,7 +9,14 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers import damage_record
 
-from fantasy_jax.data.records import ReadableRecords, check_metadata, open_split, read_metadata, write_dataset
+from fantasy_jax.data.records import (
+    ReadableRecords,
+    Records,
+    check_metadata,
+    open_split,
+    read_metadata,
+    write_dataset,
+)
 from fantasy_jax.disk import FullDiskError, full_disk_reported
 from fantasy_jax.errors import ConfigError
 
@@ -139,6 +146,10 @@ def test_records_that_are_all_damaged_are_an_error():
 
     with pytest.raises(OSError, match="2 others"):
         ReadableRecords(Damaged(range(3)))[0]
+    with pytest.raises(OSError, match=r"^record 0 cannot be read$"):
+        ReadableRecords(Damaged(range(1)))[0]
+    with pytest.raises(OSError, match=r"^FOLDER, train: has no record 0; the number of records is 0$"):
+        ReadableRecords(Records("FOLDER, train", []))[0]
 
 
 def test_what_a_killed_run_has_left_is_removed(tmp_path):

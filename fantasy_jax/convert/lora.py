@@ -241,7 +241,7 @@ def _changes(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, Change], Spelli
 def _fault(change: Change, specs: Mapping[str, TensorSpec]) -> str:
     """Why the tensors of one layer do not belong together; empty if they do."""
     if bool(change.down) != bool(change.up) or (change.alpha and not change.down):
-        return f"{change.keys[0]} is without the matrices that it goes with"
+        return f"{change.keys[0]} has no matching lora_A and lora_B"
     if not change.down:
         return ""
     down, up = specs[change.down].shape, specs[change.up].shape

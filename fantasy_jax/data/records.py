@@ -132,7 +132,7 @@ class Records(Sequence):
 
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):
-            raise IndexError(index)
+            raise IndexError(f"{self._name}: has no record {index}; the number of records is {len(self)}")
         try:
             return self._source[index % len(self)]
         except Exception as error:  # damaged files make readers raise anything
@@ -167,7 +167,8 @@ class ReadableRecords:
                 known = index in self._unreadable
                 self._unreadable.add(index)
                 if len(self._unreadable) > self._limit:
-                    raise OSError(f"{error}; {self._limit} others cannot be read either") from error
+                    others = f"; {self._limit} others cannot be read either" if self._limit > 0 else ""
+                    raise OSError(f"{error}{others}") from error
                 if not known:
                     logging.getLogger(__name__).warning("%s; the next one takes its place", error)
                 index = (index + 1) % len(self)

@@ -1,4 +1,4 @@
-"""What a step of the sampler takes over from earlier ones, and which steps do.
+"""Values cached between the steps of the sampler, and the steps that use them.
 
 Guidance gating (`diffusion/guidance.py`) and MagCache (`diffusion/magcache.py`) follow schedules that are
 known before the first step. A program is compiled for each set of branches that are evaluated, with and
@@ -32,12 +32,12 @@ class EvaluationPlan:
         return self.needed & ~self.skipped[:, None]
 
     def at(self, step: int) -> tuple[int, bool]:
-        """How many branches, the last ones, a step needs, and whether it skips their blocks."""
+        """The number of (last) branches that a step needs, and whether it skips their blocks."""
         return int(self.needed[step].sum()), bool(self.skipped[step])
 
     @property
     def kinds(self) -> list[tuple[int, bool]]:
-        """Those of all steps, each once and in order: what programs there are."""
+        """Distinct step programs, in order of first use."""
         return list(dict.fromkeys(map(self.at, range(len(self.needed)))))
 
     @property
@@ -54,16 +54,16 @@ class EvaluationPlan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepCache:
-    """What a step takes over, or leaves behind.
+    """Values cached between steps.
 
     A step is given what it uses and returns what it has computed, so that nothing is copied, and what is
     computed again is not in memory meanwhile.
 
     Attributes:
-        differences: Of each branch but the last, the velocity of the next branch minus its own,
+        differences: Velocity differences between consecutive branches (the next one minus this one),
             `[B, F, h, w, C]` each: those of branches that are not evaluated, or those that are. They are of
             the whole track where a clip consists of windows, which may move.
-        residuals: Of each branch, what the blocks added to the tokens, `[B, S, F, D]` each, or
+        residuals: Values that the blocks add to the tokens, for each branch, `[B, S, F, D]` each, or
             `[groups, B, S, F, D]` with windows: those that are added again, or those that are computed.
     """
 
@@ -71,11 +71,11 @@ class StepCache:
     residuals: tuple[Leaf, ...] = ()
 
     def given(self, needed: int, skipped: bool) -> "StepCache":
-        """What a step uses that needs the last `needed` branches, and may skip their blocks."""
+        """The values that a step uses; it needs the last `needed` branches, and may skip their blocks."""
         kept = len(self.differences) + 1 - needed
         return StepCache(self.differences[: max(kept, 0)], self.residuals[-needed:] if skipped else ())
 
     def updated(self, computed: "StepCache") -> "StepCache":
-        """What was given to a step, with what the step has computed."""
+        """These values, replaced by those that a step has computed."""
         differences = self.differences + computed.differences
         return StepCache(differences, computed.residuals or self.residuals)

@@ -35,13 +35,13 @@ from fantasy_jax.typing import Array, Bool, Float
 
 @dataclass(frozen=True)
 class MagnitudeCurve(Settings):
-    """By what factor the residual's magnitude changes in each step.
+    """Ratio of residual norms between consecutive steps.
 
     Attributes:
         shift: Shift of the noise schedule.
         branches: Dropout groups that each branch of guidance leaves out.
-        ratios: Of each branch, the mean over tokens of the residual's norm over that in the step before; 1 in
-            the first step.
+        ratios: For each branch and step, the norm of the residual divided by that of the step before, the
+            mean over tokens; 1 in the first step.
     """
 
     shift: PositiveFloat

@@ -30,11 +30,11 @@ Anchor = Literal["picture", "preceding", "track"]
 latent before the window, both of which are thrown away after the step; or the window's own first latent."""
 
 Residuals = tuple[Leaf, ...]
-"""Of each branch, what the blocks add to the tokens (`diffusion/caching.py`); empty without a cache."""
+"""Values that the blocks add to the tokens, for each branch (`diffusion/caching.py`); empty if not cached."""
 Guided = Callable[[Array, Array, Conditions, Residuals], tuple[tuple[Array, ...], Residuals]]
-"""The guided velocity: of latents `[B, W, h, w, C]`, sigma, conditions with an axis of branches first, and
-residuals that are added in place of running the blocks. The velocity is the first of several fields, of the
-shape of the latents, and comes with residuals that are kept."""
+"""Computes the guided velocity from latents `[B, W, h, w, C]`, sigma, conditions with an axis of branches
+first, and residuals that are added in place of running the blocks. Returns fields of the shape of the
+latents, the first of which is the velocity, and the residuals that are kept."""
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from fantasy_jax.media.frames import TONE_MAPS, srgb_from_linear
-from fantasy_jax.typing import Float, UInt8
+from fantasy_jax.typing import Float, Float32, UInt8
 
 _BT709, _BT2020, _P3 = 1, 9, 12
 _ADOBE = -1
@@ -19,6 +19,8 @@ _PRIMARIES = {
     _ADOBE: ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
 }
 """Chromaticities of red, green and blue; white is D65."""
+_SDR = (1, 6, 13, 14, 15)
+"""Transfer functions of BT.709, BT.601, sRGB and BT.2020, which are for the same displays."""
 _D65 = (0.3127, 0.3290)
 _ADOBE_GAMMA = 563 / 256
 _UNCALIBRATED = 65535
@@ -27,30 +29,37 @@ _ROWS = 256
 
 Declared = tuple[int, int]
 """Primaries and transfer function, numbers of H.273."""
+SRGB: Declared = (_BT709, 13)
 
 
 def declared_space(image: Image.Image, path: str | Path) -> Declared | None:
-    """What a file states about its colours other than by an ICC profile; None for sRGB and what is unknown.
+    """The colour space that a file states other than by an ICC profile; None if it is unknown or not stated.
+
+    PNG's chunk `cICP` has precedence over a profile (PNG specification, section 4.3); the others have not.
 
     Args:
         image: As Pillow opens it.
         path: Its file; PNG's chunk `cICP` is read from there, since Pillow does not read it.
     """
-    space = _cicp(path)
+    space = _known(_cicp(path))
     if space is None and not image.info.get("icc_profile"):
         if nclx := image.info.get("nclx_profile"):
-            space = nclx["color_primaries"], nclx["transfer_characteristics"]
-        elif _is_adobe_rgb(image):
-            space = _ADOBE, 0
-    if space is None or space[0] not in _PRIMARIES:
+            return _known((nclx["color_primaries"], nclx["transfer_characteristics"]))
+        if _is_adobe_rgb(image):
+            return _ADOBE, 0
+    return space
+
+
+def _known(space: Declared | None) -> Declared | None:
+    if space is None or space[0] not in _PRIMARIES or space[1] not in (*_SDR, *TONE_MAPS):
         return None
-    return space if space[0] != _BT709 or space[1] in TONE_MAPS else None
+    return SRGB if space[0] == _BT709 and space[1] in _SDR else space
 
 
 def declared_to_srgb(image: Image.Image, space: Declared) -> Image.Image:
     """Converts an RGB image of 8 bits per channel to sRGB; PQ and HLG are tone-mapped, as in videos."""
     pixels = np.array(image)
-    convert = _tone_mapped if space[1] in TONE_MAPS and space[0] == _BT2020 else _converted
+    convert = _tone_mapped if space[1] in TONE_MAPS else _converted
     for start in range(0, len(pixels), _ROWS):
         rows = pixels[start : start + _ROWS]
         rows[:] = convert(rows, space)
@@ -60,18 +69,24 @@ def declared_to_srgb(image: Image.Image, space: Declared) -> Image.Image:
 
 
 def _tone_mapped(pixels: UInt8[np.ndarray, "H W 3"], space: Declared) -> UInt8[np.ndarray, "H W 3"]:
-    return TONE_MAPS[space[1]]((pixels.astype(np.uint32) * 4095 // 255).astype(np.uint16))
+    signal = (pixels.astype(np.uint32) * 4095 // 255).astype(np.uint16)
+    return TONE_MAPS[space[1]](signal, _to_bt709(space))
 
 
 def _converted(pixels: UInt8[np.ndarray, "H W 3"], space: Declared) -> UInt8[np.ndarray, "H W 3"]:
     levels = np.linspace(0, 1, 256)
     if space[0] == _ADOBE:
         linear = levels**_ADOBE_GAMMA
-    else:  # the curves of BT.709 and sRGB are for the same displays
+    else:
         linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
-    matrix = np.linalg.solve(_to_xyz(_PRIMARIES[_BT709]), _to_xyz(_PRIMARIES[space[0]]))
-    light = linear.astype(np.float32)[pixels] @ matrix.T.astype(np.float32)
+    light = linear.astype(np.float32)[pixels] @ _to_bt709(space).T
     return (255 * srgb_from_linear(light.clip(0, 1))).round().astype(np.uint8)
+
+
+def _to_bt709(space: Declared) -> Float32[np.ndarray, "3 3"]:
+    """The matrix from linear RGB of these primaries to that of BT.709."""
+    matrix = np.linalg.solve(_to_xyz(_PRIMARIES[_BT709]), _to_xyz(_PRIMARIES[space[0]]))
+    return matrix.astype(np.float32)
 
 
 def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> Float[np.ndarray, "3 3"]:

@@ -18,6 +18,10 @@ _MAX_ASPECT = 16
 """Longer side of a pixel in shorter ones at most; what a damaged file says beyond it is ignored."""
 _KNEE = 0.9
 """Where tone mapping begins to compress, relative to diffuse white."""
+_BT2020_TO_BT709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
+)
+"""ITU-R BT.2087."""
 
 
 def displayed_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
@@ -111,8 +115,10 @@ def _pq_to_linear(signal: Float32[np.ndarray, "H W 3"]) -> Float32[np.ndarray, "
 
 def _tone_map(
     to_linear: Callable[[Float32[np.ndarray, "H W 3"]], Float32[np.ndarray, "H W 3"]],
-) -> Callable[[UInt16[np.ndarray, "H W 3"]], UInt8[np.ndarray, "H W 3"]]:
-    """Conversion of BT.2020 pixels of 12 bits with this transfer function to sRGB.
+) -> Callable[..., UInt8[np.ndarray, "H W 3"]]:
+    """Conversion of pixels of 12 bits with this transfer function to sRGB.
+
+    It is called with the pixels and the matrix from their linear RGB to that of BT.709, by default BT.2020's.
 
     What is as bright as diffuse white or darker keeps its colour, as in the direct mapping of BT.2408;
     highlights above `_KNEE` are compressed by a hyperbola that no value exceeds, of the largest channel, so
@@ -122,8 +128,10 @@ def _tone_map(
     table = to_linear(signal)[:, 0, 0]
     encoded = (255 * srgb_from_linear(np.linspace(0, 1, 4096))).round().astype(np.uint8)
 
-    def convert(pixels: UInt16[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-        linear = np.maximum(table[np.minimum(pixels, 4095)] @ _BT2020_TO_BT709.T, 0)
+    def convert(
+        pixels: UInt16[np.ndarray, "H W 3"], to_bt709: Float32[np.ndarray, "3 3"] = _BT2020_TO_BT709
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        linear = np.maximum(table[np.minimum(pixels, 4095)] @ to_bt709.T, 0)
         largest = linear.max(axis=-1, keepdims=True)
         above = np.maximum(largest - _KNEE, 0)
         compressed = _KNEE + above * (1 - _KNEE) / (above + 1 - _KNEE)
@@ -138,9 +146,5 @@ def srgb_from_linear(linear: Float[np.ndarray, "..."]) -> Float[np.ndarray, "...
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-_BT2020_TO_BT709 = np.array(
-    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
-)
-"""ITU-R BT.2087."""
 TONE_MAPS = {_PQ: _tone_map(_pq_to_linear), _HLG: _tone_map(_hlg_to_linear)}
-"""Conversions of BT.2020 pixels of 12 bits to sRGB, by transfer characteristics."""
+"""Conversions of pixels of 12 bits to sRGB, by transfer characteristics."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from fantasy_jax.media.declared import declared_space, declared_to_srgb
+from fantasy_jax.media.declared import SRGB, declared_space, declared_to_srgb
 
 _GREY_MODES = ("1", "L", "LA", "La")
 
@@ -26,9 +26,9 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "LAB":
         return _convert(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
     space, content = declared_space(image, path), image.info.get("icc_profile")
-    if image.mode in _GREY_MODES:
+    if image.mode in _GREY_MODES and space != SRGB:
         space = None
-    if space is None and not content:
+    if space == SRGB or (space is None and not content):
         return image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if space is not None:

@@ -226,7 +226,7 @@ def _on_each_device(run: Callable, q: Array, k: Array, v: Array, kv_lengths: Arr
     """Runs a kernel on every device, for the device's samples, queries and heads."""
     if set(jax.sharding.get_abstract_mesh().axis_types) <= {AxisType.Manual}:  # no mesh, or in a shard_map
         return run(q, k, v, kv_lengths)
-    # Neither kernel can be sharded by the compiler. What does not divide is computed by several devices.
+    # The compiler can shard neither kernel. Dimensions that do not divide evenly are replicated.
     queries = divisible_partition(q.shape, "batch", "space", "heads", None)
     keys = divisible_partition(k.shape, "batch", None, "heads", None)
     lengths = None if kv_lengths is None else divisible_partition(kv_lengths.shape, "batch")
@@ -264,7 +264,7 @@ def is_cudnn_forward(primitive: Primitive, *_: object, **__: object) -> bool:
 
 
 def is_cudnn_self_attention(primitive: Primitive, *arguments: Leaf, **_: object) -> bool:
-    """Policy that saves it where there are as many keys as queries or more."""
+    """Policy that saves it for attention with at least as many keys as queries."""
     return is_cudnn_forward(primitive) and arguments[1].shape[1] >= arguments[0].shape[1]
 
 

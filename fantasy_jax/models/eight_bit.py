@@ -33,7 +33,7 @@ DTYPES: dict[str, np.dtype] = {"int8": np.dtype(jnp.int8), "fp8": np.dtype(jnp.f
 Layers = Mapping[str, str]
 """Names of the types (`int8`, `float8_e4m3fn`) of layers that have 8-bit weights, by path."""
 EXACT: Layers = MappingProxyType({})
-"""No such layers."""
+"""No layer has 8-bit weights."""
 
 _LARGEST = {DTYPES["int8"]: 127.0, DTYPES["fp8"]: 448.0}
 _WEIGHT, _SCALE = "/weight", "/weight_scale"
@@ -132,7 +132,7 @@ def with_eight_bit(network: nnx.Module, layers: Layers) -> nnx.Module:
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(network)}
     for path, dtype in layers.items():
         if not isinstance(modules.get(path), nnx.Linear):
-            raise ConfigError(f"{path}: is no linear layer, and cannot have 8-bit weights")
+            raise ConfigError(f"{path}: is not a linear layer and cannot have 8-bit weights")
         parent, _, name = path.rpartition("/")
         setattr(modules[parent], name, nnx.data(EightBitLinear(modules[path], dtype)))
     return network

@@ -180,7 +180,7 @@ class FantasyDubbingPipeline(FantasyTalkingPipeline):
         wanted = (1, sum(counts), *shapes[0][2:])  # the scenes have one size
         if latents.shape != wanted:
             raise ConfigError(
-                f"latents: are {list(latents.shape)}, but the scenes that are dubbed need {list(wanted)}; "
+                f"latents have shape {list(latents.shape)}; the scenes need {list(wanted)}; "
                 "give the video, audio, mask, people and config with which they were sampled"
             )
         parts = jnp.split(latents, np.cumsum(counts)[:-1], axis=1)

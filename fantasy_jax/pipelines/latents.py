@@ -127,17 +127,17 @@ def keep_latents(
     saved: str | Path | None = None,
     needed: str = "config and sound",
 ) -> Iterator[None]:
-    """Keeps latents in a file beside a video while the video is written, and for good if that fails.
+    """Keeps latents in a file beside a video while it or another file is written, and for good if that fails.
 
     Args:
-        video: The video that is written.
+        video: The video of the latents, beside which they are kept.
         latents: The latents.
         num_frames: Frames of the video; None: all that the latents hold.
         saved: File that holds the latents already; None: there is none.
         needed: What else the command that decodes them needs as it was, for the message.
 
     Raises:
-        MediaError: The video cannot be written; the message names the file of the latents.
+        MediaError: The file cannot be written; the message names that of the latents.
     """
     path = Path(saved) if saved else _save_near(video, latents, num_frames)
     try:

@@ -118,8 +118,8 @@ class Lag:
         in_step: Its lag, in frames.
         top: Lag of the local maximum that the correlations rise to from there.
         elsewhere: Lag of the highest correlation of all.
-        peak: The same between frames: the top of the parabola through that correlation and its neighbours.
-        gain: By how much that is higher.
+        peak: Lag of the highest correlation, interpolated between frames by a parabola.
+        gain: Highest correlation minus `value`.
     """
 
     value: float

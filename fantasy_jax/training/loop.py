@@ -145,17 +145,19 @@ def lock_workdir(folder: Path) -> Iterator[None]:
     """Locks a folder for one run at a time; the first process of a run holds the lock for all of them.
 
     Raises:
-        ConfigError: Another run has locked the folder; raised in every process.
+        ConfigError: Another run has locked the folder, or the first process cannot use it; raised in every
+            process.
+        OSError: The folder cannot be created or written to; raised in the first process.
     """
-    error = None
+    error: Exception | None = None
     with ExitStack() as stack:
         if jax.process_index() == 0:
             try:
                 stack.enter_context(lock_folder(folder))
-            except ConfigError as refused:
+            except (ConfigError, OSError) as refused:
                 error = refused
         if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(error is not None)):
-            error = error or ConfigError(f"{folder}: is in use, as the first process reports")
+            error = error or ConfigError(f"{folder}: cannot be used, as the first process reports")
         if error is not None:
             raise error
         yield

@@ -136,8 +136,8 @@ def _unlike_published(adapter: Path, encoder: Component, record: Mapping[str, An
     if not names:
         return []
     return [
-        f"{adapter}: was trained with {name}, from which the store's {encoder.slot} differs in {names}; "
-        "train the adapter on with it"
+        f"{adapter}: was trained with {name}, but the store's {encoder.slot} has other {names}; continue "
+        "training the adapter with this encoder"
     ]
 
 

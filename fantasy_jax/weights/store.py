@@ -216,28 +216,36 @@ def write(
         raise WeightsError(f"{partial}: cannot be written ({error.strerror or error})") from error
 
 
-def check_writable_store(store: Path) -> None:
+def check_writable_store(store: Path, written: Iterable[str] | None = None) -> None:
     """Checks, before any work, that networks can be written into a store without harm to other files.
+
+    Args:
+        store: The store, complete or absent.
+        written: Slots that are written; None: all.
 
     Raises:
         WeightsError: In the place of a network there is something else, or beside its files.
     """
-    for slot in slots():
+    for slot in slots() if written is None else written:
         _check_replaceable(Path(store) / slot)
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises a WeightsError if a network's folder is a file, or holds what is of no network."""
+    """Raises a WeightsError if a network's folder is a file, or holds files that belong to no network."""
     if not folder.is_dir():
         if folder.exists():
             raise WeightsError(f"{folder}: is a file where a network is written; choose another folder")
+        return
+    if folder.is_symlink():  # to a network of another store; the link is replaced
         return
     # Stores of earlier versions have no checksums that would name the other files.
     known = {RECORD, SUMS, _STARTED, MOTION_FILE, TOKENIZER}
     known |= {Path(name).parts[0] for name in read_sums(folder)}
     names = (path.name for path in folder.iterdir() if not _ITEM.fullmatch(path.name))
     if foreign := sorted(set(names) - known):
-        raise WeightsError(f"{folder}: holds {foreign[0]}, which is of no store; choose another folder")
+        raise WeightsError(
+            f"{folder}: holds {foreign[0]}, which does not belong to a store; choose another folder"
+        )
 
 
 def _replace(folder: Path, partial: Path) -> None:
@@ -246,7 +254,9 @@ def _replace(folder: Path, partial: Path) -> None:
     # Only what is on the disk, and not in the system's cache, survives a loss of power.
     os.sync()
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.is_symlink():  # to a network of another store, which stays
+        folder.unlink()
+    elif folder.exists():
         folder.rename(old)
     partial.rename(folder)
     (folder / _STARTED).unlink()
