@@ -126,11 +126,14 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorSpec], Read]:
     def read(key: str) -> np.ndarray:
         tensor = tensors[key]
         try:
-            value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(specs[key].shape)
         except NotImplementedError as error:
             message = f"{path}: {key} is {tensor.tensor_type.name}, which gguf cannot read"
             raise WeightsError(f"{message}; give a file of another precision") from error
-        return value.reshape(specs[key].shape)
+        except ValueError as error:  # of sizes that do not fit each other
+            raise WeightsError(
+                f"{path}: {key} is damaged ({reason(error)}); download the file again"
+            ) from error
 
     return specs, read
 
