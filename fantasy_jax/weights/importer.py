@@ -177,7 +177,7 @@ def import_weights(
 
 def _todo(jobs: list[Job], output: Path, progress: bool) -> list[Job]:
     """The networks that the store does not hold yet; checks those that it holds, and the disk's space."""
-    check_writable_store(output)
+    check_writable_store(output, {job.slot for job in jobs})
     stored = [job for job in jobs if (output / job.slot / RECORD).is_file()]
     for job in stored:
         _check_same(job, output / job.slot, [(path.name, path.stat().st_size) for path in job.files])
