@@ -49,7 +49,7 @@ def test_memory_is_counted_for_every_choice_of_settings(tmp_path, capsys):
     assert memory.main([f"--config={CONFIG}", "--seconds=1", f"--json={tmp_path / 'x.json'}"]) == 0
     assert capsys.readouterr().out.count(" yes | yes | yes | yes | yes |") == len(memory.CHOICES)
     exact, eight_bit, host, both = map(guided_step, json.loads((tmp_path / "x.json").read_text()).values())
-    assert eight_bit["arguments"] < 0.8 * exact["arguments"]  # a third of it is not in the blocks
+    assert both["host"] < 0.7 * host["host"]  # biases, norms and adapters have 16 bits
     for before, after in ((exact, host), (eight_bit, both)):
         assert after["arguments"] + after["host"] == before["arguments"]
         assert after["host"] > 0.1 * before["arguments"]
