@@ -87,7 +87,7 @@ def check_on_mesh(networks, slot):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("slot", small_model().networks)
 def test_a_network_on_a_mesh_equals_the_one_in_host_memory(folder, slot, dtype):
     check_on_mesh(stored_networks(folder, small_model().replace(dtype=dtype)), slot)
@@ -122,7 +122,7 @@ def test_networks_without_a_mesh_are_whole_also_while_a_mesh_is_in_force(folder)
         np.testing.assert_array_equal(found[path], value, strict=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_merged_lora_on_a_mesh_equals_the_one_in_host_memory(folder, dtype):
     files = [LoRAFile(str(folder / FILE), 0.5)]
     networks = stored_networks(folder, small_model().replace(dtype=dtype), loras=files)

@@ -37,6 +37,7 @@ def test_the_clip_lasts_as_long_as_the_sound(pipeline, tmp_path):
     assert media.audio_seconds(tmp_path / "long.mp4") == pytest.approx(out.seconds, abs=0.05)
 
 
+@pytest.mark.slow
 def test_max_seconds_shorten_the_clip(pipeline, tmp_path):
     settings = {**vars(SETTINGS), "max_seconds": 0.5}
     short = FantasyTalkingPipeline(pipeline.networks, WINDOW, SampleConfig(**settings), keep="all")
@@ -66,6 +67,7 @@ def test_config_error_for_max_seconds(seconds):
         SampleConfig(max_seconds=seconds)
 
 
+@pytest.mark.slow
 def test_long_audio_is_encoded_in_pieces(pipeline):
     encoder = pipeline.networks["speech_encoder"]
     count = 2 * AUDIO_PIECE + 123
@@ -115,6 +117,7 @@ def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline):
     assert np.abs(streamed - single)[:9].max() <= 1
 
 
+@pytest.mark.slow
 def test_a_stream_reads_no_further_than_it_must(pipeline):
     read = []
 

@@ -81,11 +81,11 @@ def speech():
 @pytest.mark.parametrize(
     ("kind", "expected", "offset"),
     [
-        ("two holes", {1: "missing_sound", 3: "missing_sound"}, 0),
+        pytest.param("two holes", {1: "missing_sound", 3: "missing_sound"}, 0, marks=pytest.mark.slow),
         ("a lost packet", {}, 0),
         ("closed hole", {2: "sync", 3: "sync", 4: "sync"}, 0),
-        ("early closed hole", {0: "missing_sound"}, 12.8),
-        ("six frames late", {4: "missing_sound"}, -6),
+        pytest.param("early closed hole", {0: "missing_sound"}, 12.8, marks=pytest.mark.slow),
+        pytest.param("six frames late", {4: "missing_sound"}, -6, marks=pytest.mark.slow),
         ("between frames late", {4: "missing_sound"}, -6.5),
         ("drift", {3: "sync", 4: "sync"}, 0),
         ("no frames", {3: "gap", 4: "gap"}, 0),

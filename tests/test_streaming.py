@@ -23,7 +23,9 @@ decode = jax.jit(lambda vae, latents: vae.decode(latents))
 encode = jax.jit(lambda vae, video: vae.encode(from_uint8(video)))
 
 
-@pytest.fixture(scope="module", params=[WAN, MINIATURE], ids=["wan", "miniature"])
+@pytest.fixture(
+    scope="module", params=[WAN, pytest.param(MINIATURE, marks=pytest.mark.slow)], ids=["wan", "miniature"]
+)
 def vae(request):
     return random_network(request.param)
 

@@ -113,7 +113,7 @@ def test_voices_vary_in_pitch_and_speech_has_the_requested_length():
     assert speech.opening.shape == (51,)
 
 
-@pytest.mark.parametrize("split", ["test", "unseen"])
+@pytest.mark.parametrize("split", ["test", pytest.param("unseen", marks=pytest.mark.slow)])
 def test_mouth_opening_is_measured_on_held_out_faces(split):
     clips = list(records(CONFIG, VIDEO, split, 64))
     assert correlations(clips).mean() > 0.95

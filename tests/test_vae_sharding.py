@@ -84,6 +84,7 @@ def test_collectives_are_the_nearest_rows_and_keys_and_values(vae, on_one_device
     assert found["all-gather"].bytes == 4 * LATENT_FRAMES * SQUARE[0] * SQUARE[1] * widths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_rows_that_are_not_divisible(vae, on_one_device, function):
     mesh = make_mesh(data=2, context=4)
