@@ -204,6 +204,7 @@ EMPTY = jnp.zeros((1, 1, TINY_WAN.text_dim))
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_branches", [True, False])
 @pytest.mark.parametrize("branch", range(3))
 def test_each_clip_is_sampled_with_its_own_face_in_every_branch(identified, branch, batch_branches):

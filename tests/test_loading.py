@@ -134,6 +134,7 @@ def test_a_merged_lora_on_a_mesh_equals_the_one_in_host_memory(folder, dtype):
         assert np.abs(after - before).mean() > 1e-3, path
 
 
+@pytest.mark.slow
 def test_a_lora_beside_the_weights_is_sharded_too(folder):
     files = [LoRAFile(str(folder / FILE), 0.5)]
     networks = stored_networks(folder, small_model(), merge_lora=False, loras=files)

@@ -253,6 +253,7 @@ def test_on_one_device_the_networks_stay_as_they_are():
         assert jax.sharding.get_abstract_mesh().empty
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_networks_are_sharded():
     model = small_model()
     networks = random_networks(model, byte_tokenizer(), seed=3).keeping("all")

@@ -24,6 +24,7 @@ def video(frames, height=16, width=24):
     return jax.random.uniform(jax.random.key(0), (1, frames, height, width, 3), minval=-1, maxval=1)
 
 
+@pytest.mark.slow
 @pytest.mark.networks
 def test_encoder_and_decoder_are_causal(vae):
     encode, decode = nnx.jit(lambda vae, x: vae.encode(x)), nnx.jit(lambda vae, x: vae.decode(x))

@@ -131,6 +131,7 @@ def test_velocity(pair, inputs):
     assert relative(run_ours(*nnx.split(ours), inputs), run_theirs(theirs, inputs)[0]) < LIMIT
 
 
+@pytest.mark.slow
 def test_layer_by_layer(pair, inputs):
     ours, theirs = pair
     seen = run_theirs(theirs, inputs)[1]
