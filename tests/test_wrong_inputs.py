@@ -23,7 +23,8 @@ import sample
 import train
 from fantasy_jax import benchmark, cli, media
 from fantasy_jax.evaluation import video as evaluation
-from fantasy_jax.miniature import controls, dubbing, lip_sync, long_clips, synthetic
+from fantasy_jax.miniature import approximate, controls, dubbing, lip_sync, long_clips, synthetic
+from fantasy_jax.performance import memory
 from fantasy_jax.pipelines import dubbing_plan, scene, speakers
 from fantasy_jax.prepare import command as prepare
 from fantasy_jax.preprocessing import lip_mask
@@ -72,6 +73,12 @@ COMMANDS = {
     "long_clips": (long_clips.main, [TINY, "--clips=1"]),
     "controls": (controls.main, [TINY, "--clips=2"]),
     "dubbing": (dubbing.main, [TINY, "--clips=2"]),
+    "quantize": (
+        convert_weights.main,
+        ["quantize", f"--weights={ROOT / 'fantasy_jax/assets/tiny'}", "--output=out/q", "--dtype=int8"],
+    ),
+    "memory": (memory.main, [TINY]),
+    "approximate": (approximate.main, [TINY, "--clips=1"]),
 }
 
 
