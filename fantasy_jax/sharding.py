@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -178,6 +178,12 @@ def in_host_memory() -> AbstractContextManager:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return nullcontext()
+
+
+def mesh_device() -> Any:
+    """A device of the mesh in force, which need not be attached; JAX's first one without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0] if device is None else device
 
 
 def to_host(value: np.ndarray) -> Array:

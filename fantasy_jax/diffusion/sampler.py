@@ -117,6 +117,12 @@ class SamplerConfig(Settings):
             skipped = skipped_steps(np.array(curve.ratios), self.magcache, first)
         return EvaluationPlan(needed_branches(guidance, self.gating, steps, first), skipped)
 
+    def first_step(self, held: HeldLatents | None, strength: float) -> int:
+        """The step that sampling starts from; without held latents the first one."""
+        if held is None:
+            return 0
+        return first_step(sampling_sigmas(self.num_inference_steps, self.shift), strength)
+
     def window_group(self, count: int) -> int:
         """How many of `count` windows are evaluated as one batch on the current mesh."""
         devices = axis_size("data") * axis_size("fsdp")
@@ -241,7 +247,7 @@ def sample(
     static = (graphdef, dropped, hashable(options), num_frames, count == 1)
     conditions = branch_conditions(*static, state, inputs)
     group = 1 if windows is None else config.window_group(count)
-    first = 0 if held is None else first_step(sigmas, strength)
+    first = config.first_step(held, strength)
     plan = config.evaluation_plan(guidance, first)
     kept = plan.gates, plan.skips or residual_callback is not None
     if residual_callback is not None and (plan.gates or plan.skips):

@@ -34,6 +34,16 @@ def windowed_rms(
     return np.sqrt([np.average(padded[i : i + 2 * half] ** 2, weights=window) for i in middles])
 
 
-def psnr(one: UInt8[np.ndarray, "*n"], other: UInt8[np.ndarray, "*n"]) -> float:
-    """Peak signal-to-noise ratio of two images or videos of equal size, in dB; 100 if they are identical."""
-    return float(-10 * np.log10(np.square((one.astype(np.float64) - other) / 255).mean() + 1e-10))
+def psnr(
+    one: UInt8[np.ndarray, "*n"] | Float[np.ndarray, "*n"],
+    other: UInt8[np.ndarray, "*n"] | Float[np.ndarray, "*n"],
+    peak: float = 255.0,
+) -> float:
+    """Peak signal-to-noise ratio of two images, videos or latents, in dB; 100 if they are identical.
+
+    Args:
+        one: An array.
+        other: One of equal shape.
+        peak: Range of the values.
+    """
+    return float(-10 * np.log10(np.square((one.astype(np.float64) - other) / peak).mean() + 1e-10))

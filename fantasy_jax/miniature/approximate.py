@@ -128,14 +128,9 @@ def _row(held_out: HeldOutClips, changes: Mapping[str, Any], clips: _Clips, exac
         int(config.evaluation_plan(config.guidance).evaluations.sum()),
         held_out.correlation_with(clips.videos, [record["opening"] for record in records]),
         figure([psnr(x[0], record["video"][0]) for x, record in zip(clips.videos, records, strict=True)]),
-        figure([_latent_psnr(*pair) for pair in zip(clips.latents, exact.latents, strict=True)]),
+        figure([psnr(x, y, float(np.ptp(y))) for x, y in zip(clips.latents, exact.latents, strict=True)]),
         figure([psnr(*pair) for pair in zip(clips.videos, exact.videos, strict=True)]),
     )
-
-
-def _latent_psnr(latents: Float[np.ndarray, "*n"], exact: Float[np.ndarray, "*n"]) -> float:
-    """As `psnr`, of latents: 100 dB if they are identical."""
-    return float(-10 * np.log10(np.square((latents - exact) / np.ptp(exact)).mean() + 1e-10))
 
 
 def header() -> str:

@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.splash import splash_attention
-from fantasy_jax.sharding import divisible_partition
+from fantasy_jax.sharding import divisible_partition, mesh_device
 from fantasy_jax.typing import Array, Bool, Float, Int, Leaf
 
 MASK_VALUE = -1e30
@@ -148,9 +148,7 @@ def choose_backend(q: Leaf, k: Leaf) -> Backend:
 
 def _platform() -> str:
     """Platform of the mesh in force, whose devices need not be attached; JAX's default without a mesh."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
+    device = mesh_device()
     if hasattr(device, "platform"):
         return device.platform
     kind = device.device_kind  # JAX 0.10.0 has no `platform`

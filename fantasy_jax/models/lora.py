@@ -195,7 +195,7 @@ def add_products(
 
 def _empty_product(shape: tuple[int, ...], rank: int) -> LowRankDot:
     """A product of scale 1, without its matrices."""
-    return nnx.eval_shape(lambda: LowRankDot(shape, LoRAConfig(rank, float(rank)), rngs=nnx.Rngs(0)))
+    return abstract(lambda rngs: LowRankDot(shape, LoRAConfig(rank, float(rank)), rngs=rngs))
 
 
 def merged_kernel(

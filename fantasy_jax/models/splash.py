@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from fantasy_jax.sharding import mesh_device
 from fantasy_jax.typing import Array, Float, Int
 
 _LANES = 128
@@ -49,7 +50,7 @@ def splash_attention(
         interpret: Whether XLA runs the kernel's operations, on any platform, as in tests.
     """
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    largest = _LARGER_BLOCKS.get(_device_kind(), _LARGEST_BLOCK)
+    largest = _LARGER_BLOCKS.get(mesh_device().device_kind, _LARGEST_BLOCK)
     block_q = choose_block(queries, largest)
     block_kv = choose_block(keys, largest, halved=True)
     q, k, v = (
@@ -92,12 +93,6 @@ def choose_block(length: int, largest: int, *, halved: bool = False) -> int:
         step = 2 * _LANES if halved and length > largest // 2 else _LANES
         return -(-length // step) * step
     return min((largest, largest * 3 // 4, largest // 2), key=lambda block: -(-length // block) * block)
-
-
-def _device_kind() -> str:
-    """Kind of the devices of the mesh in force, which need not be attached; of JAX's default without one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.devices()[0] if device is None else device).device_kind
 
 
 def _block_sizes(queries: int, keys: int) -> kernels.BlockSizes:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import jax
 
 from fantasy_jax import cli
-from fantasy_jax.config import section
+from fantasy_jax.config import PositiveFloat, section
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.models.eight_bit import EightBit
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     cli.add_config_argument(parser)
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
-    parser.add_argument("--seconds", type=float, metavar="S", help="length of the video")
+    parser.add_argument("--seconds", type=cli.number(PositiveFloat), metavar="S", help="length of the video")
     parser.add_argument(
         "--compile_only", action="store_true", help="temporaries by the compiler of the attached device"
     )

@@ -15,8 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fantasy_jax import media
-from fantasy_jax.diffusion.flow import sampling_sigmas
-from fantasy_jax.diffusion.held import HeldLatents, first_step
+from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.magcache import Calibration
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
@@ -264,8 +263,7 @@ class Pipeline:
         if progress:
             seconds = video_frames(noise.shape[1]) / self.video.fps
             self._print_origins()
-            sigmas = sampling_sigmas(config.num_inference_steps, config.shift)
-            first = 0 if held is None else first_step(sigmas, strength)
+            first = config.first_step(held, strength)
             evaluations = config.evaluation_plan(config.guidance, first).evaluations[first:]
             print(_plan(seconds, windows.count if windows else 1, evaluations), flush=True)
         with timed("Transformer"):
