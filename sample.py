@@ -30,6 +30,7 @@ from fantasy_jax.pipelines.dubbing import FantasyDubbingPipeline
 from fantasy_jax.pipelines.latents import keep_latents, read_latents, read_noise, save_latents
 from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
+from fantasy_jax.pipelines.previews import PreviewFiles
 from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.preprocessing.boxes import parse_box
@@ -57,7 +58,7 @@ OPTIONS = {
 REPLACED = {
     "latents": (
         *("calibrate", "image", "prompt", "seed", "noise", "save_latents", "voice", "batch", "person", "box"),
-        *("driver", "overlay", "size", "lora"),
+        *("driver", "overlay", "size", "lora", "previews"),
     ),
     "noise": ("seed",),
 }
@@ -94,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             f"--calibrate measures all steps, but sample.strength is {settings.strength:g}, which leaves "
             "some out; set it to 1"
         )
+    if arguments.preview_every and not arguments.previews:
+        raise ConfigError("--preview_every has no effect without --previews")
     ahead.parse_size(arguments.size)  # an error now, rather than after the weights are read
     requests = _requests(arguments, pipeline_type)
     _check_files(arguments, config, requests, settings)
@@ -130,6 +133,8 @@ def _check_files(
     used += [file.path for file in settings.loras]
     videos = [arguments.overlay, *(r.output for r in requests)]
     outputs = [arguments.save_latents, arguments.calibrate, arguments.overlay]
+    if arguments.previews:
+        outputs.append(Path(arguments.previews) / f"{requests[0].output.stem}_step_01.mp4")
     written = [*outputs, *(x for r in requests for x in r.outputs)]
     check_outputs(written, [*used, *given, *read])
     for path in filter(None, videos):
@@ -164,7 +169,7 @@ def _talk(pipeline: FantasyTalkingPipeline, arguments: argparse.Namespace, reque
         size=ahead.parse_size(arguments.size),
         voice=arguments.voice or None,
         **given,
-        **_sampling(arguments),
+        **_sampling(arguments, request),
     )
     _write_clip(output, arguments, request)
 
@@ -187,7 +192,7 @@ def _act(pipeline: FantasyPortraitPipeline, arguments: argparse.Namespace, reque
         media.write_video(arguments.overlay, scene.overlay(), pipeline.video.fps)
         print(f"Wrote {arguments.overlay}: the drivers, and whom they drive")
     output = pipeline(
-        scene, prompt=arguments.prompt or "", sound=arguments.sound or None, **_sampling(arguments)
+        scene, prompt=arguments.prompt or "", sound=arguments.sound or None, **_sampling(arguments, request)
     )
     _write_clip(output, arguments, request)
     if output.audio is None:
@@ -211,7 +216,7 @@ def _dub(pipeline: FantasyDubbingPipeline, arguments: argparse.Namespace, reques
         background=arguments.background,
         report=print,
         **given,
-        **_sampling(arguments),
+        **_sampling(arguments, request),
     )
     _write(output, arguments, request, None, "video, sound, mask, people and config")
     source, (video, sheet) = output.plan.source, request.outputs
@@ -250,10 +255,14 @@ def _pipeline_type(config: ConfigDict, arguments: argparse.Namespace) -> type[Pi
     return pipeline_type
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, object]:
+def _sampling(arguments: argparse.Namespace, request: ClipRequest) -> dict[str, object]:
     """The arguments that every pipeline takes."""
     noise: Callable | None = partial(read_noise, arguments.noise) if arguments.noise else None
-    return {"seed": arguments.seed or 0, "noise": noise, "timed": cli.timed, "progress": True}
+    given = {"seed": arguments.seed or 0, "noise": noise, "timed": cli.timed, "progress": True}
+    if arguments.previews:
+        files = PreviewFiles(Path(arguments.previews), request.output.stem, arguments.preview_every)
+        given["callback_on_step_end"] = files
+    return given
 
 
 def _write_clip(output: VideoOutput, arguments: argparse.Namespace, request: ClipRequest) -> None:

@@ -64,6 +64,7 @@ def manifest(tmp_path, name, **changes):
         ("clip_xlm_roberta_vit_h14", "clip_vision", 393, "1,264,153,602 of float16"),
         ("pd_fpg", "pdfgc_motion_encoder", 387, "36,219,980 of float32"),
         ("fantasyportrait_model", "fantasyportrait_adapter", 188, "4,013,297,664 of float32"),
+        ("taew2_1", "taew2_1", 128, "22,631,078 of float16"),
     ],
 )
 def test_full_size_files_map_completely(command, name, component, count, size):
@@ -75,7 +76,7 @@ def test_full_size_files_map_completely(command, name, component, count, size):
     assert f"parameters  {json.loads(path.read_text())['parameters']:,}\n" in out
     assert f"bytes       {size}" in out
     assert out.endswith("complete\n")
-    assert ("ignored" in out) == (component == "clip_vision")
+    assert ("ignored" in out) == (component in ("clip_vision", "taew2_1"))
 
 
 @pytest.mark.networks

@@ -188,7 +188,7 @@ def test_four_guided_steps_are_the_official_ones_and_compile_once(batch_branches
         ClipInputs(*(inputs[name] for name in names), {"audio": inputs["audio_features"]}),
         SamplerConfig(num_inference_steps=4, batch_branches=batch_branches),
         guidance=guidance_branches(4, 5.0, 4.5),
-        callback=lambda i, x: steps.append((i, np.asarray(x))),
+        callback=lambda i, x, _: steps.append((i, np.asarray(x))),
     )
     assert sampler.guided_step._cache_size() == compiled + 1
     assert [i for i, _ in steps] == [0, 1, 2, 3]
@@ -213,7 +213,7 @@ def plain_velocity(model, inputs, text, audio_scale):
 
 
 def euler_by_hand(model, noise, inputs, config):
-    """Always three evaluations, each with its own conditions."""
+    """Always three evaluations, each with its own conditions; also returns what each step predicts."""
     steps = config.num_inference_steps
     sigmas = sampling_sigmas(steps, config.shift)
     text_scales, audio_scales = (
@@ -227,17 +227,18 @@ def euler_by_hand(model, noise, inputs, config):
             (inputs.text, config.audio_attention_scale),
         )
     ]
-    latents = noise
+    latents, predicted = noise, []
     for i in range(steps):
         negative, no_audio, full = (velocity(latents, sigmas[i]) for velocity in branches)
         guided = negative + text_scales[i] * (no_audio - negative) + audio_scales[i] * (full - no_audio)
+        predicted.append(latents - guided * sigmas[i])
         latents = latents + guided * (sigmas[i + 1] - sigmas[i])
-    return latents
+    return latents, predicted
 
 
-def sample_with(model, noise, inputs, config):
+def sample_with(model, noise, inputs, config, callback=None):
     """Samples as FantasyTalking's pipeline does."""
-    settings = {"guidance": config.guidance, "options": config.adapter_options}
+    settings = {"guidance": config.guidance, "options": config.adapter_options, "callback": callback}
     return sample(model, noise, inputs, config, **settings)
 
 
@@ -260,7 +261,13 @@ def sample_with(model, noise, inputs, config):
     ids=["schedules", "no text guidance", "equal scales", "no guidance"],
 )
 def test_sampling_equals_euler_by_hand(tiny, config):
-    assert relative(sample_with(*tiny, config), euler_by_hand(*tiny, config)) < 5e-6
+    expected, expected_predictions = euler_by_hand(*tiny, config)
+    predictions = []
+    result = sample_with(*tiny, config, lambda i, latents, predicted: predictions.append(predicted))
+    assert relative(result, expected) < 5e-6
+    np.testing.assert_array_equal(predictions[-1], result)
+    for predicted, wanted in zip(predictions, expected_predictions, strict=True):
+        assert relative(predicted, wanted) < 5e-6
 
 
 def test_settings_that_change_over_steps_compile_nothing_again(tiny):

@@ -43,6 +43,7 @@ def hub(monkeypatch):
         "acvlab/FantasyTalking": ["fantasytalking_model.ckpt"],
         "acvlab/FantasyPortrait": ["fantasyportrait_model.ckpt", "pd_fpg.pth"],
         "lightx2v/Wan2.1-I2V-14B-480P-StepDistill-CfgDistill-Lightx2v": [f"loras/{LORA}", "README.md"],
+        "Kijai/WanVideo_comfy": ["taew2_1.safetensors", "README.md"],
         "facebook/wav2vec2-base-960h": ["config.json", "model.safetensors", "pytorch_model.bin"],
     }
     fetched = []
@@ -65,18 +66,18 @@ def hub(monkeypatch):
 def test_download_of_the_files_that_are_needed_and_missing(tmp_path, command, hub):
     code, out, err = command("download", "--output", tmp_path)
     assert (code, err) == (0, "")
-    assert len(hub) == 12
+    assert len(hub) == 13
     assert not any("README" in name or "assets" in name or ".bin" in name for name in hub)
     assert (tmp_path / "fantasytalking_model.ckpt").is_file()
     assert (tmp_path / "pd_fpg.pth").is_file()
     assert (tmp_path / "Wan2.1-I2V-14B-720P" / "google" / "umt5-xxl" / "spiece.model").is_file()
-    assert out.count("to download\n") == 12
+    assert out.count("to download\n") == 13
 
     hub.clear()
     (tmp_path / "fantasytalking_model.ckpt").write_bytes(bytes(4))
     code, out, _ = command("download", "--output", tmp_path)
     assert (code, hub) == (0, ["acvlab/FantasyTalking/fantasytalking_model.ckpt"])
-    assert out.count("complete\n") == 11
+    assert out.count("complete\n") == 12
 
 
 @pytest.mark.parametrize("name", ["talking", "portrait"])
@@ -114,7 +115,7 @@ def test_download_of_the_lora_for_few_steps(tmp_path, command, hub):
 
 def test_download_prints_sizes_and_checks_the_disk_before_it_starts(tmp_path, command, hub, monkeypatch):
     usage = namedtuple("Usage", "free")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(119))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(129))
     code, out, err = command("download", "--output", tmp_path / "new")
     assert (code, hub, err.count("\n")) == (2, [], 1)
     assert "to download into" in out

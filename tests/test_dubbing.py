@@ -256,9 +256,10 @@ def test_after_each_step_the_source_has_that_steps_noise(sampling):
     _, noise, _, source = sampling
     seen = []
     held = HeldLatents(source, np.zeros((*source.shape[:-1], 1), np.float32))
-    run(sampling, held, callback=lambda step, latents: seen.append(np.asarray(latents)))
-    for sigma, latents in zip(sampling_sigmas(4, 5.0)[1:], seen, strict=True):
+    run(sampling, held, callback=lambda step, *latents: seen.append([np.asarray(x) for x in latents]))
+    for sigma, (latents, predicted) in zip(sampling_sigmas(4, 5.0)[1:], seen, strict=True):
         np.testing.assert_allclose(latents, (1 - sigma) * source + sigma * noise, atol=1e-6)
+        np.testing.assert_allclose(predicted, source, atol=1e-4)
 
 
 def test_strength_is_a_noise_level(sampling):
@@ -266,7 +267,7 @@ def test_strength_is_a_noise_level(sampling):
     held = HeldLatents(source, np.ones((*source.shape[:-1], 1), np.float32))
     assert np.array_equal(run(sampling, held, strength=0.0), source)
     steps = []
-    run(sampling, held, strength=0.84, callback=lambda step, _: steps.append(step))
+    run(sampling, held, strength=0.84, callback=lambda step, *_: steps.append(step))
     assert steps == [2, 3]  # the level before step 2 of 4 is 0.833 with a shift of 5
     sigmas = sampling_sigmas(4, 5.0)
     assert [first_step(sigmas, x) for x in (1.0, 0.95, 0.6, 0.0)] == [0, 1, 3, 4]

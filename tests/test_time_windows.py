@@ -219,7 +219,7 @@ def test_held_latents_stay(transformer):
         noise,
         inputs,
         held=HeldLatents(known, mask),
-        callback=lambda i, x: steps.append(np.asarray(x)),
+        callback=lambda i, x, _: steps.append(np.asarray(x)),
     )
     sigma = sampling_sigmas(STEPS, 5.0)[1]
     np.testing.assert_allclose(steps[0][:, :2], (1 - sigma) * known[:, :2] + sigma * noise[:, :2], rtol=1e-6)
@@ -232,7 +232,7 @@ def test_strength_leaves_out_the_first_steps(transformer):
     held = HeldLatents(draw(*noise.shape, seed=9), jnp.ones((1, 1, 1, 1, 1)))
     np.testing.assert_array_equal(run(transformer, noise, inputs, held=held, strength=0.0), held.latents)
     seen = []
-    run(transformer, noise, inputs, held=held, strength=0.9, callback=lambda i, x: seen.append(i))
+    run(transformer, noise, inputs, held=held, strength=0.9, callback=lambda i, x, _: seen.append(i))
     assert seen == [1]  # levels are 1 and 0.83
 
 

@@ -87,7 +87,7 @@ def _rules(
     vae = abstract(lambda rngs: WanVAE(config, rngs=rngs))
     rules = []
     for ours, theirs in between.items():
-        rules += affine(theirs, ours, _pointwise(3))
+        rules += affine(theirs, ours, pointwise(3))
     for name in ("encoder", "decoder"):
         coder: Coder = getattr(vae, name)
         rules += affine(f"{name}.{ends['conv_in']}", f"{name}/conv_in/conv", CONV3D)
@@ -106,15 +106,15 @@ def _layer_rules(layer: nnx.Module, source: str, target: str, residual: dict[str
         for conv in ("conv1", "conv2"):
             rules += affine(f"{source}.{names[conv]}", f"{target}/{conv}/conv", CONV3D)
         if layer.shortcut is not None:
-            rules += affine(f"{source}.{names['shortcut']}", f"{target}/shortcut", _pointwise(3))
+            rules += affine(f"{source}.{names['shortcut']}", f"{target}/shortcut", pointwise(3))
         return rules
     if isinstance(layer, AttentionBlock):
         return [
             _norm(f"{source}.norm", f"{target}/norm", 2),
-            *affine(f"{source}.to_qkv", f"{target}/qkv", _pointwise(2)),
-            *affine(f"{source}.proj", f"{target}/out", _pointwise(2)),
+            *affine(f"{source}.to_qkv", f"{target}/qkv", pointwise(2)),
+            *affine(f"{source}.proj", f"{target}/out", pointwise(2)),
         ]
-    rules = affine(f"{source}.resample.1", f"{target}/conv", _CONV_IN_FRAME)
+    rules = affine(f"{source}.resample.1", f"{target}/conv", CONV_IN_FRAME)
     if layer.time_conv is not None:
         rules += affine(f"{source}.time_conv", f"{target}/time_conv", CONV3D)
     return rules
@@ -125,7 +125,7 @@ def _norm(source: str, target: str, dimensions: int) -> Rule:
     return Rule(f"{source}.gamma", f"{target}/scale", reshape((-1, *[1] * dimensions), (-1,)))
 
 
-def _pointwise(dimensions: int) -> Transform:
+def pointwise(dimensions: int) -> Transform:
     """A convolution of kernel size 1, `[D, C, 1, ...]`, is a linear layer, `[C, D]`."""
     squeeze = Transform(
         "squeeze", lambda x: x.reshape(x.shape[:2]), lambda x: x.reshape(*x.shape, *[1] * dimensions)
@@ -133,7 +133,7 @@ def _pointwise(dimensions: int) -> Transform:
     return chain(squeeze, LINEAR)
 
 
-_CONV_IN_FRAME = Transform(
+CONV_IN_FRAME = Transform(
     "conv_in_frame", lambda x: x.transpose(2, 3, 1, 0)[None], lambda x: x[0].transpose(3, 2, 0, 1)
 )
 """`[D, C, r, c]` to `[1, r, c, C, D]`: a 2D convolution as a 3D one."""

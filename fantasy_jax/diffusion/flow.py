@@ -5,6 +5,7 @@ fantasy-talking, `diffsynth/schedulers/flow_match.py`, as its pipeline configure
 0, one step more than is used).
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -64,3 +65,19 @@ def add_noise(
 def velocity_target(latents: Float[Array, " B *n"], noise: Float[Array, " B *n"]) -> Float[Array, " B *n"]:
     """The velocity that the transformer is trained to predict: noise minus data."""
     return noise - latents
+
+
+@partial(jax.jit, donate_argnums=0)
+def predicted_latents(
+    before: Float[Array, "B F h w C"],
+    after: Float[Array, "B F h w C"],
+    sigmas: Float[Array | np.ndarray, "2"],
+) -> Float[Array, "B F h w C"]:
+    """Latents without noise as a step predicts them: the line through both states, at noise level 0.
+
+    Args:
+        before: Latents at the first noise level; donated.
+        after: Latents at the second one.
+        sigmas: Noise levels before and after the step.
+    """
+    return after - sigmas[1] * (after - before) / (sigmas[1] - sigmas[0])

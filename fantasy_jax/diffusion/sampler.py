@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fantasy_jax.config import PositiveFloat, PositiveInt, Range, Settings
 from fantasy_jax.diffusion.caching import EvaluationPlan, StepCache
-from fantasy_jax.diffusion.flow import sampling_sigmas
+from fantasy_jax.diffusion.flow import predicted_latents, sampling_sigmas
 from fantasy_jax.diffusion.guidance import (
     GatingConfig,
     GuidanceBranch,
@@ -204,7 +204,7 @@ def sample(
     held: HeldLatents | None = None,
     strength: float = 1.0,
     progress: bool = False,
-    callback: Callable[[int, Array], None] | None = None,
+    callback: Callable[[int, Array, Array], None] | None = None,
     residual_callback: Callable[[int, Residuals], None] | None = None,
 ) -> Float[Array, "B F h w C"]:
     """Integrates the guided velocity from noise to latents.
@@ -224,7 +224,8 @@ def sample(
         strength: Noise level at which sampling starts from the held latents, in [0, 1]; 1 starts from noise,
             and 0 returns the held latents. Needs `held` unless it is 1.
         progress: Whether to show a progress bar.
-        callback: Called with the step's number, from 0, and the latents after it.
+        callback: Called with the step's number, from 0, the latents after it, and those without noise that
+            it predicts.
         residual_callback: Called with the step's number and the residuals of its branches
             (`magcache.Calibration`).
 
@@ -264,13 +265,14 @@ def sample(
         data = StepData(sigmas[i : i + 2], scales[i], None, held, None if held is None else noise, cache)
         if windows is not None:
             data = replace(data, windows=replace(windows.at(i, multiple=group), noise=noise[:, :1]))
+        before = None if callback is None else latents.copy()
         latents, computed = guided_step(graphdef, program, state, latents, conditions, data)
         cache = cache.updated(computed)
         del computed  # the next step may make other residuals, for which these make room
         if progress:
             latents.block_until_ready()  # otherwise the bar counts steps that are only dispatched
         if callback is not None:
-            callback(i, latents)
+            callback(i, latents, predicted_latents(before, latents, data.sigmas))
         if residual_callback is not None:
             residual_callback(i, cache.residuals)
     return latents

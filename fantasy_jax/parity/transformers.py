@@ -80,7 +80,7 @@ class _Run:
             SamplerConfig(settings["steps"], settings["shift"]),
             guidance=guidance_branches(settings["steps"], text_scale, scale, self.adapter.dropout_group),
             options={self.name: self.settings},
-            callback=lambda _, latents: each.append(channels_first(latents)),
+            callback=lambda _, latents, predicted: each.append(channels_first(latents)),
         )
         return each
 

@@ -48,6 +48,9 @@ examples:
   four steps in place of thirty, with a LoRA that convert_weights.py download --component=lora fetches:
   python sample.py --config=configs/fantasy_talking_14b.py:fast --image=woman.png --audio=woman.wav \\
       --output=out/fast.mp4
+  with previews of the clip, which TAEW2.1 decodes if the store has it (docs/sampling.md):
+  python sample.py --config=configs/fantasy_talking_14b.py --image=woman.png --audio=woman.wav \\
+      --output=out/woman.mp4 --previews=out/previews
   the same path with small random weights:
   python sample.py --config=configs/fantasy_talking_14b.py:debug --image=woman.png --audio=woman.wav \\
       --output=out/debug.mp4
@@ -115,6 +118,7 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
         help="also measure the curve of --config.sample.magcache.curve on the clips that are sampled, and "
         "write it to this JSON file",
     )
+    _add_previews(parser.add_argument_group("previews"))
     _add_weights(parser.add_argument_group("weights"))
     _add_latents(parser.add_argument_group("latents in files"))
     _add_people(parser.add_argument_group("several people in the picture"))
@@ -122,6 +126,21 @@ def sampling_parser(description: str) -> cli.ArgumentParser:
     _add_dubbing(parser.add_argument_group("Dubbing, with FantasyTalking"))
     _add_portrait(parser.add_argument_group("FantasyPortrait"))
     return parser
+
+
+def _add_previews(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--previews",
+        metavar="DIR",
+        help="write what the clip will look like into this folder while it is sampled: an mp4 and a contact "
+        "sheet every few steps",
+    )
+    group.add_argument(
+        "--preview_every",
+        type=cli.integer(1),
+        metavar="N",
+        help="steps from one preview to the next (default: a sixth of all)",
+    )
 
 
 def _add_weights(group: argparse._ArgumentGroup) -> None:

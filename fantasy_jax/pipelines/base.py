@@ -61,7 +61,10 @@ class StepProgress:
         num_steps: Steps in all.
         seconds_left: Estimated from the steps after the first, which includes compilation; None after the
             first.
-        latents: `[1, F, h, w, C]`.
+        latents: `[1, F, h, w, C]`; the next step takes their memory.
+        preview: The clip as this step predicts it, without sound. Its frames are decoded when they are
+            needed, by the store's preview decoder or, without one, by the VAE, and can be a few more than
+            those of the result.
     """
 
     stage: str
@@ -69,6 +72,7 @@ class StepProgress:
     num_steps: int
     seconds_left: float | None
     latents: Float[Array, "1 F h w C"]
+    preview: VideoOutput
 
 
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
@@ -266,6 +270,7 @@ class Pipeline:
             first = config.first_step(held, strength)
             evaluations = config.evaluation_plan(config.guidance, first).evaluations[first:]
             print(_plan(seconds, windows.count if windows else 1, evaluations), flush=True)
+        kept = networks.for_stage()  # for all previews of the clip
         with timed("Transformer"):
             latents = sample(
                 networks["transformer"],
@@ -277,7 +282,9 @@ class Pipeline:
                 held=None if held is None else replicate(held),
                 strength=strength,
                 progress=progress,
-                callback=_progress(callback, config.num_inference_steps),
+                callback=_progress(
+                    callback, config.num_inference_steps, partial(self._preview, kept, config)
+                ),
                 residual_callback=self.calibration,
             )
         return partial(self._decode, latents, config, progress=progress), latents
@@ -308,12 +315,38 @@ class Pipeline:
         decode = partial(self._decode, latents, self.config, progress=progress)
         return VideoOutput(decode, latents, frames, self.video.fps, audio, audio_seconds, audio_rate)
 
+    def _preview(
+        self, networks: Networks, config: PipelineConfig, latents: Float[Array, "1 F h w C"]
+    ) -> VideoOutput:
+        """The clip of predicted latents, decoded by one of `networks`."""
+        decode = partial(self._decode, latents, config, networks, preview=True, progress=False)
+        return VideoOutput(decode, latents, video_frames(latents.shape[1]), self.video.fps)
+
     def _decode(
-        self, latents: Float[Array, "1 F h w C"], config: PipelineConfig, *, progress: bool
+        self,
+        latents: Float[Array, "1 F h w C"],
+        config: PipelineConfig,
+        networks: Networks | None = None,
+        *,
+        preview: bool = False,
+        progress: bool,
     ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        """Yields the frames of latents, decoded by the mesh."""
-        with self._on_mesh() as networks:
-            decoder = StreamingDecoder(networks["vae"], tile=config.tile, stride=config.tile_stride)
+        """Yields the frames of latents, decoded by the mesh.
+
+        Args:
+            latents: Normalised.
+            config: Settings of the call.
+            networks: On the mesh; None: the pipeline's.
+            preview: Whether the preview decoder decodes, if there is one; its tile is the whole picture.
+            progress: Whether to show a progress bar.
+        """
+        tiles = {"tile": config.tile, "stride": config.tile_stride}
+        with self._on_mesh() as sharded:
+            networks = sharded if networks is None else networks
+            slot = "preview_decoder" if preview and "preview_decoder" in networks else "vae"
+            if slot != "vae":
+                tiles = dict.fromkeys(tiles, latents.shape[2:4])
+            decoder = StreamingDecoder(networks[slot], **tiles)
         with tqdm(total=latents.shape[1], desc="Decoding", unit="latent frame", disable=not progress) as bar:
             for index in range(latents.shape[1]):
                 # The mesh is not set while the caller has a frame.
@@ -392,17 +425,17 @@ def as_waveform(
 
 
 def _progress(
-    callback: Callable[[StepProgress], None] | None, num_steps: int
-) -> Callable[[int, Array], None] | None:
-    """The sampler's callback for a user's."""
+    callback: Callable[[StepProgress], None] | None, num_steps: int, preview: Callable[[Array], VideoOutput]
+) -> Callable[[int, Array, Array], None] | None:
+    """The sampler's callback for a user's; `preview` makes the clip of predicted latents."""
     if callback is None:
         return None
     begun: list[float] = []
 
-    def report(step: int, latents: Array) -> None:
+    def report(step: int, latents: Array, predicted: Array) -> None:
         latents.block_until_ready()
         begun.append(time.perf_counter())
         left = (begun[-1] - begun[0]) / step * (num_steps - step - 1) if step else None
-        callback(StepProgress("Transformer", step + 1, num_steps, left, latents))
+        callback(StepProgress("Transformer", step + 1, num_steps, left, latents, preview(predicted)))
 
     return report

@@ -12,6 +12,7 @@ from fantasy_jax.convert import (
     motion,
     motion_encoder,
     portrait,
+    tiny_decoder,
     umt5,
     vae,
     wan,
@@ -25,6 +26,7 @@ from fantasy_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from fantasy_jax.models.face_encoder import IRESNET50, FaceEncoder, FaceEncoderConfig
 from fantasy_jax.models.lora import LoRA, LoRASizes
 from fantasy_jax.models.motion_encoder import MotionEncoder, MotionEncoderConfig
+from fantasy_jax.models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from fantasy_jax.models.umt5 import UMT5Config, UMT5Encoder
 from fantasy_jax.models.vae import VAEConfig, WanVAE
 from fantasy_jax.models.wan import WanConfig, WanTransformer
@@ -337,6 +339,24 @@ LORA = register(
         download=Download(
             "lightx2v/Wan2.1-I2V-14B-480P-StepDistill-CfgDistill-Lightx2v",
             ("loras/Wan21_I2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors",),
+        ),
+    )
+)
+PREVIEW_DECODER = register(
+    Component(
+        "taew2_1",
+        "preview_decoder",
+        TinyDecoder,
+        {"taew2_1": TinyDecoderConfig()},
+        None,
+        (Layout("official", ("decoder.1.weight", "decoder.3.conv.0.weight"), tiny_decoder.official_rules),),
+        tiny_decoder.ignored_keys,
+        equal={"latent_channels": "vae.latent_channels"},
+        download=Download(
+            "Kijai/WanVideo_comfy",
+            ("taew2_1.safetensors",),
+            option="preview_decoder",
+            help="file of TAEW2.1, taew2_1.pth or .safetensors, which decodes previews",
         ),
     )
 )

@@ -9,15 +9,19 @@ import numpy as np
 
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.tiling import average_tiles, split_tiles, total_weights
+from fantasy_jax.models.tiny_decoder import TinyDecoder
 from fantasy_jax.models.vae import Carried, WanVAE
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import TEMPORAL_FACTOR, by_latent_frame
 
+Decoder = WanVAE | TinyDecoder
+"""Networks that decode one latent frame after another."""
+
 
 @partial(jax.jit, donate_argnames="carried")
 def decode_step(
-    vae: WanVAE,
+    vae: Decoder,
     carried: Carried | None,
     latent: Float[Array, "B 1 h w C"],
     weights: Float[Array | np.ndarray, "H W 1"] | None = None,
@@ -25,7 +29,7 @@ def decode_step(
     """Decodes one latent frame, or one tile of it, as `WanVAE.decode_chunk` does.
 
     Args:
-        vae: The VAE.
+        vae: The VAE, or a decoder in its place.
         carried: What the call before returned; None for the first latent frame.
         latent: Normalised.
         weights: Factors of the pixels; None leaves them as they are.
@@ -48,11 +52,11 @@ class StreamingDecoder:
     force, decode without tiles. The causal caches, one for each tile, stay on the devices between calls.
     """
 
-    def __init__(self, vae: WanVAE, *, tile: Sequence[int] = (30, 52), stride: Sequence[int] = (15, 26)):
+    def __init__(self, vae: Decoder, *, tile: Sequence[int] = (30, 52), stride: Sequence[int] = (15, 26)):
         """Starts a stream.
 
         Args:
-            vae: The VAE.
+            vae: The VAE, or a decoder in its place.
             tile: Rows and columns of a tile, in latents.
             stride: Rows and columns between tiles, in latents; at most `tile`.
         """

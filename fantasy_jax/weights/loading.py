@@ -62,8 +62,8 @@ def stored_networks(
 
     Args:
         directory: The store.
-        config: Sizes that the store must have, and type of weights and products; None takes the store's
-            sizes.
+        config: Sizes that the store must have, and type of weights and products; the store's preview decoder
+            is added if there is one. None takes the store's sizes.
         dtype: Type of weights and products where there is no `config`.
         new_adapters: Whether adapters that the store lacks are initialised, to be trained.
         merge_lora: Whether low-rank products are added to the transformer's weights, or stay beside them.
@@ -81,6 +81,8 @@ def stored_networks(
     found = stored_networks_of(directory)
     if config is None:
         config = ModelConfig(dtype=dtype, **{slot: sizes for slot, (_, sizes) in found.items()})
+    elif config.preview_decoder is None and "preview_decoder" in found:
+        config = config.replace(preview_decoder=found["preview_decoder"][1])
     adapters = {row.slot for row in config.adapters.values()} if new_adapters else set()
     new = adapters - found.keys()
     for slot, sizes in config.networks.items():
