@@ -46,7 +46,8 @@ DOWNLOAD_EXAMPLES = """\
 examples:
   python convert_weights.py download --config=configs/fantasy_talking_14b.py --output=downloads
   python convert_weights.py download --config=configs/fantasy_portrait_14b.py --output=downloads
-  python convert_weights.py download --output=downloads     both, and the LoRA of fantasy_talking_14b.py:fast
+  python convert_weights.py download --output=downloads
+      both, the LoRA of fantasy_talking_14b.py:fast, and TAEW2.1, which decodes previews
   python convert_weights.py download --component=lora --output=downloads    this LoRA alone
 
 80 GiB for one, 85 GiB for all. After an interruption, run the same command again: it continues.
@@ -67,6 +68,7 @@ examples:
       --wav2vec2=downloads/wav2vec2-base-960h --output=weights
   python convert_weights.py import --fantasytalking=mine.safetensors --output=weights --dtype=float32
   python convert_weights.py import --arcface=antelopev2/glintr100.onnx --output=weights
+  python convert_weights.py import --preview_decoder=downloads/taew2_1.safetensors --output=weights
   python convert_weights.py import --wan=downloads/Wan2.1-I2V-14B-720P \\
       --fantasyportrait=downloads/fantasyportrait_model.ckpt --pd_fpg=downloads/pd_fpg.pth \\
       --output=weights/fantasy_portrait_14b

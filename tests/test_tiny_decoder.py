@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import normal, relative
 
 from fantasy_jax.models.tiny_decoder import TinyDecoderConfig
+from fantasy_jax.models.vae import VAEConfig
+from fantasy_jax.performance.flops import model_flops
 from fantasy_jax.sharding import make_mesh, replicate, shard_module
-from fantasy_jax.system.streaming import StreamingDecoder
+from fantasy_jax.system.registry import component_of
+from fantasy_jax.system.streaming import StreamingDecoder, decode_step
 from fantasy_jax.weights.check import check_store
 from fantasy_jax.weights.importer import import_weights
 from fantasy_jax.weights.loading import load_network
@@ -119,3 +123,20 @@ def test_devices_share_the_rows(decoder):
     mesh = make_mesh(context=2, tensor=2)
     with jax.set_mesh(mesh):
         assert relative(decode(shard_module(decoder, mesh), replicate(latents)), expected) < 2e-6
+
+
+@pytest.mark.slow
+def test_it_has_a_twenty_fifth_of_the_operations_of_the_vae():
+    def count(config):
+        graphdef, state = nnx.split(component_of(config).abstract(config))
+        latent = jax.ShapeDtypeStruct((1, 1, 60, 80, 16), jnp.float32)
+        first = jax.eval_shape(
+            lambda state, x: decode_step(nnx.merge(graphdef, state), None, x), state, latent
+        )
+
+        def decode(state, carried, latent):
+            return decode_step.__wrapped__(nnx.merge(graphdef, state), carried, latent)
+
+        return model_flops(decode, state, first[0], latent)
+
+    assert 24.5 < count(VAEConfig()) / count(TinyDecoderConfig()) < 25.5

@@ -1,4 +1,4 @@
-"""TAEW2.1's decoder: video of Wan2.1's latents at a hundredth of the VAE's cost, for previews.
+"""TAEW2.1's decoder: video of Wan2.1's latents with a twenty-fifth of the VAE's operations, for previews.
 
 Source: madebyollin/taehv, `taehv.py` (`TAEHV`). Frames are convolved one by one; blocks also see the frame
 before each. The frames of a video can be decoded in chunks, as by the VAE (`models/vae.py`), and on a mesh
