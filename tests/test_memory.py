@@ -75,5 +75,5 @@ def test_temporaries_are_those_of_the_compiler_of_a_device():
     sampling = section(SampleConfig, config, "sample")
     found = memory.stages(memory.CHOICES[-1], model, sampling, video, device=jax.devices()[0])
     (step,) = (stage for stage in found if stage.name.startswith("guided step"))
-    assert step.host > 10**5
+    assert step.host > quantised_sizes()[0]  # and the matrices of the adapter
     assert step.temporaries > 2**20
