@@ -331,8 +331,9 @@ def _pipeline(
         return pipeline_type.from_pretrained(
             weights, model=model, video=video, config=settings, keep=settings.keep
         )
-    if settings.loras:
-        raise ConfigError("sample.loras: change stored weights, and none are given; --weights names a store")
+    for name in ("loras", "weights_memory", "eight_bit_products"):
+        if getattr(settings, name) != getattr(PipelineConfig, name):
+            raise ConfigError(f"sample.{name}: needs stored weights; --weights names a store")
     print("No weights given: they are random, and the video will be noise.")
     return pipeline_type(random_networks(model, byte_tokenizer()), video, settings)
 

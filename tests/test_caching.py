@@ -145,6 +145,7 @@ def test_a_curve_in_a_file_or_in_the_config(tmp_path):
         values = {"audio_guidance_scale": 4.5, "magcache": magcache}
         config = SampleConfig(**values) if magcache is settings[0] else build(SampleConfig, values, "sample")
         assert config.evaluation_plan(config.guidance).skipped.sum() == 16
+        assert config.magcache.curve == curve()  # read with the settings, and not again
 
 
 @pytest.mark.parametrize(
@@ -168,8 +169,8 @@ def test_config_error_for_the_file_of_a_curve(tmp_path, content):
     path = tmp_path / "curve.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=rf"^magcache\.curve: {path} "):
-        SampleConfig(magcache=MagCacheConfig(str(path)))
+    with pytest.raises(ConfigError, match=rf"^curve: {path} "):
+        MagCacheConfig(str(path))
 
 
 def test_config_error_for_settings_that_do_not_go_together():
@@ -362,7 +363,7 @@ def test_programs_of_the_approximations():
 
 @pytest.mark.slow
 def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
-    names = ["gated 0.25, 0.25", "4 steps"]
+    names = ["gated 0.25, 0.25", "4 steps", "int8 weights and products"]
     options = [f"--config={ROOT / 'configs/tiny.py'}", "--clips=2", f"--json={tmp_path / 'figures.json'}"]
     options += ["--config.sample.gating.enabled=True"]  # which the exact steps leave out
     approximate.main([*options, *(f"--only={name}" for name in names)])
@@ -371,11 +372,12 @@ def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
         ("exact", 24),
         ("gated 0.25, 0.25", 15),
         ("4 steps", 8),
+        ("int8 weights and products", 24),
     ]
     assert figures["exact"]["latents"]["mean"] > 99
-    gated, fewer = (figures[name]["latents"]["mean"] for name in names)
-    assert 20 < fewer < gated < 60
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    gated, fewer, eight_bit = (figures[name]["latents"]["mean"] for name in names)
+    assert 20 < fewer < gated < eight_bit < 70
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 @pytest.mark.slow

@@ -9,12 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_loading
+from helpers import random_network
+from safetensors.numpy import save_file
 from xla_flags import quick_flags
 
+from configs.fantasy_talking_14b import small_model
+from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.files import lock_folder
+from fantasy_jax.system.registry import component_of
 from fantasy_jax.weights.check import check_store
+from fantasy_jax.weights.loading import StoredLoader
+from fantasy_jax.weights.lora import LoRAFile, open_loras
+from fantasy_jax.weights.store import LORA, save_network
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS = 120
@@ -288,3 +298,49 @@ def test_one_of_two_processes_saves_a_network(tmp_path):
     folder = tmp_path / "audio_adapter"
     finish(start(folder, processes=2, devices=1, program=SAVING))
     assert check_store(tmp_path)[0].faults == []
+
+
+def with_loras(folder, merge, mesh=None):
+    """A stored transformer, float32, with the LoRA of the store and one of another program."""
+    sizes = small_model().transformer
+    loras = open_loras([LoRAFile(str(folder / test_loading.FILE), 0.5)], sizes)
+    load = StoredLoader(folder, merge_lora=merge, loras=loras)
+    return load(component_of(sizes), sizes, jnp.dtype("float32"), mesh)
+
+
+MERGING = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+
+import jax, numpy as np
+from jax.experimental import multihost_utils
+
+from fantasy_jax.convert.rules import flat_parameters
+from fantasy_jax.sharding import init_distributed, make_mesh
+from test_distributed import with_loras
+
+folder = Path(sys.argv[1])
+init_distributed()
+for merge in (True, False):
+    values = flat_parameters(with_loras(folder, merge, make_mesh(fsdp=2, tensor=2)))
+    values = multihost_utils.process_allgather(values, tiled=True)
+    if jax.process_index() == 0:
+        np.savez(folder / f"{merge}.npz", **values)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_add_loras_as_one(tmp_path):
+    sizes = small_model().transformer
+    network = random_network(sizes)
+    save_network(tmp_path / "transformer", network, component=component_of(sizes).name)
+    save_network(tmp_path / LORA, test_loading.lora(network), component=LORA)
+    save_file(test_loading.file_tensors(), tmp_path / test_loading.FILE)
+    finish(start(tmp_path, processes=2, devices=2, program=MERGING))
+    for merge in (True, False):
+        expected = flat_parameters(with_loras(tmp_path, merge))
+        with np.load(tmp_path / f"{merge}.npz") as found:
+            assert set(found) == set(expected)
+            for path, value in expected.items():
+                np.testing.assert_array_equal(found[path], value, strict=True, err_msg=path)

@@ -9,6 +9,7 @@ from helpers import small_networks
 from test_pipeline import portrait, small_model, speech
 
 from fantasy_jax import FantasyTalkingPipeline, media
+from fantasy_jax.diffusion.magcache import Calibration
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.miniature import long_clips
@@ -99,16 +100,20 @@ def test_blocks_follow_each_other():
 
 
 @pytest.mark.slow
-def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline):
+def test_a_stream_begins_like_a_clip_and_ends_with_the_sound(pipeline, monkeypatch):
     sound = speech(2.0)
     chunks = np.split(sound, [100, 5000, 20_000])
     stream = pipeline.stream(portrait(), chunks, seed=3)
     blocks = list(stream)
     assert [len(block) for block in blocks] == [9, 8, 8, 8, 13]
     assert stream.latency == pytest.approx(8 / 23)
-    # Pieces of another size give as many frames.
-    again = np.concatenate(list(pipeline.stream(portrait(), [sound], seed=3)))
+    # Pieces of another size give as many frames, and so does a stream whose residuals are measured.
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "calibration", Calibration())
+        again = np.concatenate(list(pipeline.stream(portrait(), [sound], seed=3)))
+        measured = pipeline.calibration.curve(pipeline.config.shift, pipeline.config.guidance)
     assert again.shape == (46, 32, 32, 3)
+    assert 0.5 < min(map(min, measured.ratios)) < max(map(max, measured.ratios)) < 2
     first = sound[: int(17 / 23 * 16_000)]
     single = pipeline(portrait(), first, seed=3).frames.astype(int)
     streamed = np.concatenate(list(pipeline.stream(portrait(), [first], seed=3)))

@@ -367,6 +367,7 @@ def test_sampling_programs_compile_for_a_slice(tmp_path):
         "image encoder",
         "speech encoder",
         "first frame to latents",
+        "conditions",
         "guided step, 2 branches",
         "latent frame to video",
     ]
@@ -374,12 +375,23 @@ def test_sampling_programs_compile_for_a_slice(tmp_path):
     # Halos go both ways for 22 convolutions of the encoder and 33 of the decoder, one way for 3 of stride 2.
     # Keys and values are gathered as bfloat16, the type of products there; and latents, for the transformer.
     frames, latents, width = 3, 3 * 8 * 8, 32
-    encoding, decoding = (reports[i]["collectives"] for i in (3, 5))
+    encoding, decoding = (reports[i]["collectives"] for i in (3, 6))
     assert encoding.keys() == decoding.keys() == {"all-gather", "collective-permute"}
     assert encoding["collective-permute"]["count"] == frames * (2 * 22 + 3)
     assert decoding["collective-permute"]["count"] == 2 * 33
     assert decoding["all-gather"]["bytes"] == latents // frames * 2 * width * 2
     assert encoding["all-gather"]["bytes"] == latents * (2 * width * 2 + 16 * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["conditions", "guided step"])
+def test_weights_are_copied_from_the_memory_of_a_tpus_host(program, tmp_path):
+    options = ("--config.sample.weights_memory=host", f"--only={program}")
+    result, reports = compile_only(
+        "configs/fantasy_talking_14b.py:debug", "v5e:1x1", tmp_path, *options, program="sample.py"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [report["fits"] for report in reports] == [True]
 
 
 @pytest.mark.slow

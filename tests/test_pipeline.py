@@ -3,7 +3,9 @@
 import gc
 import inspect
 import weakref
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import small_networks
@@ -13,6 +15,7 @@ from configs.fantasy_talking_14b import small_model
 from fantasy_jax import FantasyTalkingPipeline
 from fantasy_jax.errors import ConfigError, MediaError, WeightsError
 from fantasy_jax.media import read_video
+from fantasy_jax.pipelines import base
 from fantasy_jax.pipelines.base import as_image, as_waveform
 from fantasy_jax.pipelines.config import SampleConfig, read_pipeline, write_pipeline
 from fantasy_jax.preprocessing.text import byte_tokenizer
@@ -54,6 +57,15 @@ def test_the_bundled_miniature_makes_a_clip(tmp_path):
     assert np.array_equal(steps[2].latents, out.latents)
     out.save(tmp_path / "talk.mp4")
     assert read_video(tmp_path / "talk.mp4")[0].shape == out.frames.shape
+
+
+def test_the_time_left_is_that_of_the_steps_that_are_sampled(monkeypatch):
+    times, seen = iter([0.0, 2.0, 5.0]), []
+    monkeypatch.setattr(base, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    report = base._progress(seen.append, 10)
+    for step in (6, 7, 8):  # as with a strength below 1
+        report(step, jnp.zeros((1, 1, 1, 1, 1)))
+    assert [x.seconds_left for x in seen] == [None, 2 * 2.0, 2.5]
 
 
 @pytest.mark.slow

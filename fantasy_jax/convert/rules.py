@@ -411,7 +411,9 @@ def assign(
             ]
         )
     for path, variable in flat.items():
-        variable.set_value(jax.device_put(values.pop(path) if consume else values[path]))
+        value = values.pop(path) if consume else values[path]
+        # JAX refuses to put an array with shards of other processes where it is already.
+        variable.set_value(value if isinstance(value, jax.Array) else jax.device_put(value))
     nnx.update(module, state)
 
 

@@ -62,8 +62,8 @@ class MagCacheConfig(Settings):
     """Which steps add a cached residual; an approximation.
 
     Attributes:
-        curve: The magnitudes, or a JSON file of them that `sample.py --calibrate` wrote; None: nothing is
-            skipped.
+        curve: The magnitudes, or a JSON file of them that `sample.py --calibrate` wrote, which is read
+            at once; None: nothing is skipped.
         error_bound: Bound of the summed error of steps that are skipped in a row.
         max_skips: Steps that are skipped in a row at most.
         retention: Fraction of the steps, the first ones, that are never skipped.
@@ -73,6 +73,11 @@ class MagCacheConfig(Settings):
     error_bound: NonNegativeFloat = 0.06
     max_skips: PositiveInt = 2
     retention: Fraction = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.curve, str):  # once, not for each clip
+            object.__setattr__(self, "curve", read_curve(self.curve))
 
 
 def skipped_steps(
@@ -106,9 +111,9 @@ def curve_of(config: MagCacheConfig, guidance: Sequence[GuidanceBranch], shift: 
         shift: Shift of the noise schedule.
 
     Raises:
-        ConfigError: The file cannot be read, or the curve is of another schedule or other branches.
+        ConfigError: The curve is of another schedule or other branches.
     """
-    curve = read_curve(config.curve) if isinstance(config.curve, str) else config.curve
+    curve = config.curve
     given = curve.shift, len(curve.ratios[0]), curve.branches
     wanted = shift, len(guidance[0].weights), tuple(branch.dropped for branch in guidance)
     if given != wanted:
@@ -131,7 +136,7 @@ def read_curve(path: str) -> MagnitudeCurve:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"magcache.curve: {path} cannot be read ({reason}); write one with sample.py --calibrate={path}"
+            f"curve: {path} cannot be read ({reason}); write one with sample.py --calibrate={path}"
         ) from error
 
 

@@ -108,7 +108,7 @@ class SamplerConfig(Settings):
         """What each step computes, where sampling starts from step `first`.
 
         Raises:
-            ConfigError: The curve of `magcache` cannot be read, or is of other settings.
+            ConfigError: The curve of `magcache` is of other settings.
         """
         steps = self.num_inference_steps
         skipped = np.zeros(steps, bool)
@@ -287,7 +287,8 @@ def hashable(options: AdapterOptions | None) -> HashableOptions:
     return tuple((name, tuple(sorted(values.items()))) for name, values in sorted((options or {}).items()))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+# Weights that a program does not use are in memory all the same; with `keep_unused` they are counted.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), keep_unused=True)
 def branch_conditions(
     graphdef: nnx.GraphDef,
     dropped: tuple[tuple[str, ...], ...],
@@ -325,7 +326,6 @@ def branch_conditions(
     return BranchConditions(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), kept)
 
 
-# Projections that a step does not use are in memory all the same; with `keep_unused` they are counted.
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, keep_unused=True)
 def guided_step(
     graphdef: nnx.GraphDef,

@@ -7,21 +7,11 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from fantasy_jax.media.frames import TONE_MAPS, srgb_from_linear
-from fantasy_jax.typing import Float, Float32, UInt8
+from fantasy_jax.media.primaries import ADOBE, BT709, PRIMARIES, to_bt709
+from fantasy_jax.typing import UInt8
 
-_BT709, _BT2020, _P3 = 1, 9, 12
-_ADOBE = -1
-"""Adobe RGB (1998) has no number."""
-_PRIMARIES = {
-    _BT709: ((0.64, 0.33), (0.3, 0.6), (0.15, 0.06)),
-    _BT2020: ((0.708, 0.292), (0.17, 0.797), (0.131, 0.046)),
-    _P3: ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06)),
-    _ADOBE: ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
-}
-"""Chromaticities of red, green and blue; white is D65."""
 _SDR = (1, 6, 13, 14, 15)
 """Transfer functions of BT.709, BT.601, sRGB and BT.2020, which are for the same displays."""
-_D65 = (0.3127, 0.3290)
 _ADOBE_GAMMA = 563 / 256
 _UNCALIBRATED = 65535
 _ROWS = 256
@@ -29,7 +19,7 @@ _ROWS = 256
 
 Declared = tuple[int, int]
 """Primaries and transfer function, numbers of H.273."""
-SRGB: Declared = (_BT709, 13)
+SRGB: Declared = (BT709, 13)
 
 
 def declared_space(image: Image.Image, path: str | Path) -> Declared | None:
@@ -46,14 +36,14 @@ def declared_space(image: Image.Image, path: str | Path) -> Declared | None:
         if nclx := image.info.get("nclx_profile"):
             return _known((nclx["color_primaries"], nclx["transfer_characteristics"]))
         if _is_adobe_rgb(image):
-            return _ADOBE, 0
+            return ADOBE, 0
     return space
 
 
 def _known(space: Declared | None) -> Declared | None:
-    if space is None or space[0] not in _PRIMARIES or space[1] not in (*_SDR, *TONE_MAPS):
+    if space is None or space[0] not in PRIMARIES or space[1] not in (*_SDR, *TONE_MAPS):
         return None
-    return SRGB if space[0] == _BT709 and space[1] in _SDR else space
+    return SRGB if space[0] == BT709 and space[1] in _SDR else space
 
 
 def declared_to_srgb(image: Image.Image, space: Declared) -> Image.Image:
@@ -70,30 +60,17 @@ def declared_to_srgb(image: Image.Image, space: Declared) -> Image.Image:
 
 def _tone_mapped(pixels: UInt8[np.ndarray, "H W 3"], space: Declared) -> UInt8[np.ndarray, "H W 3"]:
     signal = (pixels.astype(np.uint32) * 4095 // 255).astype(np.uint16)
-    return TONE_MAPS[space[1]](signal, _to_bt709(space))
+    return TONE_MAPS[space[1]](signal, space[0])
 
 
 def _converted(pixels: UInt8[np.ndarray, "H W 3"], space: Declared) -> UInt8[np.ndarray, "H W 3"]:
     levels = np.linspace(0, 1, 256)
-    if space[0] == _ADOBE:
+    if space[0] == ADOBE:
         linear = levels**_ADOBE_GAMMA
     else:
         linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
-    light = linear.astype(np.float32)[pixels] @ _to_bt709(space).T
+    light = linear.astype(np.float32)[pixels] @ to_bt709(space[0]).T
     return (255 * srgb_from_linear(light.clip(0, 1))).round().astype(np.uint8)
-
-
-def _to_bt709(space: Declared) -> Float32[np.ndarray, "3 3"]:
-    """The matrix from linear RGB of these primaries to that of BT.709."""
-    matrix = np.linalg.solve(_to_xyz(_PRIMARIES[_BT709]), _to_xyz(_PRIMARIES[space[0]]))
-    return matrix.astype(np.float32)
-
-
-def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> Float[np.ndarray, "3 3"]:
-    """The matrix from linear RGB to CIE XYZ."""
-    white, *columns = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in (_D65, *primaries))
-    matrix = np.stack(columns, axis=1)
-    return matrix * np.linalg.solve(matrix, white)
 
 
 def _cicp(path: str | Path) -> Declared | None:

@@ -6,6 +6,7 @@ import av
 import cv2
 import numpy as np
 
+from fantasy_jax.media.primaries import BT2020, to_bt709
 from fantasy_jax.typing import Float, Float32, UInt8, UInt16
 
 _FULL_RANGE, _LIMITED_RANGE = 2, 1
@@ -18,10 +19,6 @@ _MAX_ASPECT = 16
 """Longer side of a pixel in shorter ones at most; what a damaged file says beyond it is ignored."""
 _KNEE = 0.9
 """Where tone mapping begins to compress, relative to diffuse white."""
-_BT2020_TO_BT709 = np.array(
-    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
-)
-"""ITU-R BT.2087."""
 
 
 def displayed_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
@@ -118,7 +115,7 @@ def _tone_map(
 ) -> Callable[..., UInt8[np.ndarray, "H W 3"]]:
     """Conversion of pixels of 12 bits with this transfer function to sRGB.
 
-    It is called with the pixels and the matrix from their linear RGB to that of BT.709, by default BT.2020's.
+    It is called with the pixels and the number of their primaries, by default BT.2020's.
 
     What is as bright as diffuse white or darker keeps its colour, as in the direct mapping of BT.2408;
     highlights above `_KNEE` are compressed by a hyperbola that no value exceeds, of the largest channel, so
@@ -128,10 +125,8 @@ def _tone_map(
     table = to_linear(signal)[:, 0, 0]
     encoded = (255 * srgb_from_linear(np.linspace(0, 1, 4096))).round().astype(np.uint8)
 
-    def convert(
-        pixels: UInt16[np.ndarray, "H W 3"], to_bt709: Float32[np.ndarray, "3 3"] = _BT2020_TO_BT709
-    ) -> UInt8[np.ndarray, "H W 3"]:
-        linear = np.maximum(table[np.minimum(pixels, 4095)] @ to_bt709.T, 0)
+    def convert(pixels: UInt16[np.ndarray, "H W 3"], primaries: int = BT2020) -> UInt8[np.ndarray, "H W 3"]:
+        linear = np.maximum(table[np.minimum(pixels, 4095)] @ to_bt709(primaries).T, 0)
         largest = linear.max(axis=-1, keepdims=True)
         above = np.maximum(largest - _KNEE, 0)
         compressed = _KNEE + above * (1 - _KNEE) / (above + 1 - _KNEE)

@@ -2,11 +2,15 @@
 
     .venv/bin/python -m fantasy_jax.miniature.approximate --config=configs/tiny.py --clips=16
 
-The exact steps are also those from which the curve of MagCache is measured.
+The exact steps are also those from which the curve of MagCache is measured. 8-bit weights are those that
+`convert_weights.py quantize` makes, in a temporary folder, of the transformer and of the encoders of text and
+images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,10 @@ from fantasy_jax.miniature.held_out import (
     load_held_out,
     write_figures,
 )
+from fantasy_jax.models.eight_bit import EightBit
 from fantasy_jax.typing import Float, UInt8
+from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.quantize import quantize_store
 
 EXAMPLES = """\
 examples:
@@ -51,20 +58,38 @@ def _skipping(curve: MagnitudeCurve, bound: float, skips: int) -> dict[str, Any]
 EXACT = {"gating": GatingConfig(), "magcache": MagCacheConfig()}
 """The settings of exact sampling, whatever the config has."""
 
-METHODS: dict[str, Settings] = {
-    "gated 0.4, 0.7": lambda curve: _gated(0.4, 0.7),
-    "gated 0.5, 0.5": lambda curve: _gated(0.5, 0.5),
-    "gated 0.25, 0.25": lambda curve: _gated(0.25, 0.25),
-    "MagCache 0.06, 2": lambda curve: _skipping(curve, 0.06, 2),
-    "MagCache 0.12, 2": lambda curve: _skipping(curve, 0.12, 2),
-    "MagCache 0.24, 4": lambda curve: _skipping(curve, 0.24, 4),
-    "gated 0.4, 0.7; MagCache 0.06, 2": lambda curve: _gated(0.4, 0.7) | _skipping(curve, 0.06, 2),
-    "gated 0.4, 0.7; MagCache 0.12, 2": lambda curve: _gated(0.4, 0.7) | _skipping(curve, 0.12, 2),
-    "8 steps": lambda curve: {"num_inference_steps": 8},
-    "4 steps": lambda curve: {"num_inference_steps": 4},
+
+@dataclass(frozen=True)
+class Method:
+    """How clips are sampled.
+
+    Attributes:
+        settings: Changes of the sampling settings, given the curve of the exact steps.
+        eight_bit: Type of 8-bit weights; None: the weights are those of the store.
+    """
+
+    settings: Settings = lambda curve: {}
+    eight_bit: EightBit | None = None
+
+
+METHODS = {
+    "gated 0.4, 0.7": Method(lambda curve: _gated(0.4, 0.7)),
+    "gated 0.5, 0.5": Method(lambda curve: _gated(0.5, 0.5)),
+    "gated 0.25, 0.25": Method(lambda curve: _gated(0.25, 0.25)),
+    "MagCache 0.06, 2": Method(lambda curve: _skipping(curve, 0.06, 2)),
+    "MagCache 0.12, 2": Method(lambda curve: _skipping(curve, 0.12, 2)),
+    "MagCache 0.24, 4": Method(lambda curve: _skipping(curve, 0.24, 4)),
+    "gated 0.4, 0.7; MagCache 0.06, 2": Method(lambda curve: _gated(0.4, 0.7) | _skipping(curve, 0.06, 2)),
+    "gated 0.4, 0.7; MagCache 0.12, 2": Method(lambda curve: _gated(0.4, 0.7) | _skipping(curve, 0.12, 2)),
+    "8 steps": Method(lambda curve: {"num_inference_steps": 8}),
+    "4 steps": Method(lambda curve: {"num_inference_steps": 4}),
+    "int8 weights": Method(eight_bit="int8"),
+    "fp8 weights": Method(eight_bit="fp8"),
+    "int8 weights and products": Method(lambda curve: {"eight_bit_products": True}, "int8"),
+    "fp8 weights and products": Method(lambda curve: {"eight_bit_products": True}, "fp8"),
 }
 """Methods by name: the fractions of steps to which the prompt's and the audio's differences are computed; the
-error bound and the most steps that are skipped in a row; other numbers of steps, which are exact."""
+error bound and the most steps that are skipped in a row; other numbers of steps, which are exact; 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +119,39 @@ class Row:
     frames: Figure
 
 
-def measure(held_out: HeldOutClips, names: Sequence[str], show: Callable[[str, Row], None]) -> dict[str, Row]:
+def measure(held_out: HeldOutClips, weights: str | Path, names: Sequence[str]) -> dict[str, Row]:
     """Samples all clips exactly and by each method, and measures them.
 
     Args:
         held_out: The clips.
+        weights: The store of their networks.
         names: Which of `METHODS`.
-        show: Called with name and figures of each method as soon as it is measured.
+
+    Raises:
+        WeightsError: The weights have 8 bits already.
     """
     config, calibration = held_out.config, Calibration()
-    exact = _sample(held_out, {}, "exact", calibration)
-    curve, rows = calibration.curve(config.shift, config.guidance), {}
-    for name in ("exact", *names):
-        changes = {} if name == "exact" else METHODS[name](curve)
-        clips = exact if name == "exact" else _sample(held_out, changes, name)
-        rows[name] = _row(held_out, changes, clips, exact)
-        show(name, rows[name])
+    with TemporaryDirectory() as folder:
+        stores = {x: Path(folder, x) for name in names if (x := METHODS[name].eight_bit) is not None}
+        for dtype, store in stores.items():
+            quantize_store(weights, store, dtype, progress=False)
+        exact = _sample(held_out, {}, "exact", calibration)
+        curve = calibration.curve(config.shift, config.guidance)
+        rows = {"exact": _row(held_out, {}, exact, exact)}
+        for name in names:
+            method, clips = METHODS[name], held_out
+            changes = method.settings(curve)
+            if method.eight_bit is not None:
+                clips = _of_store(held_out, stores[method.eight_bit], changes)
+            rows[name] = _row(held_out, changes, _sample(clips, changes, name), exact)
     return rows
+
+
+def _of_store(held_out: HeldOutClips, store: Path, changes: Mapping[str, Any]) -> HeldOutClips:
+    """The same clips, encoded and generated by the networks of another store."""
+    products = changes.get("eight_bit_products", False)
+    networks = stored_networks(store, held_out.networks.config, eight_bit_products=products)
+    return HeldOutClips(networks, held_out.video, held_out.config, held_out.clips, seed=held_out.seed)
 
 
 def _sample(
@@ -133,18 +174,16 @@ def _row(held_out: HeldOutClips, changes: Mapping[str, Any], clips: _Clips, exac
     )
 
 
-def header() -> str:
-    """The head of the table."""
-    columns = ("method", "evaluations", "lip sync", "first frame, dB", "latents, dB", "frames, dB")
-    return f"| {' | '.join(columns)} |\n|---|" + "--:|" * (len(columns) - 1)
+def table(rows: Mapping[str, Row]) -> str:
+    """The rows as a table."""
+    numbers = ("evaluations", "lip sync", "first frame, dB", "latents, dB", "frames, dB")
+    return cli.markdown_table(("method", *numbers), map(_cells, rows, rows.values()), numbers=numbers)
 
 
-def line(name: str, row: Row) -> str:
-    """The line of a method."""
-    same = name == "exact"
-    cells = [f"{row.lip_sync.mean:.3f} +- {row.lip_sync.standard_error:.3f}"]
-    cells += [f"{x.mean:.1f}" for x in (row.first_frame, row.latents, row.frames)]
-    return f"| {name} | {row.evaluations} | {' | '.join([*cells[:2], '-', '-'] if same else cells)} |"
+def _cells(name: str, row: Row) -> list[str]:
+    cells = [name, str(row.evaluations), f"{row.lip_sync.mean:.3f} +- {row.lip_sync.standard_error:.3f}"]
+    compared = [f"{x.mean:.1f}" for x in (row.latents, row.frames)]
+    return [*cells, f"{row.first_frame.mean:.1f}", *(("-", "-") if name == "exact" else compared)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,10 +200,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)
-    print(header())
-    rows = measure(
-        held_out, arguments.only or list(METHODS), lambda name, row: print(line(name, row), flush=True)
-    )
+    weights = arguments.weights or config.weights
+    rows = measure(held_out, weights, arguments.only or list(METHODS))
+    print(table(rows))
     if arguments.json:
         write_figures(rows, arguments.json)
 

@@ -92,6 +92,15 @@ def is_stacked(path: str) -> bool:
     return any(name in _STACKS and not following.isdigit() for name, following in names)
 
 
+def is_stacked_matrix(path: str) -> bool:
+    """Whether a parameter holds the matrix of a linear layer for each layer of a stack.
+
+    These are what the host's memory can hold: the others are small, and libtpu does not compile a slice of
+    the host's memory that is less than a tile, such as a layer's row of stacked biases.
+    """
+    return is_stacked(path) and path.endswith(("/kernel", "/weight"))
+
+
 def scan_layers(
     step: Callable[[Layers, Carry], Carry],
     layers: Layers,
@@ -133,11 +142,11 @@ def _remat_policy(names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def in_host(network: Module) -> Module:
-    """An abstract network whose stacked parameters lie in the host's memory."""
+    """An abstract network whose stacked matrices lie in the host's memory."""
     graphdef, state = nnx.split(network)
     flat = nnx.to_flat_state(state)
     for path, variable in flat:
-        if is_stacked("/".join(map(str, path))):
+        if is_stacked_matrix("/".join(map(str, path))):
             spec = variable.get_value()
             sharding = spec.sharding.with_memory_kind("pinned_host")
             variable.set_value(jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding))

@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fantasy_jax.data.encoded import batch_spec
 from fantasy_jax.diffusion.caching import StepCache
 from fantasy_jax.diffusion.sampler import (
-    BranchConditions,
     StepData,
     StepProgram,
     branch_conditions,
@@ -21,6 +20,7 @@ from fantasy_jax.diffusion.sampler import (
     hashable,
 )
 from fantasy_jax.diffusion.windows import WindowSchedule
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.eight_bit import EightBit
 from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
@@ -95,7 +95,7 @@ def sampling_programs(
     people: int = 1,
     eight_bit: EightBit | None = None,
 ) -> Iterator[Program]:
-    """Yields the programs that sample the longest clip: encoders, guided step, decoder.
+    """Yields the programs that sample the longest clip: encoders, conditions, guided step, decoder.
 
     Args:
         model: All sizes.
@@ -104,7 +104,14 @@ def sampling_programs(
         mesh: The current mesh.
         people: People of the clip who have inputs of their own.
         eight_bit: Type of 8-bit weights; None: there are none.
+
+    Raises:
+        ConfigError: LoRAs are to stay beside the weights, and there are no files to compile them from.
     """
+    if config.loras and not config.merge_lora:
+        raise ConfigError(
+            "sample.merge_lora is False: what is compiled does not have the products of LoRAs; set it to True"
+        )
     networks = abstract_networks(
         model,
         mesh,
@@ -118,6 +125,7 @@ def sampling_programs(
             arrays = [_replicated(shape, mesh, dtype) for shape, dtype in inputs(model, video)]
             yield _network_program(slot.replace("_", " "), networks[slot], run, *arrays)
     yield vae_encode_program(networks, video, mesh)
+    yield conditions_program(networks, config, video, mesh, people=people)
     yield from guided_step_programs(networks, config, video, mesh, people=people)
     yield vae_decode_program(networks, config, video, mesh)
 
@@ -156,6 +164,22 @@ def vae_decode_program(networks: Networks, config: PipelineConfig, video: VideoC
     return _network_program(name, vae, decode_step, carried, latent)
 
 
+def conditions_program(
+    networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
+) -> Program:
+    """Conditions of all guidance branches with their keys and values, which are computed once a clip.
+
+    The arguments are those of `guided_step_programs`.
+    """
+    clip, windows = _clip(config, video)
+    inputs = ClipInputs.spec(networks.config, clip, 1, people=people)
+    inputs = replace(inputs, first_frame=ClipInputs.spec(networks.config, video, 1).first_frame)
+    dropped = tuple(branch.dropped for branch in config.guidance)
+    graphdef, state = nnx.split(networks["transformer"])
+    static = (graphdef, dropped, hashable(config.adapter_options), clip.num_frames, windows.count == 1)
+    return _program("conditions", branch_conditions, static, (state, _all_replicated(inputs, mesh)))
+
+
 def guided_step_program(
     networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
 ) -> Program:
@@ -175,17 +199,16 @@ def guided_step_programs(
         mesh: The current mesh.
         people: People of the clip who have inputs of their own.
     """
-    clip = video if config.max_seconds is None else video.for_seconds(config.max_seconds)
+    clip, windows = _clip(config, video)
     shape = clip.latent_shape(1, networks.config.transformer.latent_channels)
-    windows = config.windows(clip, video) or WindowSchedule.single(shape[1])
     group, branches = config.window_group(windows.count), len(config.guidance)
     given = replace(windows.at(multiple=group), noise=np.zeros((1, 1, *shape[2:]), np.float32))
     suffix = f", {len(given.start)} windows in groups of {group}" if windows.count > 1 else ""
     arrays = StepData(np.zeros(2, np.float32), np.zeros(branches - 1, np.float32), given)
-    conditions = _branch_conditions(networks, config, video, clip, people, single=windows.count == 1)
-    latents, data, conditions = jax.tree.map(
-        lambda x: _replicated(x.shape, mesh, x.dtype),
-        (jax.ShapeDtypeStruct(shape, np.float32), arrays, conditions),
+    once = conditions_program(networks, config, video, mesh, people=people)
+    conditions = jax.eval_shape(once.call, *once.arguments)
+    latents, data, conditions = _all_replicated(
+        (jax.ShapeDtypeStruct(shape, np.float32), arrays, conditions), mesh
     )
     spread = jax.tree.map(lambda x: NamedSharding(mesh, last_partition(x, "kept")), conditions.kept)
     conditions = replace(conditions, kept=place(conditions.kept, spread))
@@ -197,7 +220,7 @@ def guided_step_programs(
         cache = StepCache((latents,) * (branches - needed), residuals[-needed:] if skipped else ())
         name = f"guided step, {needed} branch" + ("es" if needed > 1 else "") + suffix
         name += ", blocks skipped" if skipped else ""
-        step = _guided_step(name, static, (state, latents, last, replace(data, cache=cache)))
+        step = _program(name, guided_step, static, (state, latents, last, replace(data, cache=cache)))
         yield step
         if plan.skips and not residuals:
             sharding = NamedSharding(mesh, partition(None, "batch", "space", None, None))
@@ -205,33 +228,22 @@ def guided_step_programs(
             residuals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in found)
 
 
-def _branch_conditions(
-    networks: Networks,
-    config: PipelineConfig,
-    video: VideoConfig,
-    clip: VideoConfig,
-    people: int,
-    *,
-    single: bool,
-) -> BranchConditions:
-    """Abstract conditions of all guidance branches."""
-    inputs = ClipInputs.spec(networks.config, clip, 1, people=people)
-    inputs = replace(inputs, first_frame=ClipInputs.spec(networks.config, video, 1).first_frame)
-    dropped = tuple(branch.dropped for branch in config.guidance)
-    graphdef, state = nnx.split(networks["transformer"])
-    static = (graphdef, dropped, hashable(config.adapter_options), clip.num_frames, single)
-    return jax.eval_shape(partial(branch_conditions, *static), state, inputs)
+def _clip(config: PipelineConfig, video: VideoConfig) -> tuple[VideoConfig, WindowSchedule]:
+    """The longest clip, and its windows, of which `video` is one."""
+    clip = video if config.max_seconds is None else video.for_seconds(config.max_seconds)
+    return clip, config.windows(clip, video) or WindowSchedule.single(clip.latent_frames)
 
 
-def _guided_step(name: str, static: tuple, arguments: tuple) -> Program:
-    plain = partial(guided_step.__wrapped__, *static)
+def _program(name: str, function: Callable, static: tuple, arguments: tuple) -> Program:
+    """A jitted function, whose static arguments come first."""
+    plain = partial(function.__wrapped__, *static)
     return Program(
         name,
-        partial(guided_step.lower, *static, *arguments),
+        partial(function.lower, *static, *arguments),
         arguments,
         model_flops(plain, *arguments),
         hardware_flops(plain, *arguments),
-        partial(guided_step, *static),
+        partial(function, *static),
     )
 
 
@@ -257,9 +269,9 @@ def _first(count: int, mesh: Mesh, x: Leaf) -> jax.ShapeDtypeStruct:
     return _replicated((count, *x.shape[1:]), mesh, x.dtype)
 
 
-def _sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def _all_replicated(tree: Leaf, mesh: Mesh) -> Leaf:
+    return jax.tree.map(lambda x: _replicated(x.shape, mesh, x.dtype), tree)
 
 
 def _replicated(shape: tuple[int, ...], mesh: Mesh, dtype: DType = np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -59,8 +59,8 @@ class StepProgress:
         stage: Name of the stage, `Transformer`.
         step: Steps done, from 1.
         num_steps: Steps in all.
-        seconds_left: Estimated from the steps after the first, which includes compilation; None after the
-            first.
+        seconds_left: Estimated from the steps after the first of the clip, which includes compilation; None
+            after that.
         latents: `[1, F, h, w, C]`; the next step takes their memory.
         preview: The clip as this step predicts it, without sound. Its frames are decoded when they are
             needed, by the store's preview decoder or, without one, by the VAE, and can be a few more than
@@ -92,7 +92,8 @@ class Pipeline:
         mesh: Mesh of the devices.
         origins: Where the weights of each network come from (`weights.inspect.store_origins`); empty if they
             are not from a store.
-        calibration: Measures MagCache's curve on every clip that is sampled; None: not measured.
+        calibration: Measures MagCache's curve on every clip, or block of a stream, that is sampled; None: not
+            measured.
     """
 
     required: ClassVar[Sequence[str]] = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -435,7 +436,8 @@ def _progress(
     def report(step: int, latents: Array, predicted: Array) -> None:
         latents.block_until_ready()
         begun.append(time.perf_counter())
-        left = (begun[-1] - begun[0]) / step * (num_steps - step - 1) if step else None
+        timed = len(begun) - 1  # sampling need not start from the first step
+        left = (begun[-1] - begun[0]) / timed * (num_steps - step - 1) if timed else None
         callback(StepProgress("Transformer", step + 1, num_steps, left, latents, preview(predicted)))
 
     return report

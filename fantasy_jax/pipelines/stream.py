@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fantasy_jax.diffusion.held import HeldLatents
+from fantasy_jax.diffusion.magcache import Calibration
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import MediaError
@@ -100,6 +101,7 @@ class VideoStream:
         blocks: Blocks,
         chunks: Iterable[Float[np.ndarray, " _"]],
         seed: int,
+        calibration: Calibration | None = None,
     ):
         """Prepares a stream.
 
@@ -109,11 +111,12 @@ class VideoStream:
             blocks: Sizes of the blocks.
             chunks: Speech at 16 kHz, in [-1, 1], in pieces of any length.
             seed: Seed of the noise.
+            calibration: Measures MagCache's curve on every block; None: not measured.
         """
         self.fps = blocks.video.fps
         self.first_latency, self.latency = blocks.video.seconds, blocks.latency
         self._networks, self._inputs, self._blocks = networks, inputs, blocks
-        self._chunks, self._seed = chunks, seed
+        self._chunks, self._seed, self._calibration = chunks, seed, calibration
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "T H W 3"]]:
         """Yields the frames of each block, as soon as its sound is there.
@@ -161,6 +164,7 @@ class VideoStream:
             options=config.adapter_options,
             windows=schedule if schedule.count > 1 or index else None,
             held=replicate(held),
+            residual_callback=self._calibration,
         )
 
     def _block_audio(self) -> Iterator["_BlockAudio"]:

@@ -183,7 +183,7 @@ class FantasyTalkingPipeline(Pipeline):
         with self._on_mesh() as networks:
             face = self._encode_face(networks, self.config, portrait, untimed)
             inputs = self._encode(networks, self.config, [fitted], prompt, window, lambda: face, untimed)
-            return VideoStream(networks, inputs, blocks, audio_chunks, seed)
+            return VideoStream(networks, inputs, blocks, audio_chunks, seed, self.calibration)
 
     def _speakers(
         self,

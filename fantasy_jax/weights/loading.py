@@ -16,7 +16,7 @@ from fantasy_jax.config import as_json, differences
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.errors import WeightsError
 from fantasy_jax.models.eight_bit import Layers, eight_bit_layers, layers_of_products, multiply_in_eight_bits
-from fantasy_jax.models.layers import is_stacked
+from fantasy_jax.models.layers import is_stacked_matrix
 from fantasy_jax.models.lora import attach_lora
 from fantasy_jax.preprocessing.text import Tokenizer, byte_tokenizer, load_tokenizer
 from fantasy_jax.sharding import WeightsMemory, shard_module, to_host
@@ -68,7 +68,7 @@ def stored_networks(
         new_adapters: Whether adapters that the store lacks are initialised, to be trained.
         merge_lora: Whether low-rank products are added to the transformer's weights, or stay beside them.
         loras: Files of LoRAs that are added to the transformer, after the store's LoRA.
-        weights_memory: Where the weights of the blocks of the transformer and its adapters lie.
+        weights_memory: Where the matrices of the blocks of the transformer and its adapters lie.
         eight_bit_products: Whether the transformer's MLPs multiply in 8 bits; their weights must have 8 bits.
 
     Raises:
@@ -234,7 +234,7 @@ def load_network(
             network (`other_dtypes`), such as 8-bit weights, keep theirs.
         mesh: Mesh that the parameters are sharded over; None: one device.
         merge: Changes what is read.
-        memory: Where the parameters of blocks lie.
+        memory: Where the matrices of blocks lie.
 
     Raises:
         WeightsError: The folder is missing, incomplete, damaged, or of another model.
@@ -259,7 +259,7 @@ def load_network(
             )
     if memory == "host":
         for path in values:
-            if is_stacked(path):
+            if is_stacked_matrix(path):
                 values[path] = to_host(values[path])
     return component.build(config, dtype, values, eight_bit)
 
