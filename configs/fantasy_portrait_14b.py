@@ -21,6 +21,7 @@ from fantasy_jax.models.umt5 import UMT5Config
 from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.pipelines.config import PortraitSampleConfig
+from fantasy_jax.prepare.config import PortraitPrepareConfig
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.video import VideoConfig
 
@@ -39,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "video": VideoConfig(height=size, width=size, num_frames=9 if debug else 81, fps=25),
             "model": small_model() if debug else full_size_model(),
             "sample": replace(sample, num_inference_steps=3, overlap=1) if debug else sample,
+            "prepare": PortraitPrepareConfig(),
         }
     )
 

@@ -40,8 +40,8 @@ from fantasy_jax.pipelines.config import read_pipeline
 from fantasy_jax.pipelines.latents import read_latents, read_noise
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
+from fantasy_jax.prepare.captions import read_captions
 from fantasy_jax.prepare.config import PrepareConfig
-from fantasy_jax.prepare.scan import read_captions
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig

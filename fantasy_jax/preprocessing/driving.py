@@ -157,7 +157,27 @@ def track_people(
     name: str | Path = "video",
     progress: bool = False,
 ) -> list[DrivingFace]:
-    """Tracks the face of every person of a driving video.
+    """Tracks the face of every person of a driving video, as `find_people` does.
+
+    Returns:
+        The people from left to right, by the centre of the face in the first frame where it is found.
+
+    Raises:
+        MediaError: There is no frame, or no face in enough of them.
+    """
+    tracks, count = find_people(frames, detector, config, name=name, progress=progress)
+    return [driving_face(track, count, detector.layout, smooth=config.smooth) for track in tracks]
+
+
+def find_people(
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
+    detector: FaceDetector,
+    config: DrivingConfig,
+    *,
+    name: str | Path = "video",
+    progress: bool = False,
+) -> tuple[list[dict[int, DetectedFace]], int]:
+    """Finds the face of every person of a video.
 
     Faces are also searched closely around their last place, which finds small ones that are missed in the
     whole frame, and are assigned to people by position (`tracking.detect_tracks`).
@@ -165,12 +185,13 @@ def track_people(
     Args:
         frames: RGB, without scene cuts; iterated once.
         detector: Detects faces in one frame.
-        config: Settings of smoothing and of false detections.
+        config: Settings of false detections.
         name: Name of the video in messages.
         progress: Whether to show a progress bar.
 
     Returns:
-        The people from left to right, by the centre of the face in the first frame where it is found.
+        The detections of each person by the number of the frame, people from left to right, by the centre of
+        the face in the first frame where it is found; and the number of frames.
 
     Raises:
         MediaError: There is no frame, or no face in enough of them.
@@ -185,14 +206,13 @@ def track_people(
         raise MediaError(
             f"{name}: no face found in {count} frames; use a file that shows a face from the front"
         )
-    tracks.sort(key=lambda track: float(box_center(track[min(track)].box)[0]))
-    return [_driving_face(track, count, detector.layout, smooth=config.smooth) for track in tracks]
+    return sorted(tracks, key=lambda track: float(box_center(track[min(track)].box)[0])), count
 
 
-def _driving_face(
+def driving_face(
     track: dict[int, DetectedFace], count: int, layout: FaceLayout, *, smooth: bool
 ) -> DrivingFace:
-    """Smooths a person's detections and extends them to all frames."""
+    """Smooths a person's detections, as of `find_people`, and extends them to all `count` frames."""
     found = np.array(sorted(track))
     faces = [track[index] for index in found]
     points = np.stack([face.points[:, :2] for face in faces]).astype(np.float64)
