@@ -99,12 +99,13 @@ class PortraitPrepareConfig(ClipsConfig):
         min_people: Fewest people of a clip; 2 as in the paper's data of several.
         max_people: Most people of a clip, for which records are padded.
         min_sharpness: As of all clips, but lower: faces of several people have fewer than 112 pixels, and
-            enlarged ones are smoother. Faces that are blurred by 2 % of their side are about there.
+            enlarged ones are smoother. Faces that are blurred by 2% of their side have 3.6 to 11.5.
         min_turning: Variation of the head's angles: root of the summed variances of pitch and yaw over the
-            clip, in degrees. Of still pictures MediaPipe's vary by 0.3 to 1.2, so that this drops some only.
+            clip, in degrees. By MediaPipe still pictures vary by up to 1.0 (docs/preparation.md), a
+            calm talking face by 1.2: this alone does not drop all still pictures.
         min_expression: Variation of the key points without that of the head's pose, in distances between the
             eyes: root of `preprocessing.motion.face_intensity`. Still pictures, also noisy and shaken ones,
-            have up to 0.008, a calm talking face 0.019.
+            have up to 0.007, a calm talking face 0.018.
         driving: Settings of detection and smoothing, those of driving videos in sampling.
     """
 
