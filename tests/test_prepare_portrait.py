@@ -1,6 +1,7 @@
 """Preparation of clips of people who act: who is found, what is dropped, and the records."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import prepare_fakes
@@ -10,8 +11,13 @@ from real_people import CONFIG as LANDMARKS
 from real_people import media_file, need_mediapipe
 
 from fantasy_jax import media
+from fantasy_jax.config import load_config, override, section
+from fantasy_jax.data.encoded import batch_spec
+from fantasy_jax.data.loader import batches
+from fantasy_jax.data.records import open_split, read_metadata
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.prepare.analysis import PrepareTask
+from fantasy_jax.prepare.command import main
 from fantasy_jax.prepare.config import PortraitPrepareConfig
 from fantasy_jax.prepare.filters import PORTRAIT
 from fantasy_jax.prepare.portrait import grey_record
@@ -19,8 +25,11 @@ from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.prepare.stages import open_detectors, prepare_video
 from fantasy_jax.preprocessing.driving import DrivingConfig
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.training.objective import PadText
 from fantasy_jax.video import VideoConfig
 
+ROOT = Path(__file__).parent.parent
 OPENINGS = np.linspace(0, 1, FRAMES)
 TWO = ((32, 28), (96, 28))
 CONFIG = PortraitPrepareConfig(max_people=3, min_turning=0.0, min_sharpness=1.0)
@@ -118,3 +127,49 @@ def test_real_people_are_kept_and_their_still_picture_is_dropped(tmp_path):
     left, right, nobody = moving.record["face_box"]
     assert (left[:, 2] < right[:, 0]).all()
     assert not nobody.any()
+
+
+@pytest.mark.slow
+def test_records_of_people_fit_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    videos = tmp_path / "part_001/f6"
+    videos.mkdir(parents=True)
+    for number, centers in enumerate((TWO, TWO[:1], ())):
+        write(videos / f"f60{number}.mp4", centers=centers)
+    (tmp_path / "c.csv").write_text("path,clip_id,caption,\nclips/part_001/f6/f600,f600,Two people.,\n")
+    config_file = "configs/fantasy_portrait_14b.py:debug"
+    settings = ["prepare.max_people=3", "prepare.min_turning=0.0", "prepare.min_sharpness=1.0"]
+    settings += ["prepare.batch_size=2", "prepare.test_fraction=0.0", "model.vae.dim=4", "video.width=128"]
+    settings += ["model.vae.num_res_blocks=1", "model.image_encoder.image_size=28"]
+    command = [f"--config={config_file}", f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
+    command += [f"--captions={tmp_path / 'c.csv'}", "--processes=1", *(f"--config.{x}" for x in settings)]
+    with pytest.raises(ConfigError, match="--face has no effect"):
+        main([*command, "--face=1"], open_detectors=open_fakes)
+    keep = "--config.prepare.keep_uncaptioned=True"
+    assert main([*command, keep], open_detectors=open_fakes) == 0
+    printed = capsys.readouterr()
+    assert "dropped: part_001/f6/f602.mp4, 0.0 to 0.4 s: no face is found" in printed.err
+    assert "train.py" not in printed.out  # random encoders fit no store
+    folder = tmp_path / "out/encoded_clips/1.0.0"
+    assert not (tmp_path / "out/motion.json").exists()
+    metadata = read_metadata(folder)
+    assert metadata["hashes"]["motion_encoder"] == "random"
+    assert "motion" not in metadata
+
+    config = override(load_config(config_file), settings)
+    model, video = section(ModelConfig, config, "model"), section(VideoConfig, config, "video")
+    records = open_split(folder, "train")
+    batch = next(batches([records], PadText(512), batch_size=2, start=0, num_workers=0, seed=0))
+    expected = batch_spec(model, video, 2, people=3)
+    assert {name: (batch[name].shape, batch[name].dtype) for name in expected} == {
+        name: (x.shape, x.dtype) for name, x in expected.items()
+    }
+    two, one = records
+    np.testing.assert_array_equal([two["owners"], one["owners"]], [[1, 2, -1], [1, -1, -1]])
+    assert set(np.unique(two["labels"])) == {0, 1, 2}
+    assert set(np.unique(one["labels"])) == {0, 1}
+    assert [[bool(person.any()) for person in record["expression"]] for record in (two, one)] == [
+        [True, True, False],
+        [True, False, False],
+    ]
+    assert len(two["text"]) > len(one["text"]) == 1  # the empty prompt
