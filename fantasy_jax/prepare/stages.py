@@ -103,12 +103,7 @@ def prepare_video(source: SourceVideo, task: PrepareTask, detectors: Detectors) 
             size=size,
             threshold=task.config.cut_threshold,
         )
-        if isinstance(task.config, PortraitPrepareConfig):
-            analysis = partial(PortraitClip, task=task, detectors=detectors)
-        elif info.has_audio:
-            analysis = _with_audio(source, segments, task, detectors)
-        else:
-            raise Dropped("no_sound", "has no audio")
+        analysis = _analysis(source, info, segments, task, detectors)
         for segment in segments():
             seconds = tuple(
                 index / task.video.fps for index in (segment.first, segment.first + segment.num_frames)
@@ -141,13 +136,18 @@ def _covering_size(info: VideoInfo, task: PrepareTask) -> tuple[int, int]:
     return size
 
 
-def _with_audio(
+def _analysis(
     source: SourceVideo,
+    info: VideoInfo,
     segments: Callable[[], Iterator[Segment]],
     task: PrepareTask,
     detectors: Detectors,
-) -> Callable[[Segment], TalkingClip]:
-    """Reads the audio of a whole video, and returns what begins the examination of a segment."""
+) -> Callable[[Segment], ClipAnalysis]:
+    """Returns what begins the examination of a segment; of videos with speech, the audio is read before."""
+    if isinstance(task.config, PortraitPrepareConfig):
+        return partial(PortraitClip, task=task, detectors=detectors)
+    if not info.has_audio:
+        raise Dropped("no_sound", "has no audio")
     audio = read_audio_track(source.path)
     offset = find_offset(segments(), audio, task, detectors)
 

@@ -157,13 +157,12 @@ def track_people(
     name: str | Path = "video",
     progress: bool = False,
 ) -> list[DrivingFace]:
-    """Tracks the face of every person of a driving video, as `find_people` does.
+    """Tracks the face of every person of a driving video, smoothed and in all frames.
+
+    Arguments and errors are those of `find_people`.
 
     Returns:
         The people from left to right, by the centre of the face in the first frame where it is found.
-
-    Raises:
-        MediaError: There is no frame, or no face in enough of them.
     """
     tracks, count = find_people(frames, detector, config, name=name, progress=progress)
     return [driving_face(track, count, detector.layout, smooth=config.smooth) for track in tracks]
