@@ -17,7 +17,8 @@ from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.performance.programs import training_programs
-from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
+from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
 from fantasy_jax.sharding import init_distributed
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.finetune import finetune
@@ -38,6 +39,10 @@ examples:
   all adapters and a LoRA of the base model:
   python train.py --config=configs/fantasy_talking_14b.py:lora --weights=weights/fantasy_talking_14b \\
       --records=records/encoded_clips/1.0.0 --workdir=out/lora
+  the expression adapter of a portrait model, from clips of one person and of two or three, 3:1:
+  python train.py --config=configs/fantasy_portrait_14b.py:adapters --weights=weights/fantasy_portrait_14b \\
+      --records=one/encoded_clips/1.0.0 --records=several/encoded_clips/1.0.0 \\
+      "--config.train.shares=(3.0, 1.0)" --workdir=out/portrait
   memory and time of a step on 64 chips, compiled for them on this machine; nothing is trained:
   python train.py --config=configs/fantasy_talking_14b.py --compile_only --topology=v5p:4x4x4
 
@@ -45,7 +50,13 @@ Ctrl-C saves, a second one ends at once; the same command resumes. To watch: ten
 Every setting of the config file can be given as --config.NAME=VALUE.
 """
 
-TASKS = {"talking": StagesConfig, "miniature": MiniatureConfig}
+TASKS = {
+    "talking": (FantasyTalkingPipeline, StagesConfig),
+    "portrait": (FantasyPortraitPipeline, StagesConfig),
+    "miniature": (FantasyTalkingPipeline, MiniatureConfig),
+    "miniature_portrait": (FantasyPortraitPipeline, MiniatureConfig),
+}
+"""The pipeline that samples from what is trained, and the settings of the training, by the config's task."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, config = cli.parse(_parser(), argv)
     if str(config.get("task")) not in TASKS:
         raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(TASKS)}")
-    miniature = config.task == "miniature"
+    pipeline, config_type = TASKS[config.task]
+    miniature = config_type is MiniatureConfig
     if arguments.distributed:
         if miniature:
             raise ConfigError(f"{arguments.config}: trains in one process; leave --distributed out")
@@ -62,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--{given[0]} has no effect with {arguments.config}, which makes its own clips")
     model = section(ModelConfig, config, "model")
     video = section(VideoConfig, config, "video")
-    sampling = section(SampleConfig, config, "sample")
-    training = section(TASKS[config.task], config, "train")
+    sampling = section(pipeline.config_type, config, "sample")
+    training = section(config_type, config, "train")
     if ahead.is_requested(arguments):
-        programs = partial(training_programs, model, training)
+        programs = partial(training_programs, model, training, people=arguments.people or 1)
         return ahead.compile_and_report(arguments, video, training.mesh, programs)
     if not arguments.workdir:
         raise ConfigError("--workdir is needed: the folder of checkpoints, logs and weights")
@@ -73,12 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--records is needed: the folder of the encoded clips")
     workdir = Path(arguments.workdir)
     settings = {"model": model, "video": video, "sampling": sampling, "config": training}
+    settings["pipeline"] = pipeline.__name__
     if miniature:
         data = section(SyntheticConfig, config, "data")
         run = MiniatureTrainer(workdir, data=data, **settings).run
     else:
         store = Path(arguments.weights or config.weights)
-        run = partial(finetune, store, Path(arguments.records), workdir, **settings)
+        run = partial(finetune, store, list(map(Path, arguments.records)), workdir, **settings)
     keep_compiled_programs()
     with full_disk_reported(workdir), lock_workdir(workdir):
         weights = run()
@@ -91,7 +104,20 @@ def _parser() -> cli.ArgumentParser:
     cli.add_config_argument(parser)
     parser.add_argument("--workdir", metavar="DIR", help="folder of data, checkpoints, logs and weights")
     parser.add_argument("--weights", metavar="DIR", help="store to start from (default: the config's)")
-    parser.add_argument("--records", metavar="DIR", help="encoded clips, for task talking")
+    parser.add_argument(
+        "--records",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="encoded clips, unless the config makes its own; several times for several datasets, such as "
+        "clips of one person and of two (--config.train.shares)",
+    )
+    parser.add_argument(
+        "--people",
+        metavar="N",
+        type=cli.integer(1, 1024),
+        help="people of the clip, for --compile_only",
+    )
     parser.add_argument(
         "--distributed", action="store_true", help="run as one of several processes (docs/training.md)"
     )

@@ -224,7 +224,7 @@ def _time_loader(settings: _Settings, repeats: int) -> Timing:
         splits = {"train": (record() for _ in range(count))}
         records = write_dataset("encoded_clips", folder, lambda: features(record()), splits, {})
         loader = batches(
-            open_split(records, "train"),
+            [open_split(records, "train")],
             PadText(model.transformer.text_length),
             batch_size=batch_size,
             start=0,

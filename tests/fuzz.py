@@ -40,8 +40,8 @@ from fantasy_jax.pipelines.config import read_pipeline
 from fantasy_jax.pipelines.latents import read_latents, read_noise
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
-from fantasy_jax.prepare.config import PrepareConfig
-from fantasy_jax.prepare.scan import read_captions
+from fantasy_jax.prepare.captions import read_captions
+from fantasy_jax.prepare.config import PortraitPrepareConfig, PrepareConfig
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
@@ -70,10 +70,13 @@ def _read_settings(path: Path) -> None:
     cli.add_config_argument(parser)
     options = [f"--config={ROOT / location}", *(f"--config.{setting}" for setting in settings)]
     _, config = cli.parse(parser, options)
-    pipeline = FantasyPortraitPipeline if "portrait" in location else FantasyTalkingPipeline
+    pipeline, prepare = (
+        (FantasyPortraitPipeline, PortraitPrepareConfig)
+        if "portrait" in location
+        else (FantasyTalkingPipeline, PrepareConfig)
+    )
     kinds = {"model": ModelConfig, "video": VideoConfig, "sample": pipeline.config_type}
-    if "portrait" not in location:
-        kinds |= {"prepare": PrepareConfig, "train": StagesConfig}
+    kinds |= {"prepare": prepare, "train": StagesConfig}
     if "tiny" in location:
         kinds |= {"train": MiniatureConfig, "data": SyntheticConfig}
     for name, kind in kinds.items():

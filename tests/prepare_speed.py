@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from fantasy_jax.prepare import analysis, cutting, stages, store
+from fantasy_jax.prepare import cutting, stages, store, talking
+from fantasy_jax.prepare.analysis import PrepareTask
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.preprocessing.landmarks import LandmarkConfig
@@ -23,13 +24,13 @@ PARTS = {"faces": "track_faces", "bodies": "track_bodies", "lip masks": "lip_mas
 def main(video: str, face_model: str, pose_model: str) -> None:
     landmarks = LandmarkConfig(face_model=face_model, pose_model=pose_model)
     clips_like = VideoConfig(height=512, width=512, num_frames=81, fps=23)
-    task = analysis.PrepareTask(PrepareConfig(landmarks=landmarks), clips_like)
+    task = PrepareTask(PrepareConfig(landmarks=landmarks), clips_like)
     spent = dict.fromkeys([*PARTS, "decoding and cuts"], 0.0)
     source = SourceVideo(video, Path(video).name, "0" * 64)
-    with stages.mediapipe_detectors(task.config) as detectors, ExitStack() as patched:
+    with stages.open_detectors(task.config) as detectors, ExitStack() as patched:
         for name, function in PARTS.items():
             patched.enter_context(
-                patch.object(analysis, function, timed(getattr(analysis, function), spent, name))
+                patch.object(talking, function, timed(getattr(talking, function), spent, name))
             )
         work = Path(patched.enter_context(tempfile.TemporaryDirectory()))
         wall, before = time.perf_counter(), cpu()

@@ -72,7 +72,7 @@ def loss(model, batch, keys):
 
 if "JAX_COORDINATOR_ADDRESS" in os.environ:
     init_distributed()
-read = partial(batches, Numbers(), jitter)
+read = partial(batches, [Numbers()], jitter)
 optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=2)
 task = TrainingTask("layers", Layers(), loss, read, 8, num_steps, optimizer)
 config = LoopConfig(log_every=1, save_every=save_every, sample_every=0, keep_last=3, num_workers=0)

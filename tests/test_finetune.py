@@ -50,6 +50,7 @@ def settings():
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1, ema_decay=0.5),
     )
     return {
+        "pipeline": "FantasyTalkingPipeline",
         "model": small_model(),
         "video": build(VideoConfig, config.video, "video"),
         "sampling": build(SampleConfig, config.sample, "sample"),
@@ -109,7 +110,7 @@ def changed_parameters(store, model):
 
 @pytest.mark.slow
 def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, encoded):
-    store = finetune(WEIGHTS, encoded, tmp_path, **settings)
+    store = finetune(WEIGHTS, [encoded], tmp_path, **settings)
     assert not (store / "audio_adapter").is_symlink()
     assert MotionNormaliser.load(store / "motion_adapter" / MOTION_FILE) == NORMALISER
     trained_with = read_record(store / "audio_adapter")[1]["trained_with"]
@@ -130,11 +131,11 @@ def test_adapters_are_trained_and_the_base_is_referred_to(tmp_path, settings, en
     assert "adapters" in kept
     assert "self_attention" not in kept
     # A complete run is not trained again; a run of other weights is not resumed.
-    assert finetune(WEIGHTS, encoded, tmp_path, **settings) == store
+    assert finetune(WEIGHTS, [encoded], tmp_path, **settings) == store
     other = linked_store(tmp_path / "other", "text_encoder")
     change_record(other / "text_encoder", {"note": "another"})
     with pytest.raises(ConfigError, match="weights"):
-        finetune(other, encoded, tmp_path, **settings)
+        finetune(other, [encoded], tmp_path, **settings)
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_a_lora_is_stored_beside_the_base_and_held_out_clips_are_sampled(tmp_pat
     sampling = replace(settings["sampling"], num_inference_steps=2)
     copy = shutil.copytree(encoded.parents[1], tmp_path / "damaged") / encoded.relative_to(encoded.parents[1])
     damage_record(copy, "test", open_split(copy, "test")[0]["latents"].tobytes())
-    store = finetune(WEIGHTS, copy, tmp_path, **settings | {"config": config, "sampling": sampling})
+    store = finetune(WEIGHTS, [copy], tmp_path, **settings | {"config": config, "sampling": sampling})
     assert (store / "transformer").is_symlink()
     assert (store / "audio_adapter").is_symlink()
     assert not (store / "lora").is_symlink()
@@ -177,14 +178,14 @@ def test_config_error_for_training_weights_of_eight_bits(tmp_path, settings, mod
     first, second = settings["config"].stages
     config = replace(settings["config"], stages=(first, replace(second, parameters=rules)))
     with pytest.raises(ConfigError, match=rf"stages\.1\.parameters: blocks/.* is {mode}, .*8-bit"):
-        finetune(weights, tmp_path / "none", tmp_path / "run", **settings | {"config": config})
+        finetune(weights, [tmp_path / "none"], tmp_path / "run", **settings | {"config": config})
 
 
 @pytest.mark.slow
 def test_adapters_are_trained_beside_weights_of_eight_bits(tmp_path, settings, encoded):
     weights, config = tmp_path / "int8", replace(settings["config"], stages=settings["config"].stages[:1])
     quantize_store(WEIGHTS, weights, "int8", layers="^transformer/blocks/", progress=False)
-    store = finetune(weights, encoded, tmp_path / "run", **settings | {"config": config})
+    store = finetune(weights, [encoded], tmp_path / "run", **settings | {"config": config})
     assert (store / "transformer").resolve() == weights / "transformer"
     assert not (store / "audio_adapter").is_symlink()
     assert not any(result.faults for result in check_store(store))
@@ -217,7 +218,7 @@ def test_config_error_for_records_that_were_made_otherwise(tmp_path, settings, m
     agreeing = {"video": VIDEO, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
     records = write_records(tmp_path, agreeing | metadata)
     with pytest.raises(ConfigError) as caught:
-        finetune(weights, records, tmp_path / "run", **settings)
+        finetune(weights, [records], tmp_path / "run", **settings)
     assert all(part in str(caught.value) for part in (str(records), *named))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -229,7 +230,7 @@ def test_config_error_for_records_without_the_inputs_of_an_adapter(tmp_path, set
     NORMALISER.save(weights / "motion_adapter" / MOTION_FILE)
     metadata = {"video": VIDEO, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
     with pytest.raises(ConfigError, match="audio"):
-        finetune(weights, write_records(tmp_path, metadata), tmp_path / "run", **settings)
+        finetune(weights, [write_records(tmp_path, metadata)], tmp_path / "run", **settings)
 
 
 def test_a_store_of_another_pipeline_is_refused(tmp_path, settings):
@@ -237,14 +238,14 @@ def test_a_store_of_another_pipeline_is_refused(tmp_path, settings):
     (weights / "pipeline.json").unlink()
     write_pipeline(weights, "OtherPipeline", VIDEO, SampleConfig())
     with pytest.raises(WeightsError, match="OtherPipeline"):
-        finetune(weights, tmp_path / "records", tmp_path / "run", **settings)
+        finetune(weights, [tmp_path / "records"], tmp_path / "run", **settings)
 
 
 def test_a_store_of_another_model_is_refused(tmp_path, settings):
     model = settings["model"]
     other = model.replace(text_encoder=replace(model.text_encoder, num_layers=7))
     with pytest.raises(WeightsError, match="text_encoder"):
-        finetune(WEIGHTS, tmp_path / "records", tmp_path / "run", **settings | {"model": other})
+        finetune(WEIGHTS, [tmp_path / "records"], tmp_path / "run", **settings | {"model": other})
 
 
 def test_the_state_of_adapters_alone(settings):

@@ -24,7 +24,7 @@ def jitter(record, rng):
 
 def read(start, count, *, num_workers=0, seed=3, source=None):
     loader = batches(
-        source or Numbers(), jitter, batch_size=4, start=start, num_workers=num_workers, seed=seed
+        [source or Numbers()], jitter, batch_size=4, start=start, num_workers=num_workers, seed=seed
     )
     return [next(loader) for _ in range(count)]
 
@@ -59,10 +59,68 @@ def test_every_epoch_has_every_record_once():
 def test_processes_read_their_rows_only():
     expected = read(2, 3)
     for rows in ([0, 1], [3], [0, 2, 3]):
-        parts = batches(Numbers(), jitter, batch_size=4, start=2, num_workers=0, seed=3, rows=rows)
+        parts = batches([Numbers()], jitter, batch_size=4, start=2, num_workers=0, seed=3, rows=rows)
         for batch in expected:
             part = next(parts)
             assert all(np.array_equal(part[name], batch[name][rows]) for name in batch)
+
+
+class Letters(Numbers):
+    """Records of another size."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"number": np.full(2, index)}
+
+
+def read_both(start, count, shares=(), *, rows=None, num_workers=0):
+    loader = batches(
+        [Numbers(), Letters()],
+        jitter,
+        batch_size=4,
+        start=start,
+        num_workers=num_workers,
+        seed=3,
+        shares=shares,
+        rows=rows,
+    )
+    return [next(loader) for _ in range(count)]
+
+
+def datasets(found):
+    """The dataset of each batch, which is the same for all of its examples."""
+    for batch in found:
+        assert batch["number"].shape == ((4,) if batch["dataset"][0] == 0 else (4, 2))
+        assert len(set(batch["dataset"])) == 1
+    return [int(batch["dataset"][0]) for batch in found]
+
+
+def test_a_batch_is_of_one_dataset_with_the_shares_that_are_asked_for():
+    found = read_both(0, 16, (3.0, 1.0))
+    assert datasets(found) == [0, 0, 0, 1] * 4
+    assert sum(datasets(read_both(0, 16))) == 6  # 6 of 16 records
+    numbers = np.concatenate([batch["number"][:, 0] for batch in found if batch["dataset"][0]])
+    assert sorted(numbers[:6]) == sorted(numbers[6:12]) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": 5},
+        {"start": 2, "rows": [1, 3]},
+        pytest.param({"start": 3, "rows": [0, 2], "num_workers": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_mixed_batches_do_not_depend_on_start_processes_or_workers(options):
+    expected = read_both(0, 9, (2.0, 1.0))[options["start"] :]
+    rows = options.get("rows", slice(None))
+    for batch, other in zip(
+        expected, read_both(count=len(expected), shares=(2.0, 1.0), **options), strict=True
+    ):
+        assert batch.keys() == other.keys()
+        assert all(np.array_equal(other[name], batch[name][rows]) for name in batch)
 
 
 class Damaged(Numbers):
@@ -85,7 +143,7 @@ def test_unreadable_records_are_logged_and_skipped(caplog):
 
 
 def test_too_many_unreadable_records_are_an_error():
-    damaged = batches(Damaged(), jitter, batch_size=4, start=0, num_workers=0, seed=3, max_unreadable=2)
+    damaged = batches([Damaged()], jitter, batch_size=4, start=0, num_workers=0, seed=3, max_unreadable=2)
     with pytest.raises(OSError, match="record"):
         list(itertools.islice(damaged, 10))
 

@@ -135,8 +135,9 @@ def test_a_new_adapter_is_trained_stored_sampled_and_exported(tmp_path):
     )
     store = finetune(
         weights,
-        records,
+        [records],
         tmp_path / "run",
+        pipeline="FantasyTalkingPipeline",
         model=model(),
         video=VIDEO,
         sampling=SampleConfig(num_inference_steps=2),
@@ -147,7 +148,7 @@ def test_a_new_adapter_is_trained_stored_sampled_and_exported(tmp_path):
 
     networks = stored_networks(store, model())
     transformer = networks["transformer"]
-    assert dropout_groups(transformer) == ("image", "audio", "text", "mood")
+    assert dropout_groups(transformer) == ("audio", "image", "mood", "text")
     value = transformer.adapters["mood"].layers.value.kernel[...]
     assert np.abs(value.astype(np.float32)).max() > 0
 

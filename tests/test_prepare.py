@@ -16,16 +16,17 @@ from fantasy_jax.config import build, load_config
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.voices import draw_voice, speak
 from fantasy_jax.prepare import measures
-from fantasy_jax.prepare.analysis import Dropped, PrepareTask, choose_face
+from fantasy_jax.prepare.analysis import Dropped, PrepareTask
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.cutting import covering, cut
 from fantasy_jax.prepare.encode import held_out
-from fantasy_jax.prepare.filters import FILTERS
+from fantasy_jax.prepare.filters import TALKING
 from fantasy_jax.prepare.report import render_report
-from fantasy_jax.prepare.scan import SourceVideo, read_captions, scan, unmatched
+from fantasy_jax.prepare.scan import SourceVideo, scan
 from fantasy_jax.prepare.shards import RecordShards, ShardedRecords
 from fantasy_jax.prepare.stages import PreparedClip, prepare_video
 from fantasy_jax.prepare.store import prepare_videos
+from fantasy_jax.prepare.talking import choose_face
 from fantasy_jax.preprocessing.landmarks import FaceTrack
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig, audio_samples
 
@@ -57,32 +58,6 @@ def test_each_content_is_found_once(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
         scan(tmp_path / "empty")
-
-
-def test_captions_are_read_from_csv_and_json_lines(tmp_path):
-    rows = {"a.mp4": "A woman, talking.", "deep/b.mp4": 'A man says "hello".'}
-    (tmp_path / "c.csv").write_text(
-        'file_name,prompt\na.mp4,"A woman, talking."\ndeep/b.mp4,"A man says ""hello""."\n'
-    )
-    (tmp_path / "c.jsonl").write_text(
-        "\n".join(json.dumps({"file_name": name, "prompt": prompt}) for name, prompt in rows.items())
-    )
-    assert read_captions(tmp_path / "c.csv") == read_captions(tmp_path / "c.jsonl") == rows
-    ((name, message),) = unmatched(rows, {"a.mp4", "deep/c.mp4"}).items()
-    assert name == "deep/b.mp4"
-    assert "deep/c.mp4" in message
-    for name, text, message in (
-        ("short.csv", "file,prompt\na.mp4,x\n", "line 2"),
-        ("twice.csv", "file_name,prompt\na.mp4,x\na.mp4,y\n", r"a\.mp4"),
-        ("broken.jsonl", "{", "broken"),
-        ("list.jsonl", "[1]", "line 1"),
-        ("c.txt", "", "captions"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            read_captions(tmp_path / name)
-    with pytest.raises(ConfigError, match="missing"):
-        read_captions(tmp_path / "missing.csv")
 
 
 def test_covering_keeps_the_aspect_ratio():
@@ -163,7 +138,7 @@ def test_faces_outside_the_image_and_blurred_ones():
     sharp = rng.integers(0, 255, (3, 64, 64, 3), np.uint8)
     blurred = np.stack([np.full((64, 64, 3), 90, np.uint8)] * 3)
     face = track(*[(0, 0, 60, 60)] * 3)
-    assert measures.sharpness(sharp, face) > 100 > 1 > measures.sharpness(blurred, face)
+    assert measures.sharpness(sharp, face.boxes) > 100 > 1 > measures.sharpness(blurred, face.boxes)
 
 
 def test_the_record_of_a_good_clip(tmp_path, task):
@@ -185,7 +160,7 @@ def test_the_record_of_a_good_clip(tmp_path, task):
     audio = media.read_audio(tmp_path / "good.mp4")[samples:]
     assert np.abs(record["waveform"][:4000] / 32767 - audio[:4000]).max() < 1e-3
     assert clips[0].measures["sync"] > 0.5
-    assert set(FILTERS) <= set(clips[0].measures)
+    assert set(TALKING) <= set(clips[0].measures)
 
 
 @pytest.mark.parametrize(

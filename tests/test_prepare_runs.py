@@ -70,7 +70,7 @@ def test_records_fit_training_and_work_is_done_once(tmp_path, config_file, capsy
     model = ModelConfig.from_config(config.model, "model")
     video = build(VideoConfig, config.video, "video")
     pad = PadText(model.transformer.text_length)
-    batch = next(batches(open_split(dataset, "train"), pad, batch_size=2, start=0, num_workers=0, seed=0))
+    batch = next(batches([open_split(dataset, "train")], pad, batch_size=2, start=0, num_workers=0, seed=0))
     expected = batch_spec(model, video, 2)
     assert {name: batch[name].shape for name in expected} == {name: x.shape for name, x in expected.items()}
     assert batch["motion"].shape == (2, 2)

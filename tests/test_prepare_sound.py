@@ -10,11 +10,12 @@ from real_people import case_file
 from fantasy_jax import media
 from fantasy_jax.config import build, load_config
 from fantasy_jax.miniature.voices import draw_voice, speak
-from fantasy_jax.prepare.analysis import ClipAnalysis, PrepareTask
+from fantasy_jax.prepare.analysis import PrepareTask
 from fantasy_jax.prepare.config import PrepareConfig
 from fantasy_jax.prepare.cutting import Segment
 from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.prepare.stages import prepare_video
+from fantasy_jax.prepare.talking import TalkingClip
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig
 
 FRAMES, CLIPS = 49, 5
@@ -110,7 +111,7 @@ def test_missing_sound_is_measured_in_the_clip_that_lacks_it(task):
     with open_fakes(task.config) as detectors:
         for first, missing in ((0, 0.51), (36, 0.07), (38, 0.0)):
             segment = Segment(first, np.zeros((FRAMES, SIZE, SIZE, 3), np.uint8), FRAMES, 0.0)
-            clip = ClipAnalysis(segment, track, task, detectors)
+            clip = TalkingClip(segment, track, task, detectors)
             end = max(first / FPS + task.video.seconds - track.waveform.size / SAMPLE_RATE, 0)
             assert clip.missing_seconds == pytest.approx(missing + end, abs=0.02)
             assert clip.waveform.size == task.video.num_samples

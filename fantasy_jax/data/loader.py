@@ -15,40 +15,48 @@ from fantasy_jax.processes import init_worker, signals_blocked
 
 
 def batches(
-    source: Any,
+    sources: Sequence[Any],
     transform: Callable[[Record, np.random.Generator], Record],
     *,
     batch_size: int,
     start: int,
     num_workers: int,
     seed: int,
+    shares: Sequence[float] = (),
     rows: Sequence[int] | None = None,
     max_unreadable: int = MAX_UNREADABLE,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches without end, from batch number `start` on; closing the iterator ends its workers.
 
-    The records and the random numbers of a batch depend on `seed` and on the number of the batch only, not on
-    the number of workers or processes or on `start`.
+    A batch is of one dataset, since records of different datasets can differ in size. Which one, the records
+    and the random numbers of a batch depend on `seed` and on the number of the batch only, not on the number
+    of workers or processes or on `start`.
 
     Args:
-        source: Sequence of records, such as TFDS' `as_data_source`; it must pickle.
+        sources: Datasets: sequences of records, such as TFDS' `as_data_source`; they must pickle.
         transform: Makes an example of a record, with a random generator for augmentation; it must pickle.
         batch_size: Examples in a batch of all processes.
         start: Number of the first batch.
         num_workers: Worker processes; 0 reads in threads of this process.
         seed: Seed of the order and of the random generators.
+        shares: Share of the batches that each dataset has, up to a common factor; none: its share of records.
         rows: Which examples of each batch this process needs; None for all.
         max_unreadable: Number of unreadable records that are replaced by the next ones (`ReadableRecords`);
             with one more in one process an OSError ends the run.
 
     Yields:
-        Arrays by name, and the indices of the records as `record`.
+        Arrays by name, and the indices of the records as `record`, in the dataset `dataset`, both `[B]`.
     """
-    dataset = grain.MapDataset.source(ReadableRecords(source, max_unreadable)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_Transform(transform))
-    if rows is not None:
-        dataset = _Rows(dataset, batch_size, tuple(rows))
-    dataset = dataset.batch(batch_size if rows is None else len(rows), drop_remainder=True)
+    rows = range(batch_size) if rows is None else rows
+
+    def batched(number: int, source: Any) -> grain.MapDataset:
+        readable = ReadableRecords(source, max_unreadable)
+        dataset = grain.MapDataset.source(readable).seed(seed).shuffle().repeat()
+        dataset = _Rows(dataset.random_map(_Transform(transform, number)), batch_size, tuple(rows))
+        return dataset.batch(len(rows), drop_remainder=True)
+
+    datasets = [batched(number, source) for number, source in enumerate(sources)]
+    dataset = grain.MapDataset.mix(datasets, [float(x) for x in shares or map(len, sources)])
     # The length of an endless dataset is sys.maxsize: a slice of it is as good as endless.
     dataset = dataset.slice(slice(start, None)) if start else dataset
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
@@ -69,13 +77,14 @@ def batches(
 
 @dataclass(frozen=True)
 class _Transform:
-    """Transforms the record of a pair and adds its index."""
+    """Transforms the record of a pair and adds its index and the number of its dataset."""
 
     transform: Callable[[Record, np.random.Generator], Record]
+    dataset: int
 
     def __call__(self, indexed: tuple[int, Record], rng: np.random.Generator) -> Record:
         index, record = indexed
-        return self.transform(record, rng) | {"record": np.int64(index)}
+        return self.transform(record, rng) | {"record": np.int64(index), "dataset": np.int64(self.dataset)}
 
 
 class _Rows(grain.MapDataset):

@@ -1,11 +1,15 @@
-"""Training of the miniature from scratch: clips, speech encoder, face encoder, VAE, transformer.
+"""Training of the miniature from scratch: clips, the encoders that a config has, VAE, transformer.
 
-Each part is done once: complete parts are reused, an interrupted part resumes. The workdir holds
+Each part is done once: complete parts are reused, an interrupted part resumes. Configs whose settings of a
+part are equal can share it in one workdir, which holds
 
     data/          the clips
-    speech/ face/ vae/ stage_1/ stage_2/    checkpoints and logs
-    encoded/       the encoded clips
+    speech/ face/ vae/    checkpoints and logs of the encoders
+    stage_1/ stage_2/     those of the transformer
+    encoded/       the encoded clips; encoded_2/ those of two people
     weights/       the weight store; those of earlier stages are in stage_1/weights/
+
+with the last three in a folder of their own where the config names one (`folder`).
 """
 
 from collections.abc import Callable
@@ -19,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from fantasy_jax import cli
+from fantasy_jax.config import PositiveInt
 from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import Record, check_unchanged, open_split
@@ -40,7 +45,7 @@ from fantasy_jax.miniature.train_vae import (
     vae_loss,
 )
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipelines.config import SampleConfig, write_pipeline
+from fantasy_jax.pipelines.config import PipelineConfig, write_pipeline
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import make_mesh, process_rows
@@ -48,7 +53,6 @@ from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, random_networks
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.checkpoint import check_resumable
-from fantasy_jax.training.finetune import PIPELINE
 from fantasy_jax.training.loop import TrainingTask, checkpoint_folder, train
 from fantasy_jax.training.stages import (
     NUM_SAMPLES,
@@ -64,7 +68,8 @@ from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import check_writable_store, save_network
 
 ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "vae": "vae"}
-"""Slot of each encoder that is trained, by its section of the config, which also names its folder."""
+"""Slot of each encoder that is trained where the model has it, by its section of the config, which also names
+its folder."""
 _INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
 """Clips for the initial weights of face encoder and VAE, and for the statistics of the VAE's latents."""
 
@@ -77,15 +82,20 @@ class MiniatureConfig(StagesConfig):
         loop: Logs, checkpoints, loader.
         mesh: Sizes of the mesh.
         stages: The stages of the transformer.
+        shares: Share of the batches that each dataset has, up to a common factor; none: its share of clips.
         lora: Sizes of the LoRA, where a stage's rules ask for one.
         speech: Training of the speech encoder.
         face: Training of the face encoder.
         vae: Training of the VAE.
+        people: People in the clips of each dataset of the transformer's training.
+        folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
     """
 
     speech: SpeechStageConfig = SpeechStageConfig()
     face: FaceStageConfig = FaceStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
+    people: tuple[PositiveInt, ...] = (1,)
+    folder: str = ""
 
 
 class MiniatureTrainer:
@@ -99,18 +109,20 @@ class MiniatureTrainer:
         self,
         workdir: Path,
         *,
+        pipeline: str,
         data: SyntheticConfig,
         video: VideoConfig,
         model: ModelConfig,
-        sampling: SampleConfig,
+        sampling: PipelineConfig,
         config: MiniatureConfig,
     ):
         """Checks the settings; nothing is trained before `run`.
 
         Args:
             workdir: Folder for data, checkpoints, logs and weights.
+            pipeline: Name of the class that samples from the weights.
             data: The dataset.
-            video: Size, length and frame rate of the clips.
+            video: Size, length and frame rate of clips of one person.
             model: Sizes of the networks.
             sampling: Settings of samples during training, and defaults of the weight store.
             config: Settings of the training.
@@ -121,10 +133,11 @@ class MiniatureTrainer:
         """
         check_video(video)
         _check_crops(config.vae, video, model)
-        self.workdir, self.data, self.video = workdir, data, video
-        self.model, self.sampling, self.config = model, sampling, config
+        self.workdir, self.folder, self.data, self.video = workdir, workdir / config.folder, data, video
+        self.pipeline, self.model, self.sampling, self.config = pipeline, model, sampling, config
+        self.encoders = {name: slot for name, slot in ENCODERS.items() if slot in model.networks}
         self.mesh = make_mesh(**config.mesh.axes)
-        for stage in (config.speech, config.face, config.vae, *config.stages):
+        for stage in (*(getattr(config, name) for name in self.encoders), *config.stages):
             process_rows(stage.batch_size // stage.optimizer.grad_accum_steps, self.mesh)
 
     def run(self) -> Path:
@@ -133,46 +146,59 @@ class MiniatureTrainer:
         Raises:
             ConfigError: The workdir holds a part that was made with other settings.
         """
-        config, settings = self.config, self._settings()
-        for name in ENCODERS:  # before another part is trained for nothing
+        settings = self._settings()
+        for name in self.encoders:  # before another part is trained for nothing
             check_resumable(checkpoint_folder(self.workdir / name), self._encoder_settings(name))
-        check_unchanged(encoded_folder(self.workdir / "encoded"), settings)
+        for people in self.config.people:
+            check_unchanged(encoded_folder(self._encoded(people)), settings)
         for folder in self._stores():
             check_writable_store(folder)
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         with cli.timed("Clips"):
-            clips = write_clips(self.data, self.video, self.workdir / "data")
-        with cli.timed("Speech encoder"):
-            networks = self._train_speech_encoder(networks, clips)
-        if self.model.face_encoder is not None:
-            with cli.timed("Face encoder"):
-                networks = self._train_face_encoder(networks, clips)
-        with cli.timed("VAE"):
-            networks = self._train_vae(networks, clips)
+            clips = {people: self._write_clips(people) for people in sorted({1, *self.config.people})}
+        trained = {
+            "speech": ("Speech encoder", self._train_speech_encoder),
+            "face": ("Face encoder", self._train_face_encoder),
+            "vae": ("VAE", self._train_vae),
+        }
+        for name in self.encoders:
+            title, train_encoder = trained[name]
+            with cli.timed(title):
+                networks = train_encoder(networks, clips[1])
         with cli.timed("Encoded clips"):
-            encoded = encode_dataset(networks, clips, self.workdir / "encoded", settings)
+            encoded = [
+                encode_dataset(networks, clips[people], self._encoded(people), settings)
+                for people in self.config.people
+            ]
         stages = train_stages(
             networks,
             encoded,
-            self.workdir,
+            self.folder,
             mesh=self.mesh,
             fps=self.video.fps,
             sampling=self.sampling,
-            config=config,
-            settings=settings,
+            config=self.config,
+            settings=settings | {"people": self.config.people},
         )
         for index, transformer in stages:
             self._save(self._stores()[index], networks, transformer)
         return self._stores()[-1]
 
+    def _write_clips(self, people: int) -> Path:
+        return write_clips(self.data, self.video, self.workdir / "data", people=people)
+
+    def _encoded(self, people: int) -> Path:
+        """Parent folder of the encoded clips of so many people."""
+        return self.folder / ("encoded" if people == 1 else f"encoded_{people}")
+
     def _stores(self) -> list[Path]:
         """The stores that are written, one after each stage."""
         earlier = range(len(self.config.stages) - 1)
-        return [self.workdir / stage_name(i) / "weights" for i in earlier] + [self.workdir / "weights"]
+        return [self.folder / stage_name(i) / "weights" for i in earlier] + [self.folder / "weights"]
 
     def _settings(self) -> dict[str, Any]:
         """The settings that decide the encoded clips, by their config names."""
-        return self._deciding(self.model, {name: getattr(self.config, name) for name in ENCODERS})
+        return self._deciding(self.model, {name: getattr(self.config, name) for name in self.encoders})
 
     def _encoder_settings(self, name: str) -> dict[str, Any]:
         """The settings that decide an encoder, but for the number of steps: it can be given more."""
@@ -236,7 +262,7 @@ class MiniatureTrainer:
             name,
             model,
             loss,
-            partial(batches, records, transform),
+            partial(batches, [records], transform),
             config.batch_size,
             config.num_steps,
             config.optimizer,
@@ -253,7 +279,7 @@ class MiniatureTrainer:
             network = trained[slot] if slot in trained else networks[slot]
             component = component_of(network.config).name
             save_network(store / slot, cast_parameters(network, jnp.bfloat16), component=component)
-        write_pipeline(store, PIPELINE, self.video, self.sampling)
+        write_pipeline(store, self.pipeline, self.video, self.sampling)
 
 
 def _check_crops(config: VAEStageConfig, video: VideoConfig, model: ModelConfig) -> None:

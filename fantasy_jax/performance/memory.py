@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.topology and not arguments.compile_only:
         raise ConfigError("--topology has no effect without --compile_only")
     check_outputs([arguments.json], cli.config_files(arguments.config, config))
-    settings_type = PortraitSampleConfig if config.get("task") == "portrait" else SampleConfig
+    settings_type = PortraitSampleConfig if str(config.get("task")).endswith("portrait") else SampleConfig
     settings = section(settings_type, config, "sample")
     if arguments.seconds is not None:
         settings = replace(settings, max_seconds=arguments.seconds)

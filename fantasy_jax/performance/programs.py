@@ -42,7 +42,7 @@ from fantasy_jax.video import VideoConfig
 
 
 def training_programs(
-    model: ModelConfig, config: StagesConfig, video: VideoConfig, mesh: Mesh
+    model: ModelConfig, config: StagesConfig, video: VideoConfig, mesh: Mesh, *, people: int = 1
 ) -> Iterator[Program]:
     """Yields the train step of each stage: loss, gradients, optimizer, moving average.
 
@@ -51,6 +51,7 @@ def training_programs(
         config: Settings of the stages.
         video: Size and length of the clips.
         mesh: The current mesh.
+        people: People of each clip, for a model with expressions.
 
     Raises:
         ConfigError: A batch cannot be sharded evenly.
@@ -73,7 +74,7 @@ def training_programs(
     for index, stage in enumerate(config.stages):
         check_batch_size(stage.batch_size, mesh)
         trainer, without_remat = make_trainer(stage), make_trainer(replace(stage, remat_save_names=None))
-        batch = batch_spec(model, video, stage.batch_size, sharding=batch_sharding(mesh))
+        batch = batch_spec(model, video, stage.batch_size, people=people, sharding=batch_sharding(mesh))
         arguments = (trainer.init_state(), trainer.frozen_state, batch, step)
         yield Program(
             f"stage {index + 1} step",

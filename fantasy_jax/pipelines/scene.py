@@ -12,6 +12,7 @@ from PIL import Image
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.pipelines.casting import Role, assign, people_of, without_effect
 from fantasy_jax.preprocessing.driving import (
+    ALIGNED_SIZE,
     DrivingConfig,
     DrivingFace,
     DrivingVideo,
@@ -85,12 +86,16 @@ class Scene:
         """The people of all drivers."""
         return [person for driver in self.drivers for person in driver.people]
 
-    def faces(self) -> Iterator[UInt8[np.ndarray, "P 224 224 3"]]:
-        """Yields the aligned faces of the people who drive, frame by frame; the drivers are read again."""
+    def faces(self, size: int = ALIGNED_SIZE) -> Iterator[UInt8[np.ndarray, "P {size} {size} 3"]]:
+        """Yields the aligned faces of the people who drive, frame by frame; the drivers are read again.
+
+        Args:
+            size: Side of an aligned face, in pixels.
+        """
         aligned = []
         for driver in self.drivers:
             frames = itertools.islice(driver.frames, driver.length)  # where the clip is shorter, they go on
-            faces = align_people(frames, driver.people, name=driver.name)
+            faces = align_people(frames, driver.people, size=size, name=driver.name)
             aligned.append(itertools.repeat(*faces, self.num_frames) if driver.length == 1 else faces)
         return map(np.concatenate, zip(*aligned, strict=True))
 

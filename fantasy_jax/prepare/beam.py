@@ -19,7 +19,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from fantasy_jax.data.encoded import ClipEncoder, as_stored, features
 from fantasy_jax.data.records import Record, RecordsBuilder
 from fantasy_jax.files import atomic_write
+from fantasy_jax.prepare import portrait, talking
 from fantasy_jax.prepare.analysis import OpenDetectors, PrepareTask
+from fantasy_jax.prepare.config import PortraitPrepareConfig
 from fantasy_jax.prepare.encode import (
     DATASET,
     clips_metadata,
@@ -30,7 +32,6 @@ from fantasy_jax.prepare.encode import (
 )
 from fantasy_jax.prepare.scan import SourceVideo
 from fantasy_jax.prepare.stages import PreparedClip, prepare_video
-from fantasy_jax.preprocessing.face_crop import CROP_SIZE, TEMPLATE
 from fantasy_jax.preprocessing.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.system.networks import Networks
 
@@ -112,7 +113,9 @@ class BeamRun:
         folder = Path(builder.data_dir)
         clips = [PreparedClip.from_json(clip) for clip in json.loads((self.output / _CLIPS).read_text())]
         kept = sorted((c for c in clips if not c.dropped), key=lambda clip: (clip.source, clip.number))
-        motion = MotionNormaliser.load(self.output / MOTION_FILE)
+        motion = fit_motion([intensities(clip) for clip in kept])
+        if motion is not None:
+            motion.save(self.output / MOTION_FILE)
         # The pipeline knows these only at its end, but TFDS takes metadata before.
         complete = {**metadata, **clips_metadata(kept, self.prompts, motion)}
         tfds.core.MetadataDict(complete).save_metadata(folder)
@@ -120,16 +123,10 @@ class BeamRun:
 
     def _example(self) -> Record:
         """Encodes a grey clip: Beam needs the schema before there is a record."""
-        frames, size = self.task.video.num_frames, self.task.video.size
-        grey = {
-            "video": np.full((frames, *size, 3), 128, np.uint8),
-            "lips": np.zeros((frames, *size), np.uint8),
-            "waveform": np.zeros(self.task.video.num_samples, np.int16),
-            "prompt": "",
-            "face_points": TEMPLATE * min(size) / CROP_SIZE,
-        }
-        (record,) = ClipEncoder(self.networks(), batch_size=1)([grey])
-        return as_stored(record | {"motion": np.zeros(2, np.float32)})
+        of_people = isinstance(self.task.config, PortraitPrepareConfig)
+        grey = (portrait if of_people else talking).grey_record(self.task)
+        (record,) = ClipEncoder(self.networks(), batch_size=1)([grey | {"prompt": ""}])
+        return as_stored(record if of_people else record | {"motion": np.zeros(2, np.float32)})
 
 
 class PreparedClips(RecordsBuilder):
@@ -151,7 +148,6 @@ class PreparedClips(RecordsBuilder):
         motion = (
             kept | beam.Map(intensities) | "Intensities" >> beam.combiners.ToList() | beam.Map(fit_motion)
         )
-        _ = motion | "Save" >> beam.Map(lambda fitted, path: fitted.save(path), run.output / MOTION_FILE)
         encode = beam.ParDo(EncodeClip(run.networks, run.prompts), beam.pvalue.AsSingleton(motion))
         encoded = kept | "Encode" >> encode
         fraction = run.task.config.test_fraction

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fantasy_jax import cli
@@ -17,12 +19,14 @@ from fantasy_jax.config import section
 from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs, lock_folder
+from fantasy_jax.prepare import stages
 from fantasy_jax.prepare.analysis import OpenDetectors, PrepareTask
-from fantasy_jax.prepare.config import PrepareConfig
+from fantasy_jax.prepare.captions import CAPTION_COLUMNS, VIDEO_COLUMNS, match_captions, read_captions
+from fantasy_jax.prepare.config import ClipsConfig, PortraitPrepareConfig, PrepareConfig
 from fantasy_jax.prepare.encode import EncodedClips, Encoders, dataset_metadata, write_encoded
 from fantasy_jax.prepare.report import ReadThumbnail, check_installed, render_report
-from fantasy_jax.prepare.scan import SourceVideo, read_captions, scan, unmatched
-from fantasy_jax.prepare.stages import PreparedClip, mediapipe_detectors
+from fantasy_jax.prepare.scan import SourceVideo, scan
+from fantasy_jax.prepare.stages import PreparedClip
 from fantasy_jax.prepare.store import StoredClips, prepare_videos, read_thumbnail
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
@@ -37,6 +41,10 @@ examples:
   only the report of what would be dropped, without the networks; the command above continues from there:
   python -m fantasy_jax.prepare --config=configs/fantasy_talking_14b.py --input=videos --output=out \\
       --clips_only --config.prepare.min_sync=0.3
+  clips of two people for portraits, with HQ-OpenHumanVid's captions:
+  python -m fantasy_jax.prepare --config=configs/fantasy_portrait_14b.py --input=HQ-OpenHumanVid \\
+      --captions=OpenHumanVid_part_001.csv --weights=weights/fantasy_portrait_14b --output=out \\
+      --config.video.height=480 --config.video.width=832 --config.prepare.min_people=2
 
 The same command resumes an interrupted run. Then train:
   python train.py --config=configs/fantasy_talking_14b.py --weights=weights/fantasy_talking_14b \\
@@ -45,7 +53,16 @@ The same command resumes an interrupted run. Then train:
 length and frame rate of clips in the section video.
 """
 
+TASKS = {
+    "talking": PrepareConfig,
+    "miniature": PrepareConfig,
+    "portrait": PortraitPrepareConfig,
+    "miniature_portrait": PortraitPrepareConfig,
+}
+"""Settings of the clips for each task of a config."""
 _REPORT = "report.html"
+_PRINTED = 20
+"""Messages about captions that are printed; the report has more."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +82,13 @@ class InputVideos:
     about_captions: dict[str, str]
 
 
-def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = mediapipe_detectors) -> int:
-    """Runs the command line; `open_detectors` replaces MediaPipe's detectors."""
+def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = stages.open_detectors) -> int:
+    """Runs the command line; `open_detectors` opens the detectors."""
     arguments, config = cli.parse(_parser(), argv)
     if arguments.beam is not None and arguments.processes:
         raise ConfigError("--processes has no effect with --beam, whose options say how many there are")
     model = section(ModelConfig, config, "model")
-    settings = section(PrepareConfig, config, "prepare")
-    if arguments.face is not None:
-        settings = replace(settings, face=arguments.face)
+    settings = _settings(config, arguments.face)
     inputs = [*cli.config_files(arguments.config, config), arguments.captions]
     check_outputs([Path(arguments.output) / _REPORT], inputs)
     task = PrepareTask(settings, section(VideoConfig, config, "video"))
@@ -86,13 +101,26 @@ def main(argv: list[str] | None = None, *, open_detectors: OpenDetectors = media
             print("Warning: no weights are given; random ones make records that are useful for tests only")
     with open_detectors(settings):
         pass
-    videos, output = _find(arguments.input, arguments.captions), Path(arguments.output)
+    videos = _find(arguments.input, arguments.captions, keep_uncaptioned=settings.keep_uncaptioned)
+    output = Path(arguments.output)
     encoders = Encoders.of(model, Path(weights) if weights and not arguments.clips_only else None)
     with full_disk_reported(output), lock_folder(output):
         folder = _write(arguments, videos, task, networks, encoders, open_detectors)
     if folder is not None:
         print(f"Wrote {folder}; {_next_command(arguments.config, config.get('task'), weights, folder)}")
     return 0
+
+
+def _settings(config: ConfigDict, face: int | None) -> ClipsConfig:
+    """The section `prepare`, whose type is that of the config's task, with the face of the command line."""
+    if str(config.get("task")) not in TASKS:
+        raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(TASKS)}")
+    settings = section(TASKS[config.task], config, "prepare")
+    if face is None:
+        return settings
+    if not isinstance(settings, PrepareConfig):
+        raise ConfigError("--face has no effect: all faces of a portrait clip are used")
+    return replace(settings, face=face)
 
 
 def _write(
@@ -124,40 +152,38 @@ def _write(
 
 def _next_command(config: str, task: str | None, weights: str, records: Path) -> str:
     """How to train on the records."""
-    if task != "talking":
+    if task not in ("talking", "portrait"):
         return f"{config} does not train on records, but on clips of its own"
     if not weights:
         return "its encoders are random, and fit no store; prepare with --weights to train on it"
     return f"train on it: train.py --config={config} --weights={weights} --records={records} --workdir=DIR"
 
 
-def _find(folder: str, side_file: str | None) -> InputVideos:
+def _find(folder: str, side_file: str | None, *, keep_uncaptioned: bool) -> InputVideos:
     """Finds videos and captions; reports those that do not match."""
     sources, left_out = scan(folder)
     dropped = [
         PreparedClip.whole_video(SourceVideo("", name, ""), "same", message)
         for name, message in left_out.items()
     ]
-    if side_file is None:
-        videos = InputVideos(sources, {source.name: "" for source in sources}, dropped, {})
-    else:
-        captions = read_captions(side_file)
-        dropped += [
-            PreparedClip.whole_video(source, "caption", f"has no caption in {side_file}")
-            for source in sources
-            if source.name not in captions
-        ]
-        videos = InputVideos(
-            [source for source in sources if source.name in captions],
-            captions,
-            dropped,
-            unmatched(captions, {source.name for source in sources} | left_out.keys()),
-        )
-    for clip in videos.dropped:
+    names = [source.name for source in sources]
+    prompts, unmatched = {}, {}
+    if side_file is not None:
+        prompts, unmatched = match_captions(read_captions(side_file), [*names, *left_out])
+    if side_file is None or keep_uncaptioned:
+        prompts = dict.fromkeys(names, "") | prompts
+    dropped += [
+        PreparedClip.whole_video(source, "caption", f"has no caption in {side_file}")
+        for source in sources
+        if source.name not in prompts
+    ]
+    for clip in dropped:
         print(f"dropped: {clip.line}", file=sys.stderr)
-    for name, message in videos.about_captions.items():
+    for name, message in islice(unmatched.items(), _PRINTED):
         print(f"{name}: {message}", file=sys.stderr)
-    return videos
+    if len(unmatched) > _PRINTED:
+        print(f"{side_file}: {len(unmatched) - _PRINTED} more captions match no video", file=sys.stderr)
+    return InputVideos([source for source in sources if source.name in prompts], prompts, dropped, unmatched)
 
 
 def _prepare(
@@ -181,7 +207,7 @@ def _prepare(
 def _report(
     videos: InputVideos,
     clips: Sequence[PreparedClip],
-    settings: PrepareConfig,
+    settings: ClipsConfig,
     output: Path,
     thumbnails: ReadThumbnail,
 ) -> list[PreparedClip]:
@@ -227,9 +253,10 @@ def _parser() -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--captions",
-        metavar="FILE",
-        help="a .csv file with the columns file_name and prompt, or a .jsonl file with these keys; "
-        "names are paths below the input folder (default: prompts are empty)",
+        metavar="PATH",
+        help=f"a .csv, .jsonl or .json file that names videos ({', '.join(VIDEO_COLUMNS)}) and captions "
+        f"({', '.join(CAPTION_COLUMNS)}), or a folder of .txt files named like the videos, such as the "
+        "input folder (default: prompts are empty)",
     )
     parser.add_argument(
         "--weights", metavar="DIR", help="weight store of the encoders (default: the config's)"

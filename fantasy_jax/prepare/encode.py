@@ -33,7 +33,7 @@ from fantasy_jax.system.networks import Networks
 from fantasy_jax.weights.store import record_hashes
 
 DATASET = "encoded_clips"
-ENCODERS = ("vae", "text_encoder", "image_encoder", "speech_encoder", "face_encoder")
+ENCODERS = ("vae", "text_encoder", "image_encoder", "speech_encoder", "face_encoder", "motion_encoder")
 """Slots of the networks that records depend on."""
 _SCHEMA = 5
 """Version of the records: 1 had no face and no motion, 2 was float32, 3 had `sound` for `waveform`, and 4 did
@@ -128,7 +128,7 @@ class EncodedClips:
     def _folder(self) -> Path:
         """Folder named by what decides an encoded clip beside its video, number, prompt and offset."""
         task = self.task.as_json()
-        clip = [task["video"], *(task["config"][name] for name in ("cut_threshold", "face", "landmarks"))]
+        clip = [task["video"], *(task["config"][name] for name in self.task.config.decisive)]
         return self.folder / _digest([_SCHEMA, as_json(self.encoders), *clip])
 
     def _encode_texts(self, prompts: Sequence[str]) -> Callable[[str], np.ndarray]:
@@ -165,7 +165,7 @@ def write_encoded(
     task: PrepareTask,
     encoders: Encoders,
 ) -> Path:
-    """Writes the dataset with its splits, and the motion normaliser beside it.
+    """Writes the dataset with its splits, and beside it the motion normaliser of talking clips.
 
     Args:
         directory: Parent folder of the dataset.
@@ -196,24 +196,34 @@ def write_encoded(
     metadata = dataset_metadata(task, encoders) | clips_metadata(clips, prompts, motion)
     with cli.timed("Dataset"):
         folder = write_dataset(DATASET, directory, schema, splits, metadata)
-    motion.save(directory / MOTION_FILE)
+    if motion is not None:
+        motion.save(directory / MOTION_FILE)
     return folder
 
 
-def intensities(clip: PreparedClip) -> tuple[float, float]:
-    """Returns the intensities of face and body, not normalised."""
+def intensities(clip: PreparedClip) -> tuple[float, float] | None:
+    """Returns the intensities of face and body, not normalised; None for clips that have none (portraits)."""
+    if "face_motion" not in clip.measures:
+        return None
     return clip.measures["face_motion"], clip.measures["body_motion"]
 
 
-def fit_motion(found: Sequence[tuple[float, float]]) -> MotionNormaliser:
-    """Fits the normaliser of a dataset; if no clip shows a body, all body intensities become neutral."""
+def fit_motion(found: Sequence[tuple[float, float] | None]) -> MotionNormaliser | None:
+    """Fits the normaliser of a dataset, None if its clips have no intensities.
+
+    If no clip shows a body, all body intensities become neutral.
+    """
+    if None in found:
+        return None
     values = np.array(found, np.float64)
     unknown = np.isnan(values).all(axis=0)
     return MotionNormaliser.fit([tuple(row) for row in np.where(unknown, 0.0, values).tolist()])
 
 
-def motion_field(clip: PreparedClip, motion: MotionNormaliser) -> Record:
-    """Returns the field `motion` of a clip's encoded record."""
+def motion_field(clip: PreparedClip, motion: MotionNormaliser | None) -> Record:
+    """Returns the field `motion` of a clip's encoded record, none without a normaliser."""
+    if motion is None:
+        return {}
     return as_stored({"motion": np.array(motion(intensities(clip)), np.float32)})
 
 
@@ -233,10 +243,11 @@ def dataset_metadata(task: PrepareTask, encoders: Encoders) -> dict[str, Any]:
 
 
 def clips_metadata(
-    clips: Sequence[PreparedClip], prompts: Mapping[str, str], motion: MotionNormaliser
+    clips: Sequence[PreparedClip], prompts: Mapping[str, str], motion: MotionNormaliser | None
 ) -> dict[str, Any]:
     """Returns the metadata that follow from the clips: a digest of all of them, and the motion normaliser."""
-    return as_json({"clips": _digest(_described(clips, prompts)), "motion": motion})
+    digest = {"clips": _digest(_described(clips, prompts))}
+    return as_json(digest if motion is None else digest | {"motion": motion})
 
 
 def _described(clips: Sequence[PreparedClip], prompts: Mapping[str, str]) -> list[list[Any]]:

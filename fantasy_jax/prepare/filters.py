@@ -1,11 +1,12 @@
 """The filters that a clip has to pass, and all reasons why clips are dropped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fantasy_jax.prepare import measures
 from fantasy_jax.prepare.analysis import ClipAnalysis, Dropped
-from fantasy_jax.prepare.config import PrepareConfig
+from fantasy_jax.prepare.config import ClipsConfig, PortraitPrepareConfig
 
 
 @dataclass(frozen=True)
@@ -13,34 +14,36 @@ class Filter:
     """A measure and its threshold.
 
     Attributes:
-        setting: Name of the threshold in `PrepareConfig`; `max_...` is an upper bound, `min_...` a lower one.
+        setting: Name of the threshold in the settings; `max_...` is an upper bound, `min_...` a lower one.
         label: What is measured, in the report.
         message: Why a clip is dropped, with `{value}` and `{threshold}`.
-        measure: Measures a clip.
+        measure: Measures a clip, of the task that the filter is for.
     """
 
     setting: str
     label: str
     message: str
-    measure: Callable[[ClipAnalysis], float]
+    measure: Callable[[Any], float]
 
-    def threshold(self, config: PrepareConfig) -> float:
+    def threshold(self, config: ClipsConfig) -> float:
         """Returns the threshold."""
-        return getattr(config, self.setting)
+        return float(getattr(config, self.setting))
 
-    def passes(self, value: float, config: PrepareConfig) -> bool:
+    def passes(self, value: float, config: ClipsConfig) -> bool:
         """Whether a value reaches the threshold."""
         threshold = self.threshold(config)
         return not (value > threshold if self.setting.startswith("max_") else value < threshold)
 
 
-FILTERS = {
-    "gap": Filter(
-        "max_gap",
-        "time without frames, s",
-        "frames are missing for {value:.2f} s; at most {threshold:.2f} s are allowed",
-        lambda clip: clip.segment.gap,
-    ),
+_GAP = Filter(
+    "max_gap",
+    "time without frames, s",
+    "frames are missing for {value:.2f} s; at most {threshold:.2f} s are allowed",
+    lambda clip: clip.segment.gap,
+)
+
+TALKING = {
+    "gap": _GAP,
     "missing_sound": Filter(
         "max_missing_sound",
         "missing audio, s",
@@ -75,7 +78,7 @@ FILTERS = {
         "min_sharpness",
         "sharpness (variance of the Laplacian)",
         "the sharpness of the face is {value:.0f}; at least {threshold:.0f} is required",
-        lambda clip: measures.sharpness(clip.video, clip.face),
+        lambda clip: measures.sharpness(clip.video, clip.face.boxes),
     ),
     "sync": Filter(
         "min_sync",
@@ -84,9 +87,64 @@ FILTERS = {
         lambda clip: clip.sync(),
     ),
 }
-"""By reason, in the order in which they are applied, cheap ones first."""
+"""Filters of clips of one person who talks, by reason, in the order in which they are applied, cheap ones
+first."""
 
-REASONS = {
+PORTRAIT = {
+    "gap": _GAP,
+    "few_people": Filter(
+        "min_people",
+        "people",
+        "there are fewer people, {value:.0f}, than the {threshold:.0f} that are required",
+        lambda clip: clip.count,
+    ),
+    "many_people": Filter(
+        "max_people",
+        "people",
+        "there are more people, {value:.0f}, than the {threshold:.0f} that are allowed",
+        lambda clip: clip.count,
+    ),
+    "face_frames": Filter(
+        "min_face_frames",
+        "fraction of frames with the face",
+        "a face is found in {value:.0%} of the frames; at least {threshold:.0%} is required",
+        lambda clip: min(person.found.mean() for person in clip.people),
+    ),
+    "face_side": Filter(
+        "min_face_side",
+        "side of the face over that of the image",
+        "a face takes {value:.0%} of the image's shorter side; at least {threshold:.0%} is required",
+        lambda clip: min(map(measures.mean_side, clip.boxes)) / min(clip.task.video.size),
+    ),
+    "face_inside": Filter(
+        "min_face_inside",
+        "fraction of the face inside the image",
+        "{value:.0%} of a face is inside the image; at least {threshold:.0%} is required",
+        lambda clip: min(measures.box_inside(boxes, *clip.task.video.size) for boxes in clip.boxes),
+    ),
+    "sharpness": Filter(
+        "min_sharpness",
+        "sharpness (variance of the Laplacian)",
+        "the sharpness of a face is {value:.0f}; at least {threshold:.0f} is required",
+        lambda clip: min(measures.sharpness(clip.video, boxes) for boxes in clip.boxes),
+    ),
+    "turning": Filter(
+        "min_turning",
+        "variation of the head's angles, degrees",
+        "a head's angles vary by {value:.2f} degrees; at least {threshold:.2f} are required",
+        lambda clip: min(measures.turning(faces, clip.layout) for faces in clip.detections),
+    ),
+    "expression": Filter(
+        "min_expression",
+        "variation of the key points without pose",
+        "the key points of a face vary by {value:.1%} of the distance between the eyes; at least "
+        "{threshold:.1%} is required",
+        lambda clip: min(measures.expression(faces, clip.layout) for faces in clip.detections),
+    ),
+}
+"""Filters of clips of people who act, likewise. The worst face decides."""
+
+_REASONS = {
     "same": "duplicate of another file",
     "caption": "no caption",
     "unreadable": "unreadable, or unreadable from some time on",
@@ -95,9 +153,20 @@ REASONS = {
     "no_sound": "no audio",
     "short": "scene shorter than a clip",
     "no_face": "no face",
+    "few_people": "fewer people than required",
+    "many_people": "more people than allowed",
     "error": "unexpected error",
-} | {name: found.label for name, found in FILTERS.items()}
-"""All reasons for which a clip or a whole video is dropped, with their titles in the report."""
+}
+
+
+def filters_of(config: ClipsConfig) -> Mapping[str, Filter]:
+    """The filters that the settings are for."""
+    return PORTRAIT if isinstance(config, PortraitPrepareConfig) else TALKING
+
+
+def reasons_of(config: ClipsConfig) -> dict[str, str]:
+    """All reasons for which a clip or a whole video is dropped, with their titles in the report."""
+    return {name: found.label for name, found in filters_of(config).items()} | _REASONS
 
 
 def apply_filters(clip: ClipAnalysis) -> None:
@@ -107,7 +176,7 @@ def apply_filters(clip: ClipAnalysis) -> None:
         Dropped: By the first filter that the clip does not pass, or because it lacks what a measure needs.
     """
     config = clip.task.config
-    for name, found in FILTERS.items():
+    for name, found in filters_of(config).items():
         value = clip.measures[name] = float(found.measure(clip))
         if not found.passes(value, config):
             raise Dropped(name, found.message.format(value=value, threshold=found.threshold(config)))

@@ -11,7 +11,9 @@ from scipy.ndimage import uniform_filter1d
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.metrics import correlation
 from fantasy_jax.preprocessing.face_crop import CROP_SIZE
-from fantasy_jax.preprocessing.landmarks import FaceTrack
+from fantasy_jax.preprocessing.landmarks import DetectedFace, FaceLayout, FaceTrack
+from fantasy_jax.preprocessing.motion import face_intensity
+from fantasy_jax.preprocessing.one_euro import head_angles
 from fantasy_jax.typing import Float, Float32, UInt8
 from fantasy_jax.video import SAMPLE_RATE
 
@@ -51,21 +53,56 @@ def fraction_inside(face: FaceTrack, height: int, width: int) -> float:
     return float(inside.all(axis=-1).mean(axis=1).min())
 
 
-def sharpness(video: UInt8[np.ndarray, "T H W 3"], face: FaceTrack) -> float:
+def box_inside(boxes: Float[np.ndarray, "T 4"], height: int, width: int) -> float:
+    """Returns the fraction of a box's area inside the image, in the worst frame."""
+    inside = np.clip(boxes, 0, [width, height, width, height])
+    areas, all_areas = ((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (inside, boxes))
+    return float((areas / np.maximum(all_areas, 1e-9)).min())
+
+
+def mean_side(boxes: Float[np.ndarray, "T 4"]) -> float:
+    """Returns the mean of a box's longer side, in pixels."""
+    return float((boxes[:, 2:] - boxes[:, :2]).max(axis=1).mean())
+
+
+def sharpness(video: UInt8[np.ndarray, "T H W 3"], boxes: Float[np.ndarray, "T 4"]) -> float:
     """Returns the variance of the Laplacian of a face, the median of up to nine frames.
 
     The face is scaled to one size, because larger faces would have other values.
+
+    Args:
+        video: RGB.
+        boxes: Left, top, right, bottom of the face in pixels; frames where they are NaN are skipped.
     """
     values = []
-    frames = np.flatnonzero(face.present)
+    frames = np.flatnonzero(np.isfinite(boxes).all(axis=1))
     for index in frames[:: max(len(frames) // 8, 1)]:
-        left, top, right, bottom = face.boxes[index].round().astype(int).clip(0)
+        left, top, right, bottom = boxes[index].round().astype(int).clip(0)
         crop = video[index, top:bottom, left:right]
         if crop.size:
             scaled = cv2.resize(crop, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA)
             grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)
             values.append(cv2.Laplacian(grey, cv2.CV_64F).var())
     return float(np.median(values)) if values else 0.0
+
+
+def turning(faces: Sequence[DetectedFace], layout: FaceLayout) -> float:
+    """Returns the variation of a head's angles over a clip, in degrees.
+
+    It is the root of the summed variances of pitch and yaw.
+    """
+    angles = np.array([head_angles(face, layout) for face in faces])
+    return float(np.sqrt(angles.var(axis=0).sum()))
+
+
+def expression(faces: Sequence[DetectedFace], layout: FaceLayout) -> float:
+    """Returns the variation of a face's key points over a clip, in distances between the eyes.
+
+    It is the root of `preprocessing.motion.face_intensity`, which leaves the head's pose out.
+    """
+    points, score = np.stack([face.points for face in faces]), np.array([face.confidence for face in faces])
+    track = FaceTrack(points, np.ones(len(faces), bool), score.astype(np.float32), layout)
+    return math.sqrt(face_intensity(track))
 
 
 def lip_opening(face: FaceTrack) -> Float32[np.ndarray, " T"]:

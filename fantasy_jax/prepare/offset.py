@@ -8,9 +8,10 @@ import numpy as np
 
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.media import AudioTrack
-from fantasy_jax.prepare.analysis import ClipAnalysis, Detectors, Dropped, PrepareTask
+from fantasy_jax.prepare.analysis import Detectors, Dropped, PrepareTask
 from fantasy_jax.prepare.cutting import Segment
 from fantasy_jax.prepare.measures import chance, find_lag
+from fantasy_jax.prepare.talking import TalkingClip
 from fantasy_jax.preprocessing.landmarks import FaceTrack
 
 _CLIPS, _SEGMENTS = 8, 16
@@ -49,7 +50,7 @@ def find_offset(
         for _, segment in zip(range(_SEGMENTS), segments, strict=False):
             if segment.video is None or len(found) == _CLIPS:
                 continue
-            clip = ClipAnalysis(segment, audio, task, detectors)
+            clip = TalkingClip(segment, audio, task, detectors)
             if (correlations := _correlations(clip)) is not None:
                 found.append(correlations)
                 faces[segment.first] = clip.faces
@@ -63,7 +64,7 @@ def find_offset(
     return Offset(round(lag.peak, 2) if certain else 0.0, faces)
 
 
-def _correlations(clip: ClipAnalysis) -> np.ndarray | None:
+def _correlations(clip: TalkingClip) -> np.ndarray | None:
     """The clip's correlations by lag; None if it has no face or too little audio."""
     try:
         if clip.missing_seconds <= clip.task.config.max_missing_sound:

@@ -8,8 +8,8 @@ from importlib.resources import files
 import numpy as np
 
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.prepare.config import PrepareConfig
-from fantasy_jax.prepare.filters import FILTERS, REASONS
+from fantasy_jax.prepare.config import ClipsConfig
+from fantasy_jax.prepare.filters import filters_of, reasons_of
 from fantasy_jax.prepare.stages import PreparedClip
 
 _THUMBNAILS = 12
@@ -35,7 +35,7 @@ def check_installed() -> None:
 def render_report(
     clips: Sequence[PreparedClip],
     about_captions: Mapping[str, str],
-    config: PrepareConfig,
+    config: ClipsConfig,
     read_thumbnail: ReadThumbnail,
 ) -> str:
     """Renders the report as HTML; a function of its arguments only, so that equal runs have equal reports.
@@ -56,7 +56,7 @@ def render_report(
     kept = [clip for clip in clips if not clip.dropped]
     dropped = [
         (title, shown, _pick_thumbnails(shown, read_thumbnail))
-        for reason, title in REASONS.items()
+        for reason, title in reasons_of(config).items()
         if (shown := [clip for clip in clips if clip.dropped == reason])
     ]
     return template.render(
@@ -86,14 +86,15 @@ def _pick_thumbnails(
     ]
 
 
-def plot_histograms(clips: Sequence[PreparedClip], config: PrepareConfig) -> bytes:
+def plot_histograms(clips: Sequence[PreparedClip], config: ClipsConfig) -> bytes:
     """Plots a histogram of every filter's measure, with its threshold, as the bytes of a PNG file."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(FILTERS) // _COLUMNS)
+    filters = filters_of(config)
+    rows = -(-(len(filters) + 1) // _COLUMNS)  # one for the legend
     figure = Figure(figsize=(11, 2.2 * rows), layout="constrained")
     all_axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
-    for axes, (name, found) in zip(all_axes, FILTERS.items(), strict=False):
+    for axes, (name, found) in zip(all_axes, filters.items(), strict=False):
         threshold = found.threshold(config)
         kept, dropped = (
             [c.measures[name] for c in clips if name in c.measures and bool(c.dropped) == is_dropped]
@@ -114,7 +115,7 @@ def plot_histograms(clips: Sequence[PreparedClip], config: PrepareConfig) -> byt
             label=["kept", "dropped"],
         )
         axes.axvline(threshold, color="#222", linestyle="--", linewidth=1)
-    for axes in figure.axes[len(FILTERS) :]:
+    for axes in figure.axes[len(filters) :]:
         axes.axis("off")
     handles, labels = next(
         (x for x in (a.get_legend_handles_labels() for a in figure.axes) if x[0]), ([], [])

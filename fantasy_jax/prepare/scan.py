@@ -1,16 +1,12 @@
-"""Search for videos, and captions from a side file."""
+"""Search for videos."""
 
-import csv
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.files import parse_json
 
 SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 """Suffixes of video files."""
@@ -61,46 +57,3 @@ def scan(folder: str | Path) -> tuple[list[SourceVideo], dict[str, str]]:
         else:
             first[digest] = SourceVideo(str(path), name, digest)
     return list(first.values()), left_out
-
-
-def read_captions(path: str | Path) -> dict[str, str]:
-    """Reads prompts by file name from a CSV file with the columns `file_name` and `prompt`, or JSON lines.
-
-    Raises:
-        ConfigError: The file is missing or of another kind, lacks a column, or has two prompts for a video.
-    """
-    captions: dict[str, str] = {}
-    for line, row in _rows(Path(path)):
-        cells = [row.get(key) for key in ("file_name", "prompt")] if isinstance(row, dict) else [None]
-        if not all(isinstance(cell, str) for cell in cells):
-            raise ConfigError(f"{path}: line {line} lacks file_name or prompt")
-        if captions.setdefault(row["file_name"], row["prompt"]) != row["prompt"]:
-            raise ConfigError(f"{path}: line {line} has a second prompt for {row['file_name']}")
-    return captions
-
-
-def _rows(path: Path) -> Iterator[tuple[int, object]]:
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise ConfigError(f"--captions={path}: must be a .csv or .jsonl file")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                reader = csv.DictReader(file)
-                yield from ((reader.line_num, row) for row in reader)
-            else:
-                yield from ((i, parse_json(line)) for i, line in enumerate(file, 1) if line.strip())
-    except OSError as error:
-        raise ConfigError(f"--captions={path}: cannot be read ({error.strerror})") from error
-    except (csv.Error, ValueError) as error:  # UnicodeDecodeError, too
-        raise ConfigError(f"--captions={path}: not a valid .csv or .jsonl file ({error})") from error
-
-
-def unmatched(captions: dict[str, str], names: set[str]) -> dict[str, str]:
-    """Returns a message for each row of a side file that matches no video, with the nearest name."""
-    messages = {}
-    for name in sorted(captions.keys() - names):
-        near = get_close_matches(name, names, n=1)
-        messages[name] = "has a caption, but there is no such video" + (
-            f"; did you mean {near[0]}?" if near else ""
-        )
-    return messages

@@ -10,31 +10,33 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 
 from fantasy_jax.data.records import Record
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.media import AudioTrack, probe_video, read_audio_track
-from fantasy_jax.prepare.analysis import ClipAnalysis, Detectors, Dropped, PrepareTask
-from fantasy_jax.prepare.config import PrepareConfig
+from fantasy_jax.media import VideoInfo, probe_video, read_audio_track
+from fantasy_jax.prepare.analysis import ClipAnalysis, Detectors, Dropped, PrepareTask, make_thumbnail
+from fantasy_jax.prepare.config import ClipsConfig, PortraitPrepareConfig
 from fantasy_jax.prepare.cutting import Segment, covering, cut
 from fantasy_jax.prepare.filters import apply_filters
 from fantasy_jax.prepare.offset import find_offset
+from fantasy_jax.prepare.portrait import PortraitClip
 from fantasy_jax.prepare.scan import SourceVideo
+from fantasy_jax.prepare.talking import TalkingClip
+from fantasy_jax.preprocessing.driving import open_detector
 from fantasy_jax.preprocessing.mediapipe_detectors import MediaPipeBodies, MediaPipeFaces
 from fantasy_jax.typing import UInt8
 
-_THUMBNAIL = 168
-"""Longer side of the images in the report, in pixels."""
-
 
 @contextmanager
-def mediapipe_detectors(config: PrepareConfig) -> Iterator[Detectors]:
-    """Opens MediaPipe's detectors of faces and bodies."""
+def open_detectors(config: ClipsConfig) -> Iterator[Detectors]:
+    """Opens the configured detectors."""
     with ExitStack() as opened:
-        faces = opened.enter_context(MediaPipeFaces(config.landmarks))
-        yield Detectors(faces, opened.enter_context(MediaPipeBodies(config.landmarks)))
+        if isinstance(config, PortraitPrepareConfig):
+            yield Detectors(opened.enter_context(open_detector(config.driving)))
+        else:
+            faces = opened.enter_context(MediaPipeFaces(config.landmarks))
+            yield Detectors(faces, opened.enter_context(MediaPipeBodies(config.landmarks)))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PreparedClip:
         digest: Digest of the video.
         number: Number of the clip in the video, from 0; -1 for the whole video.
         seconds: Start and end in the video.
-        dropped: Key of `filters.REASONS`; empty if the clip is kept.
+        dropped: Key of `filters.reasons_of`; empty if the clip is kept.
         message: Why it is dropped, or a note about a clip that is kept.
         measures: Values measured before the clip was dropped.
         thumbnail: A frame for the report.
@@ -91,7 +93,8 @@ def prepare_video(source: SourceVideo, task: PrepareTask, detectors: Detectors) 
     """
     number = 0
     try:
-        size, audio = _open(source, task)
+        info = probe_video(source.path)
+        size = _covering_size(info, task)
         segments = partial(
             cut,
             source.path,
@@ -100,15 +103,13 @@ def prepare_video(source: SourceVideo, task: PrepareTask, detectors: Detectors) 
             size=size,
             threshold=task.config.cut_threshold,
         )
-        offset = find_offset(segments(), audio, task, detectors)
+        analysis = _analysis(source, info, segments, task, detectors)
         for segment in segments():
             seconds = tuple(
                 index / task.video.fps for index in (segment.first, segment.first + segment.num_frames)
             )
             clip = PreparedClip(source.name, source.digest, number, seconds, "", "")
-            faces = offset.faces.pop(segment.first, None)
-            make = partial(ClipAnalysis, segment, audio, task, detectors, offset.frames, faces)
-            yield _examine(clip, segment, make)
+            yield _examine(clip, segment, partial(analysis, segment))
             number += 1
     except Dropped as dropped:
         yield PreparedClip.whole_video(source, dropped.reason, str(dropped))
@@ -122,9 +123,8 @@ def prepare_video(source: SourceVideo, task: PrepareTask, detectors: Detectors) 
         yield PreparedClip.whole_video(source, "error", _unexpected(source, error))
 
 
-def _open(source: SourceVideo, task: PrepareTask) -> tuple[tuple[int, int], AudioTrack]:
-    """Returns the size that frames are scaled to, and the audio."""
-    info = probe_video(source.path)
+def _covering_size(info: VideoInfo, task: PrepareTask) -> tuple[int, int]:
+    """Returns the size that frames are scaled to."""
     size = covering(info.height, info.width, task.video.size)
     enlargement = size[0] / info.height
     if enlargement > task.config.max_enlargement:
@@ -133,9 +133,29 @@ def _open(source: SourceVideo, task: PrepareTask) -> tuple[tuple[int, int], Audi
             f"{info.width} x {info.height} pixels would be upscaled {enlargement:.2f} times; "
             f"at most {task.config.max_enlargement:.2f} times is allowed",
         )
+    return size
+
+
+def _analysis(
+    source: SourceVideo,
+    info: VideoInfo,
+    segments: Callable[[], Iterator[Segment]],
+    task: PrepareTask,
+    detectors: Detectors,
+) -> Callable[[Segment], ClipAnalysis]:
+    """Returns what begins the examination of a segment; of videos with speech, the audio is read before."""
+    if isinstance(task.config, PortraitPrepareConfig):
+        return partial(PortraitClip, task=task, detectors=detectors)
     if not info.has_audio:
         raise Dropped("no_sound", "has no audio")
-    return size, read_audio_track(source.path)
+    audio = read_audio_track(source.path)
+    offset = find_offset(segments(), audio, task, detectors)
+
+    def begin(segment: Segment) -> TalkingClip:
+        faces = offset.faces.pop(segment.first, None)
+        return TalkingClip(segment, audio, task, detectors, offset.frames, faces)
+
+    return begin
 
 
 def _examine(clip: PreparedClip, segment: Segment, make: Callable[[], ClipAnalysis]) -> PreparedClip:
@@ -149,7 +169,7 @@ def _examine(clip: PreparedClip, segment: Segment, make: Callable[[], ClipAnalys
             clip,
             message=analysis.note,
             measures=analysis.measures,
-            thumbnail=make_thumbnail(record["video"][0]),
+            thumbnail=analysis.thumbnail(),
             record=record,
         )
     except Dropped as dropped:
@@ -171,11 +191,3 @@ def _examine(clip: PreparedClip, segment: Segment, make: Callable[[], ClipAnalys
 def _unexpected(where: SourceVideo | PreparedClip, error: Exception) -> str:
     logging.getLogger(__name__).debug("%s", where, exc_info=True)
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def make_thumbnail(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Downscales a frame for the report."""
-    height, width = frame.shape[:2]
-    scale = _THUMBNAIL / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)

@@ -123,18 +123,23 @@ def face_size(face: DetectedFace, layout: FaceLayout) -> float:
     """Returns the size of a face by which its motion is measured, in pixels.
 
     It is the width between the ends of the outline, enlarged for turned faces, whose landmarks are less
-    accurate: by `1 + (|pitch| + 0.6 |yaw|) / 18` with angles in degrees. Source: fantasy-portrait,
-    `diffsynth/models/camer.py`. Where the detector does not estimate the angles they follow from the depth of
-    its landmarks.
+    accurate: by `1 + (|pitch| + 0.6 |yaw|) / 18` with angles in degrees (`head_angles`). Source:
+    fantasy-portrait, `diffsynth/models/camer.py`.
     """
     right, left = (face.points[i] for i in layout.outline_ends)
-    pitch, yaw = _angles_from_depth(face, layout) if face.angles is None else face.angles
+    pitch, yaw = head_angles(face, layout)
     width = float(np.linalg.norm(left[:2] - right[:2]))
-    return max(width, 1.0) * (1 + (abs(float(pitch)) + 0.6 * abs(float(yaw))) / 18)
+    return max(width, 1.0) * (1 + (abs(pitch) + 0.6 * abs(yaw)) / 18)
 
 
-def _angles_from_depth(face: DetectedFace, layout: FaceLayout) -> tuple[float, float]:
-    """Estimates pitch and yaw in degrees; the pitch is 0 if the layout has no midline."""
+def head_angles(face: DetectedFace, layout: FaceLayout) -> tuple[float, float]:
+    """Returns pitch and yaw in degrees.
+
+    Where the detector does not estimate them they follow from the depth of its landmarks; the pitch is 0 then
+    if the layout has no midline.
+    """
+    if face.angles is not None:
+        return float(face.angles[0]), float(face.angles[1])
     across, down = (
         np.diff(face.points[list(ends)], axis=0)[0] if ends else np.zeros(3)
         for ends in (layout.outline_ends, layout.midline)

@@ -91,7 +91,7 @@ def overlay_frames(
     names = [str(number) if number in targets else f"{number} undriven" for number in numbers]
     right, scale = _to_height(picture, height), height / len(picture)
     if labels is not None:
-        right = _tint(right, labels)
+        right = tint_people(right, labels)
     right = draw_boxes(right, scale * boxes, names, numbers)
     remaining = iter(targets)
     own = [[next(remaining) for _ in people] for _, people in drivers]
@@ -115,8 +115,15 @@ def _to_height(image: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-def _tint(image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Colours the video tokens of each person."""
+def tint_people(
+    image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Colours the video tokens of each person.
+
+    Args:
+        image: RGB.
+        labels: The person of each of the picture's video tokens, from 1; 0 for the background.
+    """
     size = (image.shape[1], image.shape[0])
     people = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
     colours = np.array([(0, 0, 0), *map(_colour, range(1, int(labels.max()) + 1))])

@@ -14,10 +14,12 @@ from fantasy_jax.system.registry import Component
 from fantasy_jax.typing import Array, Bool, DType, Float, Leaf
 from fantasy_jax.video import VideoConfig
 
-_NOT_INPUTS = ("latents", "lips", "waveform", "record")
-"""Fields of an encoded record that clips are not conditioned on."""
+_NOT_INPUTS = ("latents", "lips", "waveform", "record", "dataset")
+"""Fields of an encoded record or batch that clips are not conditioned on."""
 _BASE = ("first_frame", "text", "image")
 """Fields of an encoded record that the transformer takes without an adapter."""
+_PEOPLE = ("labels", "owners")
+"""Fields of an encoded record that say whose expression each video token attends to."""
 
 
 @jax.tree_util.register_dataclass
@@ -83,26 +85,27 @@ class ClipInputs:
             batch: Fields of `data.encoded`, each with a leading axis of clips; text padded to one length.
             empty_text: The empty prompt, encoded.
         """
-        count = len(batch["text"])
+        count, not_adapters = len(batch["text"]), (*_NOT_INPUTS, *_BASE, *_PEOPLE)
         return cls(
             first_frame=first_frame_condition(batch["first_frame"]),
             text=batch["text"],
             negative_text=jnp.broadcast_to(empty_text, (count, *empty_text.shape[1:])),
             image=batch["image"],
-            adapters={name: value for name, value in batch.items() if name not in (*_NOT_INPUTS, *_BASE)},
+            adapters={name: value for name, value in batch.items() if name not in not_adapters},
+            labels=batch.get("labels"),
+            owners={"expression": batch["owners"]} if "owners" in batch else {},
         )
 
     @classmethod
     def from_records(
         cls, records: Sequence[Mapping[str, Any]], empty_text: Float[Array | np.ndarray, "1 L D"]
     ) -> "ClipInputs":
-        """The inputs of encoded clips, stacked as float32."""
+        """The inputs of encoded clips of one size, stacked, as `as_float32` makes them."""
         length = max(len(record["text"]) for record in records)
         texts = [np.pad(r["text"], ((0, length - len(r["text"])), (0, 0))) for r in records]
         names = [name for name in records[0] if name not in (*_NOT_INPUTS, "text")]
         batch = {name: np.stack([record[name] for record in records]) for name in names}
-        batch = {name: jnp.asarray(value, jnp.float32) for name, value in batch.items()}
-        return cls.from_batch(batch | {"text": jnp.asarray(np.stack(texts), jnp.float32)}, empty_text)
+        return cls.from_batch(as_float32(batch | {"text": np.stack(texts)}), empty_text)
 
     @classmethod
     def spec(
@@ -144,6 +147,15 @@ class ClipInputs:
             adapters={row.network.input: adapter_input(row) for row in model.adapters.values()},
             labels=array(video.latent_frames, video.tokens_per_frame, dtype=np.int32) if people > 1 else None,
         )
+
+
+def as_float32(batch: Mapping[str, Any]) -> dict[str, Array]:
+    """A batch of records, which are stored as float16, as float32; integers remain integers."""
+    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+    return {
+        name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for name, x in arrays.items()
+    }
 
 
 def first_frame_condition(latents: Float[Array, "B F h w C"]) -> Float[Array, "B F h w E"]:

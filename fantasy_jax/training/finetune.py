@@ -9,11 +9,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from fantasy_jax.config import as_json
 from fantasy_jax.data.records import check_metadata, read_metadata
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.lora import lora_of
 from fantasy_jax.models.wan import WanTransformer
-from fantasy_jax.pipelines.config import SampleConfig, check_pipeline, write_pipeline
+from fantasy_jax.pipelines.config import PipelineConfig, check_pipeline, write_pipeline
 from fantasy_jax.preprocessing.motion import MOTION_FILE, MotionNormaliser
 from fantasy_jax.sharding import in_host_memory, make_mesh
 from fantasy_jax.system.model import ModelConfig
@@ -27,17 +28,16 @@ from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.loading import stored_eight_bit, stored_networks
 from fantasy_jax.weights.store import LORA, check_writable_store, network_hash, record_hashes, save_network
 
-PIPELINE = "FantasyTalkingPipeline"
-
 
 def finetune(
     weights: Path,
-    records: Path,
+    records: Sequence[Path],
     workdir: Path,
     *,
+    pipeline: str,
     model: ModelConfig,
     video: VideoConfig,
-    sampling: SampleConfig,
+    sampling: PipelineConfig,
     config: StagesConfig,
 ) -> Path:
     """Trains all stages, or resumes where an earlier call stopped.
@@ -48,10 +48,12 @@ def finetune(
 
     Args:
         weights: The store to start from.
-        records: Folder of the encoded clips.
+        records: Folders of the encoded clips.
         workdir: For checkpoints, logs and the trained weights.
+        pipeline: Name of the class that samples from the store.
         model: All sizes.
-        video: Size and length of the clips.
+        video: Size and length of the clips of the first folder; those of others can have another height and
+            width.
         sampling: How samples are made.
         config: Settings of the stages.
 
@@ -59,17 +61,17 @@ def finetune(
         The trained store.
 
     Raises:
-        ConfigError: The records were made with another VAE, size, length, frame rate or motion normaliser; or
-            a stage trains a transformer whose weights have 8 bits.
+        ConfigError: The records were made with another VAE, motion encoder, size, length, frame rate or
+            motion normaliser; or a stage trains a transformer whose weights have 8 bits.
         WeightsError: The store is missing, damaged, or of another model or pipeline.
     """
     check_writable_store(store := workdir / "weights")
-    check_pipeline(weights, PIPELINE)
+    check_pipeline(weights, pipeline)
     networks = stored_networks(weights, model, new_adapters=True, merge_lora=False)
     mesh = make_mesh(**config.mesh.axes)
     _check_base(weights, model, config, mesh)
     hashes = record_hashes(weights)
-    check_metadata(records, _wanted_metadata(weights, hashes, video))
+    _check_records(records, weights, hashes, video)
     stages = train_stages(
         networks,
         records,
@@ -78,15 +80,19 @@ def finetune(
         fps=video.fps,
         sampling=sampling,
         config=config,
-        settings={"model": model, "weights": hashes, "records": read_metadata(records)},
+        settings={
+            "model": model,
+            "weights": hashes,
+            "records": {str(i): read_metadata(folder) for i, folder in enumerate(records)},
+        },
     )
     for index, transformer in stages:
         if index == len(config.stages) - 1:
             # The meaning of 0 and 1 to the motion adapter, as `prepare` wrote it beside the records.
-            files = {"motion_adapter": [records.parents[1] / MOTION_FILE]}
+            files = {"motion_adapter": [records[0].parents[1] / MOTION_FILE]}
             _save(store, weights, transformer, config, jnp.dtype(model.dtype), files)
     if not jax.process_index():
-        write_pipeline(store, PIPELINE, video, sampling)
+        write_pipeline(store, pipeline, video, sampling)
     return store
 
 
@@ -105,12 +111,20 @@ def _check_base(weights: Path, model: ModelConfig, config: StagesConfig, mesh: M
                 )
 
 
-def _wanted_metadata(weights: Path, hashes: dict[str, str], video: VideoConfig) -> dict[str, object]:
-    """What the records' metadata must agree with."""
-    wanted = {"video": video, "vae": hashes["vae"]}
+def _check_records(
+    records: Sequence[Path], weights: Path, hashes: dict[str, str], video: VideoConfig
+) -> None:
+    """Raises a ConfigError if records' metadata disagree with the store, the clips or each other."""
+    wanted = {"video": as_json(video), "vae": hashes["vae"]}
+    if "motion_encoder" in hashes:
+        wanted["hashes"] = {"motion_encoder": hashes["motion_encoder"]}
     if (normaliser := weights / "motion_adapter" / MOTION_FILE).is_file():
         wanted["motion"] = MotionNormaliser.load(normaliser)
-    return wanted
+    for folder in records:
+        check_metadata(folder, wanted)
+        # The datasets that follow may have another size, and must have the meaning of the first one's motion.
+        wanted["video"] = {name: wanted["video"][name] for name in ("num_frames", "fps")}
+        wanted.setdefault("motion", read_metadata(folder).get("motion", {}))
 
 
 def _save(

@@ -206,12 +206,14 @@ class _Run:
         )
         events = Events(self.folder if is_first else None)
         with _stop_signals() as signals, events, bar, closing(self._batches()) as batches:
-            previous = None
+            previous, compiled = None, set()
             for local in batches:
-                records = np.array(local.pop("record", ()))
+                records = _pop_names(local)
                 metrics = self._dispatch(local)
+                shapes = tuple((name, x.shape) for name, x in local.items())
                 del local  # shared memory that workers have allocated
-                if previous is None:  # includes compilation: not timed
+                if shapes not in compiled:  # includes compilation: not timed
+                    compiled.add(shapes)
                     jax.block_until_ready(metrics)
                     bar.unpause()
                     self.clock.reset(self.step)
@@ -256,13 +258,13 @@ class _Run:
         self.state, metrics = self.trainer.step(self.state, self.trainer.frozen_state, batch, step)
         return metrics
 
-    def _check(self, metrics: Metrics, records: np.ndarray) -> None:
+    def _check(self, metrics: Metrics, records: str) -> None:
         """Ends the run if a step was not finite; that step and all after it have left the state unchanged."""
         if bool(metrics["finite"]):
             return
         self.step = int(self.state.step)
         self._save()
-        of_records = f" (records {', '.join(map(str, records))})" if len(records) else ""
+        of_records = f" ({records})" if records else ""
         raise FloatingPointError(
             f"{self.task.name}: step {self.step + 1}{of_records} is not finite "
             f"(loss {float(metrics['loss'])}); step {self.step} is saved in {self.checkpoints.folder}; "
@@ -343,6 +345,13 @@ class _Run:
         folder = self.folder / f"samples/{self.step:06d}" if with_videos else None
         images = self.task.sample(self.trainer.model(self.state.eval_params), folder)
         events.images({f"{self.task.name}/{name}": image for name, image in images.items()}, self.step)
+
+
+def _pop_names(batch: Batch) -> str:
+    """Removes what names the records of a batch, and returns it for messages; datasets count from 1."""
+    records, datasets = (np.array(batch.pop(name, ()), int) for name in ("record", "dataset"))
+    of_dataset = "".join(f" of dataset {number + 1}" for number in datasets[:1])
+    return f"records {', '.join(map(str, records))}{of_dataset}" if len(records) else ""
 
 
 class _Clock:

@@ -1,12 +1,15 @@
 """The training objective of the transformer: flow matching with condition dropout and lip masks.
 
-Source: arXiv 2504.04842, sections 3.2 and 4.1.
+Source: arXiv 2504.04842, sections 3.2 and 4.1; for portraits, which need no lip masks, arXiv 2507.12956,
+section 3.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -22,17 +25,15 @@ from fantasy_jax.models.adapters.audio import AudioAttention
 from fantasy_jax.models.layers import Saved
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.system.conditioning import condition, velocity
-from fantasy_jax.system.inputs import ClipInputs
+from fantasy_jax.system.inputs import ClipInputs, as_float32
 from fantasy_jax.training.optim import OptimizerConfig
 from fantasy_jax.training.parameters import ALL_TRAINED, ParameterRules
 from fantasy_jax.training.state import Batch, Metrics
-from fantasy_jax.typing import Array, Float
+from fantasy_jax.typing import Array, Float, Leaf
+from fantasy_jax.video import VideoConfig, latent_frames
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels of the validation loss: few, evenly spaced, always the same."""
-
-_GROUPS = ("image", "audio", "text")
-"""Dropout groups in the order in which they are drawn; those of further adapters come after them."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,21 @@ class StageConfig(Settings):
 
     Attributes:
         audio_attention: Whether every video token attends to the audio of the whole clip (`clip`, the paper's
-            first stage) or each latent frame to its own window (`frame`, the second).
+            first stage) or each latent frame to its own window (`frame`, the second). It has no effect
+            without an audio adapter.
         num_steps: Training steps.
         batch_size: Global batch size.
         lip_mask_probability: Probability that a sample's loss is masked to the lips: 1 - eta, where the
-            paper's eta is 0.2; 0 in the first stage.
+            paper's eta is 0.2; 0 in the first stage, and for portraits, whose records need no lip masks.
         outside_lips: Weight outside the lips in the masked loss; the paper's is 0.
         lips_by_area: Whether the masked loss is divided by the area of the lips (`diffusion.losses`). The
             paper does not say; undivided it is a hundredth of the unmasked loss, which then dominates.
         dropout: Condition dropout probability, drawn independently for each group: image (with the face),
-            audio, text.
-        timesteps: Distribution of the noise levels (`diffusion.flow.draw_sigmas`). The paper does not say;
-            uniform and then shifted is what sampling visits.
+            text, and those of the model's adapters, such as audio or expression. FantasyTalking's paper has
+            0.1, FantasyPortrait's 0.2.
+        timesteps: Distribution of the noise levels (`diffusion.flow.draw_sigmas`), before the shift.
+            FantasyPortrait's paper says logit-normal, FantasyTalking's does not say; uniform and then shifted
+            is what sampling visits.
         timestep_mean: Mean of the normal distribution of `logit_normal`; below 0 there is less noise.
         timestep_std: Its standard deviation; 1 is Stable Diffusion 3's best (arXiv 2403.03206, table 1).
         shift: Shift of the noise levels, as in sampling; 1 leaves them as they are drawn.
@@ -119,16 +123,16 @@ def velocity_objective(
 
     Args:
         transformer: With its adapters.
-        batch: Encoded clips.
+        batch: Encoded clips of one size; without `lips` no loss is masked.
         keys: A key for each clip, for its noise, noise level, dropout and lip mask.
         config: Settings of the stage.
         empty_text: The encoded empty prompt, which takes the place of a dropped one.
 
     Raises:
-        ConfigError: The clips lack the input of an adapter.
+        ConfigError: The clips lack something, or do not fit the model (`check_inputs`).
     """
-    batch = _as_float32(batch)
-    check_inputs(transformer, batch)
+    batch = as_float32(batch)
+    check_inputs(transformer, batch, config)
     level_keys, noise_keys, drop_keys, lip_keys = jax.vmap(partial(jax.random.split, num=4), out_axes=1)(keys)
     sigma = draw_sigmas(
         level_keys,
@@ -137,17 +141,15 @@ def velocity_objective(
         mean=config.timestep_mean,
         std=config.timestep_std,
     )
-    groups = dropout_groups(transformer)
-    drop = partial(jax.random.bernoulli, p=config.dropout, shape=(len(groups),))
-    keep = dict(zip(groups, 1.0 - jax.vmap(drop, out_axes=1)(drop_keys), strict=True))
+    keep = draw_kept(drop_keys, dropout_groups(transformer), config.dropout)
     noise = _noise(noise_keys, batch)
     predicted = _predict(transformer, batch, noise, sigma, keep, config, empty_text)
     masked = jax.vmap(partial(jax.random.bernoulli, p=config.lip_mask_probability))(lip_keys)
-    target, lips = velocity_target(batch["latents"], noise), batch["lips"]
+    target = velocity_target(batch["latents"], noise)
     value = velocity_loss(
-        predicted, target, lips, masked, outside=config.outside_lips, by_area=config.lips_by_area
+        predicted, target, _lips(batch), masked, outside=config.outside_lips, by_area=config.lips_by_area
     ).mean()
-    return value, _loss_metrics(predicted, target, lips)
+    return value, _loss_metrics(predicted, target, batch)
 
 
 def validation_losses(
@@ -167,33 +169,90 @@ def validation_losses(
         config: Settings of the stage.
         empty_text: As for `velocity_objective`.
     """
-    batch = _as_float32(batch)
+    batch = as_float32(batch)
     count = len(batch["latents"])
     noise = _noise(jax.random.split(jax.random.key(0), count), batch)
     keep = dict.fromkeys(dropout_groups(transformer), jnp.ones(count))
     predicted = _predict(transformer, batch, noise, jnp.full(count, sigma), keep, config, empty_text)
-    return _loss_metrics(predicted, velocity_target(batch["latents"], noise), batch["lips"])
+    return _loss_metrics(predicted, velocity_target(batch["latents"], noise), batch)
 
 
 def dropout_groups(transformer: WanTransformer) -> tuple[str, ...]:
     """The groups of conditions that are dropped together, in the order in which they are drawn."""
     groups = {adapter.dropout_group for adapter in transformer.adapters.values()}
-    return *_GROUPS, *sorted(groups - {None, *_GROUPS})
+    return tuple(sorted({"image", "text", *groups} - {None}))
 
 
-def check_inputs(transformer: WanTransformer, batch: Mapping[str, object]) -> None:
-    """Raises a ConfigError if encoded clips lack the input of one of the transformer's adapters."""
-    for name, adapter in transformer.adapters.items():
-        if adapter.input not in batch:
+def draw_kept(keys: Array, groups: Sequence[str], dropout: float) -> dict[str, Float[Array, " B"]]:
+    """Draws for each group and clip whether the condition is kept (1) or dropped (0).
+
+    Args:
+        keys: A key for each clip.
+        groups: Names of the groups.
+        dropout: Probability with which each is dropped, independently of the others.
+    """
+    drop = partial(jax.random.bernoulli, p=dropout, shape=(len(groups),))
+    return dict(zip(groups, 1.0 - jax.vmap(drop, out_axes=1)(keys), strict=True))
+
+
+def check_inputs(
+    transformer: WanTransformer,
+    batch: Mapping[str, Leaf],
+    config: StageConfig,
+    *,
+    name: str | Path = "records",
+) -> None:
+    """Checks that encoded clips have what the transformer's adapters and a stage's loss take.
+
+    Args:
+        transformer: With its adapters.
+        batch: A batch of encoded clips, or one record.
+        config: Settings of the stage.
+        name: Name of the records in messages.
+
+    Raises:
+        ConfigError: A field is missing, or has another size.
+    """
+    for adapter_name, adapter in transformer.adapters.items():
+        takes = f"which the {adapter_name} adapter takes; encode the clips with this model, or remove it"
+        per_person = adapter.per_person == "always"
+        for field in (adapter.input, *(("labels", "owners") if per_person else ())):
+            if field not in batch:
+                raise ConfigError(f"{name}: have no {field}, {takes}")
+        # The last dimension, the width of features, is the same for all clips.
+        found, width = batch[adapter.input].shape[-1], adapter.input_shape(adapter.config, VideoConfig())[-1]
+        if found != width:
+            raise ConfigError(f"{name}: {adapter.input} has width {found}, not {width}, {takes}")
+        if per_person:
+            _check_people(transformer, batch, adapter.input, name)
+    if config.lip_mask_probability and "lips" not in batch:
+        raise ConfigError(
+            f"{name}: have no lips, but lip_mask_probability is {config.lip_mask_probability:g}; set it to "
+            "0, or encode clips that have lip masks"
+        )
+
+
+def _check_people(
+    transformer: WanTransformer,
+    batch: Mapping[str, Leaf],
+    field: str,
+    name: str | Path,
+) -> None:
+    """Raises a ConfigError if labels or owners belong to other clips, or to another number of people."""
+    people, frames, *_ = batch[field].shape[-3:]
+    tokens = math.prod(transformer.grid(*batch["latents"].shape[-3:-1]))
+    clip = f"clips of {frames} frames, {tokens} tokens and {people} people"
+    for other, wanted in (("labels", (latent_frames(frames), tokens)), ("owners", (people,))):
+        found = batch[other].shape[-len(wanted) :]
+        if found != wanted:
             raise ConfigError(
-                f"records: have no {adapter.input}, which the model's {name} adapter takes; encode the clips "
-                "with this model, or remove the adapter"
+                f"{name}: {other} has size {found}, not {wanted}, for {clip}; encode them again"
             )
 
 
-def _as_float32(batch: Batch) -> Batch:
-    """Records are stored as float16."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
+def _lips(batch: Batch) -> Float[Array, "B F h w"]:
+    """The lip masks; empty ones, which mask no loss, where the clips have none."""
+    return batch.get("lips", jnp.zeros(batch["latents"].shape[:-1]))
 
 
 def _noise(keys: Array, batch: Batch) -> Float[Array, "B F h w C"]:
@@ -216,9 +275,10 @@ def _predict(
 
 
 def _loss_metrics(
-    predicted: Float[Array, "B F h w C"], target: Float[Array, "B F h w C"], lips: Float[Array, "B F h w"]
+    predicted: Float[Array, "B F h w C"], target: Float[Array, "B F h w C"], batch: Batch
 ) -> Metrics:
+    lips = _lips(batch)
     everywhere, at_lips = (
         velocity_loss(predicted, target, lips, jnp.full(len(lips), masked)).mean() for masked in (False, True)
     )
-    return {"loss_everywhere": everywhere, "loss_at_lips": at_lips}
+    return {"loss_everywhere": everywhere} | ({"loss_at_lips": at_lips} if "lips" in batch else {})
