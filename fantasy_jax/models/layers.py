@@ -95,8 +95,8 @@ def is_stacked(path: str) -> bool:
 def is_stacked_matrix(path: str) -> bool:
     """Whether a parameter holds the matrix of a linear layer for each layer of a stack.
 
-    These are what the host's memory can hold: the others are small, and libtpu does not compile a slice of
-    the host's memory that is less than a tile, such as a layer's row of stacked biases.
+    These are what the host's memory can hold: the others are small, and libtpu of JAX 0.10 does not compile
+    slices of the tiles that they have there.
     """
     return is_stacked(path) and path.endswith(("/kernel", "/weight"))
 

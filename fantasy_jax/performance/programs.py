@@ -107,7 +107,7 @@ def sampling_programs(
         eight_bit: Type of 8-bit weights; None: there are none.
 
     Raises:
-        ConfigError: LoRAs are to stay beside the weights, and there are no files to compile them from.
+        ConfigError: LoRAs are to stay beside the weights: their products are not compiled.
     """
     if config.loras and not config.merge_lora:
         raise ConfigError(
