@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -208,11 +209,16 @@ def write_clips(
         name.partition("_")[0]: records(config, video, name.partition("_")[0], count, people=people)
         for name, count in counts.items()
     }
-    shared = {"seed": config.seed, "acting": config.acting} | ({"close": config.close} if people > 1 else {})
     name = ("synthetic_talking_heads", "synthetic_pairs", "synthetic_trios")[people - 1]
     schema = partial(features, video) if people == 1 else partial(group_features, video, people)
-    settings = counts | shared | {"video": asdict(video)}
+    settings = clip_settings(config, people) | {"video": asdict(video)}
     return write_dataset(name, directory, schema, splits, settings)
+
+
+def clip_settings(config: SyntheticConfig, people: int) -> dict[str, Any]:
+    """The settings that decide the clips of so many people."""
+    names = ("seed", "acting", "close") if people > 1 else ("seed", "acting")
+    return _counts(config, people) | {name: getattr(config, name) for name in names}
 
 
 def _counts(config: SyntheticConfig, people: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ part are equal can share it in one workdir, which holds
 with the last three in a folder of their own where the config names one (`folder`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,11 @@ from fantasy_jax import cli
 from fantasy_jax.config import PositiveInt
 from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import Record, check_unchanged, open_split
+from fantasy_jax.data.records import check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.clips import SyntheticConfig, check_video
 from fantasy_jax.miniature.stage import EncoderStageConfig
-from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
+from fantasy_jax.miniature.synthetic import as_group, clip_settings, write_clips
 from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss, initialise_norms
 from fantasy_jax.miniature.train_speech_encoder import (
     MouthRegressor,
@@ -62,7 +63,7 @@ from fantasy_jax.training.stages import (
     train_stages,
     without,
 )
-from fantasy_jax.training.state import Loss, cast_parameters
+from fantasy_jax.training.state import Batch, Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import check_writable_store, save_network
@@ -146,16 +147,18 @@ class MiniatureTrainer:
         Raises:
             ConfigError: The workdir holds a part that was made with other settings.
         """
-        settings = self._settings()
         for name in self.encoders:  # before another part is trained for nothing
             check_resumable(checkpoint_folder(self.workdir / name), self._encoder_settings(name))
         for people in self.config.people:
-            check_unchanged(encoded_folder(self._encoded(people)), settings)
+            check_unchanged(encoded_folder(self._encoded(people)), self._settings(people))
         for folder in self._stores():
             check_writable_store(folder)
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         with cli.timed("Clips"):
-            clips = {people: self._write_clips(people) for people in sorted({1, *self.config.people})}
+            clips = {
+                people: write_clips(self.data, self.video, self.workdir / "data", people=people)
+                for people in sorted({1, *self.config.people})
+            }
         trained = {
             "speech": ("Speech encoder", self._train_speech_encoder),
             "face": ("Face encoder", self._train_face_encoder),
@@ -166,10 +169,7 @@ class MiniatureTrainer:
             with cli.timed(title):
                 networks = train_encoder(networks, clips[1])
         with cli.timed("Encoded clips"):
-            encoded = [
-                encode_dataset(networks, clips[people], self._encoded(people), settings)
-                for people in self.config.people
-            ]
+            encoded = [self._encode(networks, clips[people], people) for people in self.config.people]
         stages = train_stages(
             networks,
             encoded,
@@ -178,14 +178,16 @@ class MiniatureTrainer:
             fps=self.video.fps,
             sampling=self.sampling,
             config=self.config,
-            settings=settings | {"people": self.config.people},
+            settings={str(people): self._settings(people) for people in self.config.people},
         )
         for index, transformer in stages:
             self._save(self._stores()[index], networks, transformer)
         return self._stores()[-1]
 
-    def _write_clips(self, people: int) -> Path:
-        return write_clips(self.data, self.video, self.workdir / "data", people=people)
+    def _encode(self, networks: Networks, clips: Path, people: int) -> Path:
+        convert = as_group if "motion_encoder" in networks else dict
+        settings = self._settings(people)
+        return encode_dataset(networks, clips, self._encoded(people), settings, convert=convert)
 
     def _encoded(self, people: int) -> Path:
         """Parent folder of the encoded clips of so many people."""
@@ -196,9 +198,10 @@ class MiniatureTrainer:
         earlier = range(len(self.config.stages) - 1)
         return [self.folder / stage_name(i) / "weights" for i in earlier] + [self.folder / "weights"]
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings that decide the encoded clips, by their config names."""
-        return self._deciding(self.model, {name: getattr(self.config, name) for name in self.encoders})
+    def _settings(self, people: int) -> dict[str, Any]:
+        """The settings that decide the encoded clips of so many people, by their config names."""
+        train = {name: getattr(self.config, name) for name in self.encoders}
+        return self._deciding(self.model, train) | {"data": clip_settings(self.data, people)}
 
     def _encoder_settings(self, name: str) -> dict[str, Any]:
         """The settings that decide an encoder, but for the number of steps: it can be given more."""
@@ -207,13 +210,15 @@ class MiniatureTrainer:
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}
-        return {"data": self.data, "video": self.video, "model": model, "train": seed | train}
+        data = clip_settings(self.data, 1)  # encoders are trained on clips of one person
+        return {"data": data, "video": self.video, "model": model, "train": seed | train}
 
     def _train_speech_encoder(self, networks: Networks, clips: Path) -> Networks:
         encoder = networks["speech_encoder"]
         regressor = MouthRegressor(encoder, rngs=nnx.Rngs(self.config.loop.seed))
         records = open_split(clips, "train")
-        trained = self._train("speech", regressor, speech_loss, records, speech_example, self.config.speech)
+        read = partial(batches, [records], speech_example)
+        trained = self._train("speech", regressor, speech_loss, read, self.config.speech)
         return networks.replace(speech_encoder=trained.encoder)
 
     def _train_face_encoder(self, networks: Networks, clips: Path) -> Networks:
@@ -224,7 +229,7 @@ class MiniatureTrainer:
         initial = range(min(_INITIALISATION_CLIPS, len(records)))
         initialise_norms(encoder, np.concatenate([crop(records[i], rng)["faces"] for i in initial]))
         loss = partial(face_loss, temperature=config.temperature)
-        trained = self._train("face", encoder, loss, records, crop, config)
+        trained = self._train("face", encoder, loss, partial(batches, [records], crop), config)
         return networks.replace(face_encoder=trained)
 
     def _train_vae(self, networks: Networks, clips: Path) -> Networks:
@@ -241,7 +246,8 @@ class MiniatureTrainer:
         initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
-        trained = self._train("vae", vae, loss, records, crop, config, sample=sample)
+        read = partial(batches, [records], crop)
+        trained = self._train("vae", vae, loss, read, config, sample=sample)
         starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
         normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
         return networks.replace(vae=trained)
@@ -251,8 +257,7 @@ class MiniatureTrainer:
         name: str,
         model: nnx.Module,
         loss: Loss,
-        records: Any,
-        transform: Callable[[Record, np.random.Generator], Record],
+        read: Callable[..., Iterator[Batch]],
         config: EncoderStageConfig,
         *,
         sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
@@ -262,7 +267,7 @@ class MiniatureTrainer:
             name,
             model,
             loss,
-            partial(batches, [records], transform),
+            read,
             config.batch_size,
             config.num_steps,
             config.optimizer,
