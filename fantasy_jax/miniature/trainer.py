@@ -23,9 +23,9 @@ from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import Record, check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.miniature.stage import EncoderStageConfig
+from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
 from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
-from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss, initialise_norms
+from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
 from fantasy_jax.miniature.train_speech_encoder import (
     MouthRegressor,
     SpeechStageConfig,

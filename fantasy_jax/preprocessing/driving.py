@@ -39,12 +39,12 @@ from fantasy_jax.typing import Bool, Float, UInt8
 from fantasy_jax.video import latent_frames, video_frames
 
 ALIGNED_SIZE = 224
-"""Side of an aligned face, in pixels."""
+"""Side of an aligned face of the released motion encoder, in pixels."""
 
 ALIGNED_POINTS = ALIGNED_SIZE * np.array(
     [[0.3843, 0.2700], [0.6200, 0.2668], [0.5030, 0.4185], [0.4060, 0.5273], [0.5977, 0.5250]]
 )
-"""Positions of `landmarks.five_points` in an aligned face, x and y in pixels.
+"""Positions of `landmarks.five_points` in an aligned face of this size, x and y in pixels.
 
 Source: fantasy-portrait, `diffsynth/models/pdf.py`, `warp_face_pd_fgc`.
 """
@@ -209,13 +209,16 @@ def _driving_face(
     return DrivingFace(boxes[last], aligned[last], np.isin(np.arange(count), found))
 
 
-def alignment_matrices(points: Float[np.ndarray, "*n 5 2"]) -> Float[np.ndarray, "*n 2 3"]:
+def alignment_matrices(
+    points: Float[np.ndarray, "*n 5 2"], size: int = ALIGNED_SIZE
+) -> Float[np.ndarray, "*n 2 3"]:
     """Returns the similarity transforms from frames to aligned faces, in pixels.
 
     Args:
         points: As in `DrivingFace`.
+        size: Side of an aligned face, in pixels.
     """
-    return fit_similarity(points, ALIGNED_POINTS)
+    return fit_similarity(points, ALIGNED_POINTS * (size / ALIGNED_SIZE))
 
 
 def alignment_residuals(points: Float[np.ndarray, "T 5 2"]) -> Float[np.ndarray, " T"]:
@@ -228,29 +231,32 @@ def alignment_residuals(points: Float[np.ndarray, "T 5 2"]) -> Float[np.ndarray,
 
 
 def align_face(
-    frame: UInt8[np.ndarray, "H W 3"], points: Float[np.ndarray, "5 2"]
-) -> UInt8[np.ndarray, "224 224 3"]:
+    frame: UInt8[np.ndarray, "H W 3"], points: Float[np.ndarray, "5 2"], size: int = ALIGNED_SIZE
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Aligns a face by cubic interpolation; areas outside of the frame are black.
 
     Args:
         frame: RGB.
         points: As in `DrivingFace`, for this frame.
+        size: Side of an aligned face, in pixels.
     """
-    size = (ALIGNED_SIZE, ALIGNED_SIZE)
-    return cv2.warpAffine(frame, alignment_matrices(points), size, flags=cv2.INTER_CUBIC)
+    matrix = alignment_matrices(points, size)
+    return cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_CUBIC)
 
 
 def align_people(
     frames: Iterable[UInt8[np.ndarray, "H W 3"]],
     people: Sequence[DrivingFace],
     *,
+    size: int = ALIGNED_SIZE,
     name: str | Path = "video",
-) -> Iterator[UInt8[np.ndarray, "N 224 224 3"]]:
+) -> Iterator[UInt8[np.ndarray, "N {size} {size} 3"]]:
     """Yields the aligned faces of all people, frame by frame, given the frames that `track_people` was given.
 
     Args:
         frames: RGB.
         people: The result of `track_people`, or some of the people of it.
+        size: Side of an aligned face, in pixels.
         name: Name of the video in messages.
 
     Raises:
@@ -260,6 +266,6 @@ def align_people(
     for index, frame in enumerate(frames):
         if index == count:
             break
-        yield np.stack([align_face(frame, person.points[index]) for person in people])
+        yield np.stack([align_face(frame, person.points[index], size) for person in people])
     if index != count - 1:
         raise MediaError(f"{name}: the file changed while it was read; try again")
