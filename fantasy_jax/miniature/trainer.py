@@ -1,14 +1,14 @@
-"""Training of the miniature from scratch: clips, speech encoder, face encoder, VAE, transformer.
+"""Training of the miniature from scratch: clips, the encoders that a config has, VAE, transformer.
 
 Each part is done once: complete parts are reused, an interrupted part resumes. The workdir holds
 
     data/          the clips
-    speech/ face/ vae/ stage_1/ stage_2/    checkpoints and logs
+    speech/ face/ motion/ vae/ stage_1/ stage_2/    checkpoints and logs
     encoded/       the encoded clips
     weights/       the weight store; those of earlier stages are in stage_1/weights/
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,18 @@ from flax import nnx
 from fantasy_jax import cli
 from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import Record, check_unchanged, open_split
+from fantasy_jax.data.records import check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
 from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
 from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
+from fantasy_jax.miniature.train_motion_encoder import (
+    MotionRegressor,
+    MotionStageConfig,
+    finish_norms,
+    motion_batches,
+    motion_loss,
+)
 from fantasy_jax.miniature.train_speech_encoder import (
     MouthRegressor,
     SpeechStageConfig,
@@ -58,12 +65,12 @@ from fantasy_jax.training.stages import (
     train_stages,
     without,
 )
-from fantasy_jax.training.state import Loss, cast_parameters
+from fantasy_jax.training.state import Batch, Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import check_writable_store, save_network
 
-ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "vae": "vae"}
+ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "motion": "motion_encoder", "vae": "vae"}
 """Slot of each encoder that is trained, by its section of the config, which also names its folder."""
 _INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
 """Clips for the initial weights of face encoder and VAE, and for the statistics of the VAE's latents."""
@@ -80,11 +87,13 @@ class MiniatureConfig(StagesConfig):
         lora: Sizes of the LoRA, where a stage's rules ask for one.
         speech: Training of the speech encoder.
         face: Training of the face encoder.
+        motion: Training of the motion encoder.
         vae: Training of the VAE.
     """
 
     speech: SpeechStageConfig = SpeechStageConfig()
     face: FaceStageConfig = FaceStageConfig()
+    motion: MotionStageConfig = MotionStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
 
 
@@ -124,7 +133,7 @@ class MiniatureTrainer:
         self.workdir, self.data, self.video = workdir, data, video
         self.model, self.sampling, self.config = model, sampling, config
         self.mesh = make_mesh(**config.mesh.axes)
-        for stage in (config.speech, config.face, config.vae, *config.stages):
+        for stage in (config.speech, config.face, config.motion, config.vae, *config.stages):
             process_rows(stage.batch_size // stage.optimizer.grad_accum_steps, self.mesh)
 
     def run(self) -> Path:
@@ -147,6 +156,9 @@ class MiniatureTrainer:
         if self.model.face_encoder is not None:
             with cli.timed("Face encoder"):
                 networks = self._train_face_encoder(networks, clips)
+        if self.model.motion_encoder is not None:
+            with cli.timed("Motion encoder"):
+                networks = self._train_motion_encoder(networks)
         with cli.timed("VAE"):
             networks = self._train_vae(networks, clips)
         with cli.timed("Encoded clips"):
@@ -187,7 +199,8 @@ class MiniatureTrainer:
         encoder = networks["speech_encoder"]
         regressor = MouthRegressor(encoder, rngs=nnx.Rngs(self.config.loop.seed))
         records = open_split(clips, "train")
-        trained = self._train("speech", regressor, speech_loss, records, speech_example, self.config.speech)
+        examples = partial(batches, records, speech_example)
+        trained = self._train("speech", regressor, speech_loss, examples, self.config.speech)
         return networks.replace(speech_encoder=trained.encoder)
 
     def _train_face_encoder(self, networks: Networks, clips: Path) -> Networks:
@@ -198,8 +211,17 @@ class MiniatureTrainer:
         initial = range(min(_INITIALISATION_CLIPS, len(records)))
         initialise_norms(encoder, np.concatenate([crop(records[i], rng)["faces"] for i in initial]))
         loss = partial(face_loss, temperature=config.temperature)
-        trained = self._train("face", encoder, loss, records, crop, config)
+        trained = self._train("face", encoder, loss, partial(batches, records, crop), config)
         return networks.replace(face_encoder=trained)
+
+    def _train_motion_encoder(self, networks: Networks) -> Networks:
+        config, seed, size = self.config.motion, self.config.loop.seed, self.video.height
+        encoder = networks["motion_encoder"]
+        regressor = MotionRegressor(encoder, rngs=nnx.Rngs(seed))
+        examples = partial(motion_batches, size, encoder.config.image_size, config)
+        trained = self._train("motion", regressor, motion_loss, examples, config).encoder
+        finish_norms(trained, size, seed)
+        return networks.replace(motion_encoder=trained)
 
     def _train_vae(self, networks: Networks, clips: Path) -> Networks:
         config, records = self.config.vae, open_split(clips, "train")
@@ -215,7 +237,7 @@ class MiniatureTrainer:
         initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
-        trained = self._train("vae", vae, loss, records, crop, config, sample=sample)
+        trained = self._train("vae", vae, loss, partial(batches, records, crop), config, sample=sample)
         starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
         normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
         return networks.replace(vae=trained)
@@ -225,8 +247,7 @@ class MiniatureTrainer:
         name: str,
         model: nnx.Module,
         loss: Loss,
-        records: Any,
-        transform: Callable[[Record, np.random.Generator], Record],
+        examples: Callable[..., Iterator[Batch]],
         config: EncoderStageConfig,
         *,
         sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
@@ -236,7 +257,7 @@ class MiniatureTrainer:
             name,
             model,
             loss,
-            partial(batches, records, transform),
+            examples,
             config.batch_size,
             config.num_steps,
             config.optimizer,
