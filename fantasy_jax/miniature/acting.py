@@ -147,10 +147,13 @@ class Acting:
         """Returns the performance with `strength` times the curves added, within the limits of a face."""
         changed = {}
         for name, curve in self.added.items():
-            low, high = _LIMITS.get(name, _USUAL_LIMITS)
-            value = np.clip(getattr(performance, name) + strength * curve, low, high)
+            value = _limited(name, getattr(performance, name) + strength * curve)
             changed[name] = value.astype(np.float32)
         return replace(performance, **changed)
+
+
+def _limited(name: str, value: Leaf) -> Leaf:
+    return np.clip(value, *_LIMITS.get(name, _USUAL_LIMITS))
 
 
 def draw_acting(rng: np.random.Generator, video: VideoConfig) -> Acting:
@@ -174,6 +177,26 @@ def draw_acting(rng: np.random.Generator, video: VideoConfig) -> Acting:
     for name, still, moving in (("turn", 0.06, 0.07), ("nod", 0.04, 0.05), ("roll", 0.04, 0.03)):
         added[name] = still * rng.normal() + moving * slow()
     return Acting(names, added)
+
+
+def draw_still(rng: np.random.Generator) -> Performance:
+    """Draws the motion of one frame: poses, gaze and mouths of speech, and more expressions than people act.
+
+    Expressions vary independently around emotions, so that each can be told from the others.
+    """
+    values = {name: 0.35 * rng.normal() for name in EXPRESSIONS}
+    for name, strongest in zip(rng.choice(list(EMOTIONS), 2, replace=False), (1.0, 0.6), strict=True):
+        intensity = strongest * rng.uniform()
+        for factor, value in EMOTIONS[name].items():
+            values[factor] += intensity * value
+    values |= {"gaze_x": rng.uniform(-1, 1), "gaze_y": rng.uniform(-1, 1)}
+    values |= {"turn": 0.12 * rng.normal(), "nod": 0.08 * rng.normal(), "roll": 0.07 * rng.normal()}
+    values |= {"shift_x": 0.03 * rng.normal(), "shift_y": 0.03 * rng.normal()}
+    closed, plain, open_eyed = rng.uniform(size=3) < (0.25, 0.4, 0.7)
+    values["opening"] = 0.0 if closed else rng.uniform(0, 1.1)
+    values["rounding"] = 0.0 if plain else rng.uniform()
+    values["blink"] = 0.0 if open_eyed else rng.uniform()
+    return hold(1, **{name: _limited(name, value) for name, value in values.items()})
 
 
 def _saccades(

@@ -4,7 +4,7 @@ Each part is done once: complete parts are reused, an interrupted part resumes. 
 part are equal can share it in one workdir, which holds
 
     data/          the clips
-    speech/ face/ vae/    checkpoints and logs of the encoders
+    speech/ face/ motion/ vae/    checkpoints and logs of the encoders
     stage_1/ stage_2/     those of the transformer
     encoded/       the encoded clips; encoded_2/ those of two people
     weights/       the weight store; those of earlier stages are in stage_1/weights/
@@ -29,9 +29,16 @@ from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.clips import SyntheticConfig, check_video
-from fantasy_jax.miniature.stage import EncoderStageConfig
+from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
 from fantasy_jax.miniature.synthetic import as_group, clip_settings, write_clips
-from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss, initialise_norms
+from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
+from fantasy_jax.miniature.train_motion_encoder import (
+    MotionRegressor,
+    MotionStageConfig,
+    finish_norms,
+    motion_batches,
+    motion_loss,
+)
 from fantasy_jax.miniature.train_speech_encoder import (
     MouthRegressor,
     SpeechStageConfig,
@@ -68,7 +75,7 @@ from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import check_writable_store, save_network
 
-ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "vae": "vae"}
+ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "motion": "motion_encoder", "vae": "vae"}
 """Slot of each encoder that is trained where the model has it, by its section of the config, which also names
 its folder."""
 _INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
@@ -87,6 +94,7 @@ class MiniatureConfig(StagesConfig):
         lora: Sizes of the LoRA, where a stage's rules ask for one.
         speech: Training of the speech encoder.
         face: Training of the face encoder.
+        motion: Training of the motion encoder.
         vae: Training of the VAE.
         people: People in the clips of each dataset of the transformer's training.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
@@ -94,6 +102,7 @@ class MiniatureConfig(StagesConfig):
 
     speech: SpeechStageConfig = SpeechStageConfig()
     face: FaceStageConfig = FaceStageConfig()
+    motion: MotionStageConfig = MotionStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
     people: tuple[PositiveInt, ...] = (1,)
     folder: str = ""
@@ -162,6 +171,7 @@ class MiniatureTrainer:
         trained = {
             "speech": ("Speech encoder", self._train_speech_encoder),
             "face": ("Face encoder", self._train_face_encoder),
+            "motion": ("Motion encoder", self._train_motion_encoder),
             "vae": ("VAE", self._train_vae),
         }
         for name in self.encoders:
@@ -217,8 +227,8 @@ class MiniatureTrainer:
         encoder = networks["speech_encoder"]
         regressor = MouthRegressor(encoder, rngs=nnx.Rngs(self.config.loop.seed))
         records = open_split(clips, "train")
-        read = partial(batches, [records], speech_example)
-        trained = self._train("speech", regressor, speech_loss, read, self.config.speech)
+        examples = partial(batches, [records], speech_example)
+        trained = self._train("speech", regressor, speech_loss, examples, self.config.speech)
         return networks.replace(speech_encoder=trained.encoder)
 
     def _train_face_encoder(self, networks: Networks, clips: Path) -> Networks:
@@ -231,6 +241,16 @@ class MiniatureTrainer:
         loss = partial(face_loss, temperature=config.temperature)
         trained = self._train("face", encoder, loss, partial(batches, [records], crop), config)
         return networks.replace(face_encoder=trained)
+
+    def _train_motion_encoder(self, networks: Networks, clips: Path) -> Networks:
+        del clips  # it renders its own pictures
+        config, seed, size = self.config.motion, self.config.loop.seed, self.video.height
+        encoder = networks["motion_encoder"]
+        regressor = MotionRegressor(encoder, rngs=nnx.Rngs(seed))
+        examples = partial(motion_batches, size, encoder.config.image_size, config)
+        trained = self._train("motion", regressor, motion_loss, examples, config).encoder
+        finish_norms(trained, size, seed)
+        return networks.replace(motion_encoder=trained)
 
     def _train_vae(self, networks: Networks, clips: Path) -> Networks:
         config, records = self.config.vae, open_split(clips, "train")
@@ -246,8 +266,8 @@ class MiniatureTrainer:
         initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
-        read = partial(batches, [records], crop)
-        trained = self._train("vae", vae, loss, read, config, sample=sample)
+        examples = partial(batches, [records], crop)
+        trained = self._train("vae", vae, loss, examples, config, sample=sample)
         starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
         normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
         return networks.replace(vae=trained)
@@ -257,7 +277,7 @@ class MiniatureTrainer:
         name: str,
         model: nnx.Module,
         loss: Loss,
-        read: Callable[..., Iterator[Batch]],
+        examples: Callable[..., Iterator[Batch]],
         config: EncoderStageConfig,
         *,
         sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
@@ -267,7 +287,7 @@ class MiniatureTrainer:
             name,
             model,
             loss,
-            read,
+            examples,
             config.batch_size,
             config.num_steps,
             config.optimizer,
