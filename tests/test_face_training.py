@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.stage import initialise_norms
 from fantasy_jax.miniature.synthetic import SyntheticConfig, records
-from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss, initialise_norms
+from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
 from fantasy_jax.models.face_encoder import FaceEncoder, FaceEncoderConfig
 from fantasy_jax.video import VideoConfig
 

@@ -12,7 +12,8 @@ from fantasy_jax.data.records import open_split
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.metrics import correlation, windowed_rms
 from fantasy_jax.evaluation.mouth import mouth_opening
-from fantasy_jax.miniature.synthetic import PROMPTS, SyntheticConfig, main, plan_clip, records, write_clips
+from fantasy_jax.miniature.clips import PROMPTS, SyntheticConfig, plan_clip
+from fantasy_jax.miniature.synthetic import main, records, write_clips
 from fantasy_jax.miniature.voices import draw_voice, speak
 from fantasy_jax.video import VideoConfig
 

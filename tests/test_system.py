@@ -311,7 +311,12 @@ def test_the_spec_of_inputs_has_the_shapes_of_a_batch(model):
     batch = batch_spec(model, VIDEO, 2)
     empty = np.zeros((1, model.transformer.text_length, model.text_encoder.dim), np.float32)
     inputs = jax.eval_shape(lambda batch: ClipInputs.from_batch(batch, empty), batch)
-    shapes = [jax.tree.map(lambda x: x.shape, each) for each in (spec, inputs)]
+    people = inputs.labels, inputs.owners  # which sampling has for several people only
+    if model.motion_encoder is None:
+        assert people == (None, {})
+    else:
+        assert [x.shape for x in jax.tree.leaves(people)] == [(2, 3, 6), (2, 1)]
+    shapes = [jax.tree.map(lambda x: x.shape, x) for x in (spec, replace(inputs, labels=None, owners={}))]
     assert shapes[0] == shapes[1]
     assert set(spec.adapters) == {row.network.input for row in model.adapters.values()}
     assert spec.first_frame.shape == (2, 3, 4, 6, 20)

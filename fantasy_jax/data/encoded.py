@@ -98,7 +98,14 @@ def encoded_folder(directory: Path) -> Path:
     return dataset_folder(_NAME, directory)
 
 
-def encode_dataset(networks: Networks, source: Path, directory: Path, settings: dict[str, Any]) -> Path:
+def encode_dataset(
+    networks: Networks,
+    source: Path,
+    directory: Path,
+    settings: dict[str, Any],
+    *,
+    convert: Callable[[Record], Record] = dict,
+) -> Path:
     """Encodes a dataset of clips, unless that has been done.
 
     Args:
@@ -106,25 +113,28 @@ def encode_dataset(networks: Networks, source: Path, directory: Path, settings: 
         source: Folder of the clips' dataset, with splits `train` and `test`.
         directory: Where the encoded dataset is written.
         settings: Everything that decides the result; written as the dataset's metadata.
+        convert: Makes what `ClipEncoder` takes of a record of the source.
 
     Returns:
         The folder of the encoded dataset.
     """
     splits = {split: open_split(source, split) for split in ("train", "test")}
     encoded = {
-        split: _with_bar(stored_records(networks, records), f"Encoding ({split})", len(records))
+        split: _with_bar(stored_records(networks, records, convert), f"Encoding ({split})", len(records))
         for split, records in splits.items()
     }
 
     def schema() -> dict[str, tfds.features.FeatureConnector]:
-        return features(next(stored_records(networks, [splits["test"][0]])))
+        return features(next(stored_records(networks, [splits["test"][0]], convert)))
 
     return write_dataset(_NAME, directory, schema, encoded, settings)
 
 
-def stored_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:
-    """Encodes clips, in the types in which they are stored."""
-    yield from map(as_stored, encode_records(networks, records))
+def stored_records(
+    networks: Networks, records: Sequence[Record], convert: Callable[[Record], Record] = dict
+) -> Iterator[Record]:
+    """Encodes clips, in the types in which they are stored; `convert` as for `encode_dataset`."""
+    yield from map(as_stored, encode_records(networks, records, convert))
 
 
 def as_stored(record: Record) -> Record:
@@ -135,11 +145,13 @@ def as_stored(record: Record) -> Record:
     }
 
 
-def encode_records(networks: Networks, records: Sequence[Record]) -> Iterator[Record]:
-    """Encodes clips, as float32."""
+def encode_records(
+    networks: Networks, records: Sequence[Record], convert: Callable[[Record], Record] = dict
+) -> Iterator[Record]:
+    """Encodes clips, as float32; `convert` as for `encode_dataset`."""
     encoder = ClipEncoder(networks, batch_size=_BATCH)
     for start in range(0, len(records), _BATCH):
-        yield from encoder([records[i] for i in range(start, min(start + _BATCH, len(records)))])
+        yield from encoder([convert(records[i]) for i in range(start, min(start + _BATCH, len(records)))])
 
 
 class ClipEncoder:

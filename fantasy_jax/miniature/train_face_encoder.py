@@ -10,7 +10,6 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fantasy_jax.config import Fraction, PositiveFloat, PositiveInt, Range
 from fantasy_jax.data.records import Record
@@ -62,15 +61,6 @@ class FacePairs:
         box = box + self.jitter * rng.normal(size=4) * np.tile(box[2:] - box[:2], 2)
         face = crop_face(record["video"][index], points_in_box(box), self.size)
         return np.clip(face * (1 + self.light * rng.normal()), 0, 255).astype(np.uint8)
-
-
-def initialise_norms(encoder: FaceEncoder, faces: UInt8[np.ndarray, "N S S 3"]) -> None:
-    """Sets the statistics of all norms to those of `faces`; training does not change them."""
-    encoder.train()
-    update = nnx.jit(lambda encoder, pixels: encoder(pixels))
-    for _ in range(50):  # the running statistics move by a tenth in each call
-        update(encoder, from_uint8(faces))
-    encoder.eval()
 
 
 def face_loss(

@@ -4,7 +4,7 @@ Each part is done once: complete parts are reused, an interrupted part resumes. 
 part are equal can share it in one workdir, which holds
 
     data/          the clips
-    speech/ face/ vae/    checkpoints and logs of the encoders
+    speech/ face/ motion/ vae/    checkpoints and logs of the encoders
     stage_1/ stage_2/     those of the transformer
     encoded/       the encoded clips; encoded_2/ those of two people
     weights/       the weight store; those of earlier stages are in stage_1/weights/
@@ -12,7 +12,7 @@ part are equal can share it in one workdir, which holds
 with the last three in a folder of their own where the config names one (`folder`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,19 @@ from fantasy_jax import cli
 from fantasy_jax.config import PositiveInt
 from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
-from fantasy_jax.data.records import Record, check_unchanged, open_split
+from fantasy_jax.data.records import check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.miniature.stage import EncoderStageConfig
-from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
-from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss, initialise_norms
+from fantasy_jax.miniature.clips import SyntheticConfig, check_video
+from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
+from fantasy_jax.miniature.synthetic import as_group, clip_settings, write_clips
+from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
+from fantasy_jax.miniature.train_motion_encoder import (
+    MotionRegressor,
+    MotionStageConfig,
+    finish_norms,
+    motion_batches,
+    motion_loss,
+)
 from fantasy_jax.miniature.train_speech_encoder import (
     MouthRegressor,
     SpeechStageConfig,
@@ -62,12 +70,12 @@ from fantasy_jax.training.stages import (
     train_stages,
     without,
 )
-from fantasy_jax.training.state import Loss, cast_parameters
+from fantasy_jax.training.state import Batch, Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import check_writable_store, save_network
 
-ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "vae": "vae"}
+ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "motion": "motion_encoder", "vae": "vae"}
 """Slot of each encoder that is trained where the model has it, by its section of the config, which also names
 its folder."""
 _INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
@@ -86,6 +94,7 @@ class MiniatureConfig(StagesConfig):
         lora: Sizes of the LoRA, where a stage's rules ask for one.
         speech: Training of the speech encoder.
         face: Training of the face encoder.
+        motion: Training of the motion encoder.
         vae: Training of the VAE.
         people: People in the clips of each dataset of the transformer's training.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
@@ -93,6 +102,7 @@ class MiniatureConfig(StagesConfig):
 
     speech: SpeechStageConfig = SpeechStageConfig()
     face: FaceStageConfig = FaceStageConfig()
+    motion: MotionStageConfig = MotionStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
     people: tuple[PositiveInt, ...] = (1,)
     folder: str = ""
@@ -146,19 +156,22 @@ class MiniatureTrainer:
         Raises:
             ConfigError: The workdir holds a part that was made with other settings.
         """
-        settings = self._settings()
         for name in self.encoders:  # before another part is trained for nothing
             check_resumable(checkpoint_folder(self.workdir / name), self._encoder_settings(name))
         for people in self.config.people:
-            check_unchanged(encoded_folder(self._encoded(people)), settings)
+            check_unchanged(encoded_folder(self._encoded(people)), self._settings(people))
         for folder in self._stores():
             check_writable_store(folder)
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         with cli.timed("Clips"):
-            clips = {people: self._write_clips(people) for people in sorted({1, *self.config.people})}
+            clips = {
+                people: write_clips(self.data, self.video, self.workdir / "data", people=people)
+                for people in sorted({1, *self.config.people})
+            }
         trained = {
             "speech": ("Speech encoder", self._train_speech_encoder),
             "face": ("Face encoder", self._train_face_encoder),
+            "motion": ("Motion encoder", self._train_motion_encoder),
             "vae": ("VAE", self._train_vae),
         }
         for name in self.encoders:
@@ -166,10 +179,7 @@ class MiniatureTrainer:
             with cli.timed(title):
                 networks = train_encoder(networks, clips[1])
         with cli.timed("Encoded clips"):
-            encoded = [
-                encode_dataset(networks, clips[people], self._encoded(people), settings)
-                for people in self.config.people
-            ]
+            encoded = [self._encode(networks, clips[people], people) for people in self.config.people]
         stages = train_stages(
             networks,
             encoded,
@@ -178,14 +188,16 @@ class MiniatureTrainer:
             fps=self.video.fps,
             sampling=self.sampling,
             config=self.config,
-            settings=settings | {"people": self.config.people},
+            settings={str(people): self._settings(people) for people in self.config.people},
         )
         for index, transformer in stages:
             self._save(self._stores()[index], networks, transformer)
         return self._stores()[-1]
 
-    def _write_clips(self, people: int) -> Path:
-        return write_clips(self.data, self.video, self.workdir / "data", people=people)
+    def _encode(self, networks: Networks, clips: Path, people: int) -> Path:
+        convert = as_group if "motion_encoder" in networks else dict
+        settings = self._settings(people)
+        return encode_dataset(networks, clips, self._encoded(people), settings, convert=convert)
 
     def _encoded(self, people: int) -> Path:
         """Parent folder of the encoded clips of so many people."""
@@ -196,9 +208,10 @@ class MiniatureTrainer:
         earlier = range(len(self.config.stages) - 1)
         return [self.folder / stage_name(i) / "weights" for i in earlier] + [self.folder / "weights"]
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings that decide the encoded clips, by their config names."""
-        return self._deciding(self.model, {name: getattr(self.config, name) for name in self.encoders})
+    def _settings(self, people: int) -> dict[str, Any]:
+        """The settings that decide the encoded clips of so many people, by their config names."""
+        train = {name: getattr(self.config, name) for name in self.encoders}
+        return self._deciding(self.model, train) | {"data": clip_settings(self.data, people)}
 
     def _encoder_settings(self, name: str) -> dict[str, Any]:
         """The settings that decide an encoder, but for the number of steps: it can be given more."""
@@ -207,13 +220,15 @@ class MiniatureTrainer:
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}
-        return {"data": self.data, "video": self.video, "model": model, "train": seed | train}
+        data = clip_settings(self.data, 1)  # encoders are trained on clips of one person
+        return {"data": data, "video": self.video, "model": model, "train": seed | train}
 
     def _train_speech_encoder(self, networks: Networks, clips: Path) -> Networks:
         encoder = networks["speech_encoder"]
         regressor = MouthRegressor(encoder, rngs=nnx.Rngs(self.config.loop.seed))
         records = open_split(clips, "train")
-        trained = self._train("speech", regressor, speech_loss, records, speech_example, self.config.speech)
+        examples = partial(batches, [records], speech_example)
+        trained = self._train("speech", regressor, speech_loss, examples, self.config.speech)
         return networks.replace(speech_encoder=trained.encoder)
 
     def _train_face_encoder(self, networks: Networks, clips: Path) -> Networks:
@@ -224,8 +239,18 @@ class MiniatureTrainer:
         initial = range(min(_INITIALISATION_CLIPS, len(records)))
         initialise_norms(encoder, np.concatenate([crop(records[i], rng)["faces"] for i in initial]))
         loss = partial(face_loss, temperature=config.temperature)
-        trained = self._train("face", encoder, loss, records, crop, config)
+        trained = self._train("face", encoder, loss, partial(batches, [records], crop), config)
         return networks.replace(face_encoder=trained)
+
+    def _train_motion_encoder(self, networks: Networks, clips: Path) -> Networks:
+        del clips  # it renders its own pictures
+        config, seed, size = self.config.motion, self.config.loop.seed, self.video.height
+        encoder = networks["motion_encoder"]
+        regressor = MotionRegressor(encoder, rngs=nnx.Rngs(seed))
+        examples = partial(motion_batches, size, encoder.config.image_size, config)
+        trained = self._train("motion", regressor, motion_loss, examples, config).encoder
+        finish_norms(trained, size, seed)
+        return networks.replace(motion_encoder=trained)
 
     def _train_vae(self, networks: Networks, clips: Path) -> Networks:
         config, records = self.config.vae, open_split(clips, "train")
@@ -241,7 +266,8 @@ class MiniatureTrainer:
         initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
-        trained = self._train("vae", vae, loss, records, crop, config, sample=sample)
+        examples = partial(batches, [records], crop)
+        trained = self._train("vae", vae, loss, examples, config, sample=sample)
         starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
         normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
         return networks.replace(vae=trained)
@@ -251,8 +277,7 @@ class MiniatureTrainer:
         name: str,
         model: nnx.Module,
         loss: Loss,
-        records: Any,
-        transform: Callable[[Record, np.random.Generator], Record],
+        examples: Callable[..., Iterator[Batch]],
         config: EncoderStageConfig,
         *,
         sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
@@ -262,7 +287,7 @@ class MiniatureTrainer:
             name,
             model,
             loss,
-            partial(batches, [records], transform),
+            examples,
             config.batch_size,
             config.num_steps,
             config.optimizer,

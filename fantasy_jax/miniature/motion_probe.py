@@ -1,0 +1,133 @@
+"""What is in the features of the motion encoder: the factors of motion, and hardly the person.
+
+Factors and numbers of the face are predicted from the features by linear regression, which is fitted on some
+synthetic people and measured on others:
+
+    .venv/bin/python -m fantasy_jax.miniature.motion_probe --config=configs/tiny_portrait.py
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fantasy_jax import cli
+from fantasy_jax.config import section
+from fantasy_jax.files import check_outputs
+from fantasy_jax.miniature.faces import SyntheticFace
+from fantasy_jax.miniature.held_out import write_figures
+from fantasy_jax.miniature.train_motion_encoder import READ, Stills, draw_stills
+from fantasy_jax.models.motion_encoder import MotionEncoder
+from fantasy_jax.system.encoders import encode_motion
+from fantasy_jax.typing import Float
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_paths
+from fantasy_jax.weights.loading import stored_networks
+
+EXAMPLES = """\
+examples:
+  python -m fantasy_jax.miniature.motion_probe --config=configs/tiny_portrait.py --json=out/motion.json
+  python -m fantasy_jax.miniature.motion_probe --config=configs/tiny_portrait.py --weights=out/weights
+"""
+
+PERSON = (
+    *("size", "jaw", "skin", "hair", "hair_shape", "eyes", "iris", "brows", "nose", "mouth", "lips", "beard"),
+    "glasses",
+)
+"""The numbers of a face that tell who it is."""
+_SEED = (4, 0)
+"""Part of the seeds, apart from those of clips and of training."""
+_BATCH = 64
+
+
+def probe(
+    encoder: MotionEncoder, size: int, *, fitted: int = 3072, measured: int = 1536, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Measures the share of the variance (R2) that linear regression from the features explains.
+
+    Args:
+        encoder: The encoder.
+        size: Height and width of the pictures.
+        fitted: Number of people on whom regressions are fitted.
+        measured: Number of other people on whom they are measured.
+        seed: Seed of the people.
+
+    Returns:
+        By factor, and by name of the numbers of the face with their mean as `person`: `usual`, of other
+        people from the same ranges, and `unseen`, of people with faces from just outside.
+    """
+    features, known = _features(encoder, size, seed, 0, fitted)
+    mean = features.mean(axis=0)
+    scale = features.std(axis=0) + 1e-6
+    design = _with_constant((features - mean) / scale)
+    ridge = len(design) * 1e-4 * np.eye(design.shape[1])
+    weights = np.linalg.solve(design.T @ design + ridge, design.T @ np.concatenate(known, axis=1))
+    results: dict[str, dict[str, float]] = {}
+    for name, first in (("usual", fitted), ("unseen", 2 * fitted)):
+        features, truth = _features(encoder, size, seed, first, measured, unseen=name == "unseen")
+        targets = np.concatenate(truth, axis=1)
+        error = targets - _with_constant((features - mean) / scale) @ weights
+        explained = 1 - error.var(axis=0) / targets.var(axis=0)
+        factors, person = explained[: len(READ)], explained[len(READ) :].clip(0, None)
+        for factor, value in zip((*READ, "person"), (*factors, person.mean()), strict=True):
+            results.setdefault(factor, {})[name] = float(value)
+    return results
+
+
+def _features(
+    encoder: MotionEncoder, size: int, seed: int, first: int, count: int, *, unseen: bool = False
+) -> tuple[Float[np.ndarray, "N M"], tuple[Float[np.ndarray, "N R"], Float[np.ndarray, "N I"]]]:
+    """Features of people, and their factors and numbers; the people are those from number `first` on."""
+    features, factors, numbers = [], [], []
+    for start in range(first, first + count, _BATCH):
+        generators = [np.random.default_rng([seed, *_SEED, start + i]) for i in range(_BATCH)]
+        stills = draw_stills(generators, size=size, crop_size=encoder.config.image_size, unseen=unseen)
+        features.append(np.asarray(encode_motion(encoder, [stills.crops]))[0, :, 0])
+        factors.append(stills.factors())
+        numbers.append(person_numbers(stills))
+    return np.concatenate(features), (np.concatenate(factors), np.concatenate(numbers))
+
+
+def person_numbers(stills: Stills) -> Float[np.ndarray, "N I"]:
+    """The numbers `PERSON` of every face."""
+
+    def numbers(face: SyntheticFace) -> Float[np.ndarray, " I"]:
+        return np.concatenate([np.ravel(getattr(face, name)) for name in PERSON])
+
+    return np.stack([numbers(face) for face in stills.people])
+
+
+def _with_constant(x: Float[np.ndarray, "N M"]) -> Float[np.ndarray, "N M+1"]:
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float64)
+
+
+def report(results: dict[str, dict[str, float]]) -> str:
+    """Formats the results of `probe` as lines of text."""
+    lines = [f"{'R2 on other people':<28} usual faces  unseen faces"]
+    for name, values in results.items():
+        label = "person (mean)" if name == "person" else name
+        lines.append(f"{label + ' ':.<28} {values['usual']:11.2f}  {values['unseen']:12.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = cli.ArgumentParser(
+        prog="python -m fantasy_jax.miniature.motion_probe",
+        description="Measures what linear regression finds in the features of the motion encoder.",
+        epilog=EXAMPLES,
+    )
+    cli.add_config_argument(parser)
+    parser.add_argument("--weights", metavar="DIR", help="weight store (default: `weights` of the config)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    arguments, config = cli.parse(parser, argv)
+    weights = arguments.weights or config.get("weights", "")
+    check_outputs([arguments.json], [*cli.config_files(arguments.config, config), *store_paths(weights)])
+    encoder = stored_networks(weights, dtype="float32")["motion_encoder"]
+    results = probe(encoder, section(VideoConfig, config, "video").height)
+    print(report(results))
+    if arguments.json:
+        write_figures(results, arguments.json)
+
+
+if __name__ == "__main__":
+    cli.run(main, "fantasy_jax.miniature.motion_probe")

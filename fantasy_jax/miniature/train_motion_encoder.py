@@ -1,0 +1,203 @@
+"""Training of the motion encoder: regression of the factors of motion from aligned faces.
+
+PD-FGC's encoder is trained to drive a generator of faces (arXiv 2211.14506). The small one is trained to
+predict the factors of synthetic faces instead, by a linear read-out of each of its heads. Every example shows
+another face, so that what distinguishes people does not help.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fantasy_jax.config import Fraction, PositiveInt
+from fantasy_jax.miniature.acting import Performance, draw_still
+from fantasy_jax.miniature.faces import SyntheticFace, acting_face, draw_face, stack_faces
+from fantasy_jax.miniature.rendering import face_points, render_batch
+from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
+from fantasy_jax.models.motion_encoder import MotionEncoder
+from fantasy_jax.preprocessing.driving import align_face
+from fantasy_jax.preprocessing.images import from_uint8
+from fantasy_jax.training.optim import OptimizerConfig
+from fantasy_jax.training.state import Batch, Metrics
+from fantasy_jax.typing import Array, Float, Float32, UInt8
+
+HEADS = {
+    "headpose": ("turn", "nod"),
+    "eye": ("gaze_x", "gaze_y", "blink", "lid"),
+    "emotion": ("brow_inner", "brow_outer", "furrow", "lid", "smile", "asymmetry", "sneer"),
+    "mouth": ("opening", "rounding", "jaw", "smile", "asymmetry", "sneer"),
+}
+"""The factors that are read from each head. Alignment hides the place of the head and its roll."""
+READ = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
+"""All factors that are read."""
+_TRAINING, _NORMS, _SCALES = (3, 0), (3, 1), (3, 2)
+"""Parts of the seeds, apart from those of clips, of what is drawn: examples, and faces for statistics."""
+_NORM_FACES, _SCALE_ACTS = 256, 4096
+
+
+@dataclass(frozen=True)
+class MotionStageConfig(EncoderStageConfig):
+    """Training of the motion encoder.
+
+    Attributes:
+        num_steps: Training steps.
+        batch_size: Faces per step.
+        optimizer: The optimizer.
+        jitter: Standard deviation of random errors of the points, as a fraction of the distance of the eyes.
+        light: Standard deviation of the relative brightness.
+    """
+
+    num_steps: PositiveInt = 2500
+    batch_size: PositiveInt = 64
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=100)
+    jitter: Fraction = 0.03
+    light: Fraction = 0.12
+
+
+class MotionRegressor(nnx.Module):
+    """The motion encoder with a linear read-out of each head; only used in training."""
+
+    def __init__(self, encoder: MotionEncoder, *, rngs: nnx.Rngs):
+        """Adds the read-outs to an encoder."""
+        config = encoder.config
+        widths = (config.pose_dim, config.eye_dim, config.emotion_dim, config.feature_dim)
+        self.encoder = encoder
+        self.readouts = nnx.Dict(
+            {
+                head: nnx.Linear(width, len(names), rngs=rngs)
+                for (head, names), width in zip(HEADS.items(), widths, strict=True)
+            }
+        )
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B _"]]:
+        """The factors that are read from each head, in the order of `HEADS`, in deviations."""
+        parts = self.encoder.parts(self.encoder.face_feature(pixels))
+        return {head: readout(getattr(parts, head)) for head, readout in self.readouts.items()}
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Pictures of people, one of each.
+
+    Attributes:
+        people: The people.
+        acts: Their motion, of one frame.
+        crops: Aligned faces.
+    """
+
+    people: list[SyntheticFace]
+    acts: list[Performance]
+    crops: UInt8[np.ndarray, "B S S 3"]
+
+    def factors(self) -> Float32[np.ndarray, "B R"]:
+        """The factors `READ`."""
+        return np.stack([[getattr(act, name)[0] for name in READ] for act in self.acts]).astype(np.float32)
+
+
+def draw_stills(
+    generators: Sequence[np.random.Generator],
+    *,
+    size: int,
+    crop_size: int,
+    jitter: float = 0.0,
+    light: float = 0.0,
+    unseen: bool = False,
+) -> Stills:
+    """Draws and renders a person for each random generator.
+
+    Args:
+        generators: Random generators.
+        size: Height and width of the pictures.
+        crop_size: Height and width of the aligned faces.
+        jitter: As in `MotionStageConfig`.
+        light: As in `MotionStageConfig`.
+        unseen: Whether faces are from just outside the usual ranges.
+    """
+    people = [acting_face(draw_face(rng, unseen=unseen)) for rng in generators]
+    acts = [draw_still(rng) for rng in generators]
+    faces = jax.tree.map(lambda x: x[:, None], stack_faces(people))
+    stacked = jax.tree.map(lambda *x: np.stack(x)[:, None], *acts)
+    pixels, _ = render_batch(faces, stacked, np.zeros((len(people), 1), np.float32), size=size)
+    frames = np.round((np.asarray(pixels[:, 0]) + 1) * 127.5).astype(np.uint8)
+    crops = []
+    for frame, face, act, rng in zip(frames, people, acts, generators, strict=True):
+        points = (face_points(face, act)[0].astype(np.float64) + 1) * size / 2
+        points += jitter * np.linalg.norm(points[0] - points[1]) * rng.normal(size=points.shape)
+        crop = align_face(frame, points, crop_size)
+        crops.append(np.clip(crop * (1 + light * rng.normal()), 0, 255).astype(np.uint8))
+    return Stills(people, acts, np.stack(crops))
+
+
+def motion_batches(
+    size: int,
+    crop_size: int,
+    config: MotionStageConfig,
+    *,
+    batch_size: int,
+    start: int,
+    num_workers: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Yields batches without end, from batch number `start` on, each of people never seen before.
+
+    Arguments are those of `data.loader.batches`; nothing is read, and rendering takes no worker.
+
+    Args:
+        size: Height and width of the pictures.
+        crop_size: Height and width of the aligned faces.
+        config: Random errors of the examples.
+        batch_size: Examples in a batch of all processes.
+        start: Number of the first batch.
+        num_workers: Not used.
+        seed: Seed of the people.
+        rows: Which examples of each batch this process needs; None for all.
+    """
+    del num_workers
+    needed = range(batch_size) if rows is None else rows
+    means, deviations = factor_statistics()
+    for step in itertools.count(start):
+        generators = [np.random.default_rng([seed, *_TRAINING, step, row]) for row in needed]
+        stills = draw_stills(
+            generators, size=size, crop_size=crop_size, jitter=config.jitter, light=config.light
+        )
+        yield {"faces": stills.crops, "factors": (stills.factors() - means) / deviations}
+
+
+def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, " R"]]:
+    """Mean and deviation of the factors `READ` over `draw_still`."""
+    acts = [draw_still(np.random.default_rng([*_SCALES, i])) for i in range(_SCALE_ACTS)]
+    values = np.array([[getattr(act, name)[0] for name in READ] for act in acts])
+    return values.mean(axis=0).astype(np.float32), values.std(axis=0).astype(np.float32)
+
+
+def motion_loss(regressor: MotionRegressor, batch: Batch, keys: Array) -> tuple[Float[Array, ""], Metrics]:
+    """Mean squared error of the factors, in deviations. The norms use the statistics of the batch."""
+    regressor = nnx.clone(regressor)  # the norms of the copy note statistics, which are not used
+    regressor.train()
+    target = dict(zip(READ, jnp.asarray(batch["factors"]).T, strict=True))
+    predicted = regressor(from_uint8(batch["faces"]))
+    errors = {
+        f"{head}/{name}": jnp.square(values[:, i] - target[name]).mean()
+        for head, values in predicted.items()
+        for i, name in enumerate(HEADS[head])
+    }
+    return jnp.stack(list(errors.values())).mean(), errors
+
+
+def finish_norms(encoder: MotionEncoder, size: int, seed: int) -> None:
+    """Sets the statistics of the norms, which are those of each batch during training, to those of faces.
+
+    Args:
+        encoder: The trained encoder.
+        size: Height and width of the pictures.
+        seed: Seed of the people.
+    """
+    generators = [np.random.default_rng([seed, *_NORMS, i]) for i in range(_NORM_FACES)]
+    faces = draw_stills(generators, size=size, crop_size=encoder.config.image_size).crops
+    initialise_norms(encoder, faces)
