@@ -57,7 +57,6 @@ TASKS = {
     "talking": PrepareConfig,
     "miniature": PrepareConfig,
     "portrait": PortraitPrepareConfig,
-    "miniature_portrait": PortraitPrepareConfig,
 }
 """Settings of the clips for each task of a config."""
 _REPORT = "report.html"
