@@ -7,7 +7,6 @@ that are in memory together (`account`).
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -26,7 +25,8 @@ from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.config import PipelineConfig, PortraitSampleConfig, SampleConfig
 from fantasy_jax.sharding import MeshConfig, WeightsMemory, make_mesh
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.video import PIXELS_PER_LATENT, TEMPORAL_FACTOR, VideoConfig
+from fantasy_jax.system.vae_memory import temporary_bytes
+from fantasy_jax.video import VideoConfig
 
 EXAMPLES = """\
 examples:
@@ -134,8 +134,8 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
       the hidden units of the MLP before and after the activation, in the type of products (attention needs
       less); two kernels in that type, if weights have 8 bits; two blocks that were copied from the host.
       On an H100 XLA needed 2.4 GiB for 24,000 tokens, for which this is 2.4.
-    - Of the VAE: of one latent frame in pixels, four frames of the widest features, six times. For a v5p XLA
-      needed 2.23 GiB to encode 512 x 512, for which this is 2.25.
+    - Of the VAE: by the account that it makes itself (`vae_memory.temporary_bytes`). For a v5p XLA needed
+      2.23 GiB to encode 512 x 512, for which this is 2.25.
     - Of encoders of text, images and sound, which take short inputs: as much as a tenth of their weights.
     """
     itemsize = 2 if model.dtype == "bfloat16" else 4
@@ -150,11 +150,10 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
         streamed = 2 * device_bytes(leaves, in_host=True) // sizes.num_layers
         return block + kernels + streamed
     if "latent" in program.name:
-        sides = video.size
+        sides = video.latent_size
         if program.name.startswith("a tile"):
-            tile = (PIXELS_PER_LATENT * side for side in config.tile)
-            sides = tuple(map(min, sides, tile))
-        return 6 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
+            sides = tuple(map(min, sides, config.tile))
+        return temporary_bytes(model.vae, config.vae_dtype or model.dtype, sides)
     return device_bytes(leaves) // 10
 
 

@@ -113,6 +113,7 @@ class Pipeline:
         """
         if missing := [slot for slot in self.required if slot not in networks]:
             raise ConfigError(f"model.{missing[0]}: is missing; {type(self).__name__} needs it")
+        networks = networks.with_dtypes(vae=config.vae_dtype)
         self.networks = networks.keeping(config.keep if keep is None else keep)
         self.video, self.config = video, config
         self.mesh = make_mesh(**config.mesh.axes)
@@ -313,14 +314,16 @@ class Pipeline:
     ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         """Yields the frames of latents, decoded by the mesh."""
         with self._on_mesh() as networks:
-            decoder = StreamingDecoder(networks["vae"], tile=config.tile, stride=config.tile_stride)
-        with tqdm(total=latents.shape[1], desc="Decoding", unit="latent frame", disable=not progress) as bar:
-            for index in range(latents.shape[1]):
+            decoder = StreamingDecoder(networks["vae"], **config.decoding)
+            plan, chunks = decoder.plan(latents), decoder.chunks(latents)
+        what = f"Decoding in {len(plan.tiles)} tiles" if plan.in_tiles else "Decoding"
+        with tqdm(total=latents.shape[1], desc=what, unit="latent frame", disable=not progress) as bar:
+            for chunk in chunks:
                 # The mesh is not set while the caller has a frame.
                 with self.networks.on_mesh(self.config.mesh, self.mesh):
-                    chunks = list(decoder(replicate(latents[:, index : index + 1])))
-                bar.update()  # before the caller gets the last frame, after which it may stop
-                for frames in chunks:
+                    decoded = list(decoder(replicate(latents[:, chunk])))
+                bar.update(chunk.stop - chunk.start)  # before the caller gets the last frame, and may stop
+                for frames in decoded:
                     yield from frames
 
 
