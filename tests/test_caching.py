@@ -362,7 +362,7 @@ def test_programs_of_the_approximations():
 
 @pytest.mark.slow
 def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
-    names = ["gated 0.25, 0.25", "4 steps"]
+    names = ["gated 0.25, 0.25", "4 steps", "decoder in bfloat16"]
     options = [f"--config={ROOT / 'configs/tiny.py'}", "--clips=2", f"--json={tmp_path / 'figures.json'}"]
     options += ["--config.sample.gating.enabled=True"]  # which the exact steps leave out
     approximate.main([*options, *(f"--only={name}" for name in names)])
@@ -371,11 +371,14 @@ def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
         ("exact", 24),
         ("gated 0.25, 0.25", 15),
         ("4 steps", 8),
+        ("decoder in bfloat16", 24),
     ]
     assert figures["exact"]["latents"]["mean"] > 99
-    gated, fewer = (figures[name]["latents"]["mean"] for name in names)
+    gated, fewer, decoder = (figures[name]["latents"]["mean"] for name in names)
     assert 20 < fewer < gated < 60
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert decoder > 99
+    assert 30 < figures[names[-1]]["frames"]["mean"] < 70
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def _skipping(curve: MagnitudeCurve, bound: float, skips: int) -> dict[str, Any]
     return {"magcache": MagCacheConfig(curve, bound, skips)}
 
 
-EXACT = {"gating": GatingConfig(), "magcache": MagCacheConfig()}
+EXACT = {"gating": GatingConfig(), "magcache": MagCacheConfig(), "vae_dtype": None}
 """The settings of exact sampling, whatever the config has."""
 
 METHODS: dict[str, Settings] = {
@@ -62,9 +62,11 @@ METHODS: dict[str, Settings] = {
     "gated 0.4, 0.7; MagCache 0.12, 2": lambda curve: _gated(0.4, 0.7) | _skipping(curve, 0.12, 2),
     "8 steps": lambda curve: {"num_inference_steps": 8},
     "4 steps": lambda curve: {"num_inference_steps": 4},
+    "decoder in bfloat16": lambda curve: {"vae_dtype": "bfloat16"},
 }
 """Methods by name: the fractions of steps to which the prompt's and the audio's differences are computed; the
-error bound and the most steps that are skipped in a row; other numbers of steps, which are exact."""
+error bound and the most steps that are skipped in a row; other numbers of steps, which are exact; the type of
+the VAE that decodes."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _sample(
     config = replace(held_out.config, **EXACT | changes)
     batches = held_out.sample(held_out.encoded, name, config, residual_callback=calibration)
     latents = np.concatenate([np.asarray(x) for x in batches])
-    return _Clips(latents, held_out.decode(latents))
+    return _Clips(latents, held_out.decode(latents, config.vae_dtype))
 
 
 def _row(held_out: HeldOutClips, changes: Mapping[str, Any], clips: _Clips, exact: _Clips) -> Row:

@@ -13,8 +13,8 @@ from fantasy_jax.video import TEMPORAL_FACTOR
 
 MOST_AT_ONCE = 4
 """Latent frames that are processed together at most."""
-_MARGIN = 0.9
-"""Fraction of the free memory that is used, which is fragmented."""
+_MARGIN = 0.7
+"""Fraction of the free memory that the account may take; workspaces of convolutions are not part of it."""
 
 
 def temporary_bytes(config: VAEConfig, dtype: DType, latent_size: Sequence[int], at_once: int = 1) -> int:
