@@ -43,6 +43,7 @@ from fantasy_jax.pipelines.config import SampleConfig
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import abstract_networks
+from fantasy_jax.system.vae_memory import free_bytes
 from fantasy_jax.training.objective import PadText
 from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
@@ -197,7 +198,7 @@ def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterab
         eight_bit=settings.eight_bit,
         weights_memory=sample.weights_memory,
         eight_bit_products=sample.eight_bit_products,
-    )
+    ).with_dtypes(vae=sample.vae_dtype)
     if part == "forward":  # a step whose guidance has one branch
         exact = replace(sample, magcache=MagCacheConfig())
         unguided = replace(exact, text_guidance_scale=1.0, audio_guidance_scale=1.0)
@@ -205,8 +206,8 @@ def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterab
     elif part == "guided_step":
         yield from guided_step_programs(networks, sample, video, mesh)
     else:
-        yield vae_encode_program(networks, video, mesh)
-        yield vae_decode_program(networks, sample, video, mesh)
+        yield vae_encode_program(networks, video, mesh, free=free_bytes())
+        yield vae_decode_program(networks, sample, video, mesh, free=free_bytes())
 
 
 def _time_loader(settings: _Settings, repeats: int) -> Timing:

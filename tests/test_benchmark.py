@@ -160,7 +160,7 @@ def test_all_parts_and_pytorch_are_timed(tmp_path):
         "stage 1 step",
         "stage 2 step",
         "first frame to latents",
-        "a tile of a latent frame to video",
+        "latent frame to video",
         "loader, 8 clips",
         "forward, PyTorch eager, without audio",
         "forward, PyTorch compiled, without audio",

@@ -363,7 +363,7 @@ def test_programs_of_the_approximations():
 
 @pytest.mark.slow
 def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
-    names = ["gated 0.25, 0.25", "4 steps", "int8 weights and products"]
+    names = ["gated 0.25, 0.25", "4 steps", "int8 weights and products", "decoder in bfloat16"]
     options = [f"--config={ROOT / 'configs/tiny.py'}", "--clips=2", f"--json={tmp_path / 'figures.json'}"]
     options += ["--config.sample.gating.enabled=True"]  # which the exact steps leave out
     approximate.main([*options, *(f"--only={name}" for name in names)])
@@ -373,11 +373,14 @@ def test_methods_are_compared_with_exact_sampling(tmp_path, capsys):
         ("gated 0.25, 0.25", 15),
         ("4 steps", 8),
         ("int8 weights and products", 24),
+        ("decoder in bfloat16", 24),
     ]
     assert figures["exact"]["latents"]["mean"] > 99
-    gated, fewer, eight_bit = (figures[name]["latents"]["mean"] for name in names)
+    gated, fewer, eight_bit, decoder = (figures[name]["latents"]["mean"] for name in names)
     assert 20 < fewer < gated < eight_bit < 70
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert decoder > 99
+    assert 30 < figures[names[-1]]["frames"]["mean"] < 70
+    assert len(capsys.readouterr().out.splitlines()) == 7
 
 
 @pytest.mark.slow

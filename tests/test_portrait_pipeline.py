@@ -29,6 +29,7 @@ from fantasy_jax.system import encoders
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.networks import random_networks
 from fantasy_jax.system.registry import component_of
+from fantasy_jax.system.streaming import DecodingPlan
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import save_network
 
@@ -74,6 +75,12 @@ class NoDecoder:
     """Black frames in place of decoded ones."""
 
     first = True
+
+    def plan(self, latents):
+        return DecodingPlan((), 1)
+
+    def chunks(self, latents):
+        return [slice(i, i + 1) for i in range(latents.shape[1])]
 
     def __call__(self, latents):
         for _ in range(latents.shape[1]):

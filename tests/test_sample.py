@@ -95,7 +95,7 @@ def test_the_full_size_config_has_the_official_defaults():
     scales = settings.text_guidance_scale, settings.audio_guidance_scale
     assert (settings.num_inference_steps, settings.shift, *scales) == (30, 5, 5, 5)
     assert build(VideoConfig, config.video, "video") == VideoConfig(512, 512, 81, 23)
-    assert (settings.tile, settings.tile_stride) == ((30, 52), (15, 26))
+    assert (settings.tiling, settings.tile, settings.tile_stride) == ("auto", (30, 52), (15, 26))
     assert settings.negative_prompt.startswith("人物静止不动，静止，色调艳丽")
     assert hashlib.sha256(settings.negative_prompt.encode()).hexdigest()[:16] == "c14ba6c81b9d8490"
 

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, random_network
+from helpers import normal, random_network, relative
 
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.models.vae import VAEConfig
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
 from fantasy_jax.sharding import make_mesh, replicate, shard_module
-from fantasy_jax.system.streaming import StreamingDecoder, decode_step, encode_stream
+from fantasy_jax.system import streaming
+from fantasy_jax.system.registry import component_of
+from fantasy_jax.system.streaming import StreamingDecoder, decode_step, encode_stream, plan_decoding
+from fantasy_jax.system.vae_memory import temporary_bytes
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -20,7 +23,7 @@ SIZES = {"dim": 4, "dim_mult": (1, 2, 2), "num_res_blocks": 1, "temporal_downsam
 WAN, MINIATURE = VAEConfig(**SIZES), MiniatureVAEConfig(**SIZES, patch=2)
 TILES = {"tile": (4, 6), "stride": (2, 4)}
 decode = jax.jit(lambda vae, latents: vae.decode(latents))
-encode = jax.jit(lambda vae, video: vae.encode(from_uint8(video)))
+encode = jax.jit(lambda vae, video, at_once=1: vae.encode(from_uint8(video), at_once), static_argnums=2)
 
 
 @pytest.fixture(
@@ -62,6 +65,55 @@ def test_a_stream_of_latents_is_decoded_to_the_bits_of_the_whole(vae, lengths):
     assert np.array_equal(frames, whole(decode(vae, latents)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("lengths", "chunks"), [((5,), [1, 4]), ((3, 3, 4), [1, 2, 3, 4])])
+def test_frames_do_not_depend_on_the_latent_frames_that_are_decoded_at_once(
+    vae, monkeypatch, lengths, chunks
+):
+    monkeypatch.setattr(streaming, "free_bytes", lambda: 2**40)
+    latents, decoder, found = draw(sum(lengths)), StreamingDecoder(vae), []
+    for part in np.split(latents, np.cumsum(lengths)[:-1], axis=1):
+        found += [(chunk, decoder.decode(part[:, chunk])) for chunk in decoder.chunks(part)]
+    assert [chunk.stop - chunk.start for chunk, _ in found] == chunks
+    assert relative(np.concatenate([pixels for _, pixels in found], axis=1), decode(vae, latents)) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_latents_do_not_depend_on_the_frames_that_are_encoded_at_once(vae, at_once):
+    video = draw_video(vae, 17)
+    assert relative(encode(vae, video, at_once), encode(vae, video)) < 5e-6
+    with pytest.raises(ValueError, match="no chunks of"):
+        encode(vae, video[:, :13], at_once)
+
+
+def test_an_image_is_decoded_whole_where_its_memory_is_free():
+    vae = component_of(VAEConfig()).abstract(VAEConfig(), jnp.bfloat16)
+    latents = jax.ShapeDtypeStruct((1, 1, 64, 64, 16), jnp.float32)
+
+    def plan(free, **settings):
+        """Tiles and latent frames at once for 512 x 512 in bfloat16, by free GiB."""
+        found = plan_decoding(vae, latents, free * 2**30, **settings)
+        return len(found.tiles), found.most
+
+    # Caches of 1.15 GiB and temporaries of 2.25, 3.375, 4.5 and 5.625, in seven tenths of what is free.
+    assert [plan(free) for free in (4.8, 4.9, 6.5, 8.1, 9.7)] == [(8, 1), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert (plan(80, tiling="on"), plan(1, tiling="off")) == ((8, 1), (1, 1))
+    assert plan(np.inf) == (1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "at_once"), [(8, 1), (16, 1), (16, 4)])
+def test_the_account_of_temporaries_is_that_of_the_compiler(side, at_once):
+    config = VAEConfig(dim=16)
+    vae = component_of(config).abstract(config)
+    first, latents = (jax.ShapeDtypeStruct((1, n, side, side, 16), jnp.float32) for n in (1, at_once))
+    carried, _ = decode_step.eval_shape(vae, None, first)
+    memory = decode_step.lower(vae, carried, latents).compile().memory_analysis()
+    accounted = temporary_bytes(config, jnp.float32, (side, side), at_once)
+    assert 0.5 * accounted < memory.temp_size_in_bytes < accounted
+
+
 def test_streams_of_any_length_run_two_programs(vae):
     decode_step.clear_cache()
     list(StreamingDecoder(vae)(draw(2)))
@@ -73,7 +125,7 @@ def test_streams_of_any_length_run_two_programs(vae):
 def test_tiles_of_a_stream_give_the_bits_of_tiles_of_the_whole(vae, lengths):
     latents = draw(sum(lengths), rows=8, columns=10)  # three by two tiles
     expected = blend_by_numpy(lambda x: decode(vae, x), latents, vae.config.spatial_factor)
-    frames = streamed(StreamingDecoder(vae, **TILES), latents, lengths)
+    frames = streamed(StreamingDecoder(vae, tiling="on", **TILES), latents, lengths)
     assert np.array_equal(frames, whole(expected))
 
 

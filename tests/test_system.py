@@ -21,6 +21,8 @@ from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfi
 from fantasy_jax.models.face_encoder import FaceEncoderConfig
 from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.models.wan import WanConfig
+from fantasy_jax.pipelines.base import Pipeline
+from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig, make_mesh
 from fantasy_jax.system.conditioning import condition, velocity
@@ -203,6 +205,23 @@ def test_a_network_is_made_in_the_systems_dtype_or_in_its_own():
     for slot in ("face_encoder", "motion_encoder"):
         assert dtypes.pop(slot) == {jnp.dtype("float32")}
     assert set.union(*dtypes.values()) == {jnp.dtype("bfloat16")}
+
+
+def test_the_vae_has_the_type_of_the_sampling_settings():
+    networks, made = counted()
+    config = PipelineConfig(vae_dtype="bfloat16")
+    changed = Pipeline(networks, VIDEO, config, keep="all").networks
+    types = {
+        slot: {x.dtype for x in jax.tree.leaves(nnx.state(changed[slot], nnx.Param))} for slot in networks
+    }
+    assert types.pop("vae") == {jnp.dtype("bfloat16")}
+    assert set.union(*types.values()) == {jnp.dtype("float32")}
+    assert networks["vae"].moments.dtype == jnp.float32
+    made.clear()
+    exact = changed.with_dtypes(vae="float32", transformer=None)
+    assert exact["vae"].moments.dtype == jnp.float32
+    assert exact["transformer"] is changed["transformer"]
+    assert made == {"vae": 1}
 
 
 def test_no_network_is_kept_unless_asked():

@@ -11,6 +11,7 @@ from flax import nnx
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax import media
 from fantasy_jax.errors import MediaError
+from fantasy_jax.models.tiling import split_tiles
 from fantasy_jax.pipelines import base
 from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.config import PipelineConfig
@@ -18,6 +19,7 @@ from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.networks import random_networks
+from fantasy_jax.system.streaming import DecodingPlan
 from fantasy_jax.video import VideoConfig
 
 LATENTS = jnp.zeros((1, 6, 4, 8, 16))
@@ -72,8 +74,14 @@ def test_a_clip_and_its_sheet_are_written_while_it_is_decoded_once(tmp_path):
 
 def test_a_mesh_decodes_and_is_not_set_for_the_caller(monkeypatch, capsys):
     class Decoder:
-        def __init__(self, vae, *, tile, stride):
-            assert (tile, stride) == ((30, 52), (15, 26))
+        def __init__(self, vae, **settings):
+            assert settings == {"tiling": "auto", "tile": (30, 52), "stride": (15, 26)}
+
+        def plan(self, latents):
+            return DecodingPlan(split_tiles(latents.shape[2:4], (2, 8), (2, 8), 8), 1)
+
+        def chunks(self, latents):
+            return [slice(0, 1), slice(1, 3), slice(3, 6)]
 
         def __call__(self, latents):
             assert jax.sharding.get_abstract_mesh().shape["context"] == 2
@@ -93,7 +101,7 @@ def test_a_mesh_decodes_and_is_not_set_for_the_caller(monkeypatch, capsys):
         assert jax.sharding.get_abstract_mesh().empty
         shades.append(frame.mean())
     assert shades == [shade for shade in range(6) for _ in range(4)]
-    assert "Decoding: 100%" in capsys.readouterr().err
+    assert "Decoding in 2 tiles: 100%" in capsys.readouterr().err
 
 
 def test_a_clip_whose_sound_cannot_be_read_is_not_decoded(tmp_path):

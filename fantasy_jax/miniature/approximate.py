@@ -55,7 +55,7 @@ def _skipping(curve: MagnitudeCurve, bound: float, skips: int) -> dict[str, Any]
     return {"magcache": MagCacheConfig(curve, bound, skips)}
 
 
-EXACT = {"gating": GatingConfig(), "magcache": MagCacheConfig()}
+EXACT = {"gating": GatingConfig(), "magcache": MagCacheConfig(), "vae_dtype": None}
 """The settings of exact sampling, whatever the config has."""
 
 
@@ -87,9 +87,11 @@ METHODS = {
     "fp8 weights": Method(eight_bit="fp8"),
     "int8 weights and products": Method(lambda curve: {"eight_bit_products": True}, "int8"),
     "fp8 weights and products": Method(lambda curve: {"eight_bit_products": True}, "fp8"),
+    "decoder in bfloat16": Method(lambda curve: {"vae_dtype": "bfloat16"}),
 }
 """Methods by name: the fractions of steps to which the prompt's and the audio's differences are computed; the
-error bound and the most steps that are skipped in a row; other numbers of steps, which are exact; 8 bits."""
+error bound and the most steps that are skipped in a row; other numbers of steps, which are exact; 8 bits;
+the type of the VAE that decodes."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _sample(
     config = replace(held_out.config, **EXACT | changes)
     batches = held_out.sample(held_out.encoded, name, config, residual_callback=calibration)
     latents = np.concatenate([np.asarray(x) for x in batches])
-    return _Clips(latents, held_out.decode(latents))
+    return _Clips(latents, held_out.decode(latents, config.vae_dtype))
 
 
 def _row(held_out: HeldOutClips, changes: Mapping[str, Any], clips: _Clips, exact: _Clips) -> Row:

@@ -155,9 +155,12 @@ class HeldOutClips:
                 residual_callback=residual_callback,
             )
 
-    def decode(self, latents: Float[Array | np.ndarray, "B F h w C"]) -> UInt8[np.ndarray, "B T H W 3"]:
-        """Decodes latents to frames."""
-        return to_uint8(np.asarray(_decode(self.networks["vae"], jnp.asarray(latents))))
+    def decode(
+        self, latents: Float[Array | np.ndarray, "B F h w C"], dtype: str | None = None
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """Decodes latents to frames, with the VAE in a type (`PipelineConfig.vae_dtype`)."""
+        vae = self.networks.with_dtypes(vae=dtype)["vae"]
+        return to_uint8(np.asarray(_decode(vae, jnp.asarray(latents)), np.float32))
 
     def reconstruct(self) -> UInt8[np.ndarray, "N T H W 3"]:
         """The VAE's reconstruction of every clip."""

@@ -49,16 +49,17 @@ class LinearShortcut(nnx.Module):
         self.decode_first = Linear(config.latent_channels, pixels, **types)
         self.decode_chunk = Linear(config.latent_channels, TEMPORAL_FACTOR * pixels, **types)
 
-    def encode(self, chunk: Float[Array, "B T H W 3"]) -> Float[Array, "B 1 h w C"]:
-        """Term of the posterior's mean of the first frame, or of four frames after it."""
-        frames = chunk.shape[1]
-        encode = self.encode_first if frames == 1 else self.encode_chunk
-        return encode(to_blocks(chunk, frames, self.side))
+    def encode(self, chunk: Float[Array, "B T H W 3"], *, first: bool) -> Float[Array, "B F h w C"]:
+        """Term of the posterior's mean of the first frame, or of 4F frames after it."""
+        if first:
+            return self.encode_first(to_blocks(chunk, 1, self.side))
+        return self.encode_chunk(to_blocks(chunk, TEMPORAL_FACTOR, self.side))
 
-    def decode(self, latent: Float[Array, "B 1 h w C"], frames: int) -> Float[Array, "B T H W 3"]:
-        """Term of the decoded pixels of the first frame, or of four frames after it."""
-        decode = self.decode_first if frames == 1 else self.decode_chunk
-        return from_blocks(decode(latent), frames, self.side)
+    def decode(self, latents: Float[Array, "B F h w C"], *, first: bool) -> Float[Array, "B T H W 3"]:
+        """Term of the decoded pixels of the first frame, or of 4F frames after it."""
+        if first:
+            return from_blocks(self.decode_first(latents), 1, self.side)
+        return from_blocks(self.decode_chunk(latents), TEMPORAL_FACTOR, self.side)
 
 
 class MiniatureVAE(WanVAE):
@@ -83,16 +84,17 @@ class MiniatureVAE(WanVAE):
 
     def _encode_chunk(
         self, chunk: Float[Array, "B T H W 3"], carried: Carried | None, rows: Rows
-    ) -> tuple[Float[Array, "B 1 h w D"], Carried]:
-        moments, carried = super()._encode_chunk(to_blocks(chunk, 1, self.config.patch), carried, rows)
-        return moments.at[..., : self.config.latent_channels].add(self.shortcut.encode(chunk)), carried
+    ) -> tuple[Float[Array, "B F h w D"], Carried]:
+        moments, following = super()._encode_chunk(to_blocks(chunk, 1, self.config.patch), carried, rows)
+        linear = self.shortcut.encode(chunk, first=carried is None)
+        return moments.at[..., : self.config.latent_channels].add(linear), following
 
     def _decode_chunk(
-        self, latent: Float[Array, "B 1 h w C"], carried: Carried | None, rows: Rows
+        self, latents: Float[Array, "B F h w C"], carried: Carried | None, rows: Rows
     ) -> tuple[Float[Array, "B T H W 3"], Carried]:
-        blocks, carried = super()._decode_chunk(latent, carried, rows)
+        blocks, following = super()._decode_chunk(latents, carried, rows)
         video = from_blocks(blocks, 1, self.config.patch)
-        return video + self.shortcut.decode(self._denormalise(latent), video.shape[1]), carried
+        return video + self.shortcut.decode(self._denormalise(latents), first=carried is None), following
 
 
 def to_blocks(video: Float[Array, "B T H W C"], frames: int, side: int) -> Float[Array, "B U h w D"]:

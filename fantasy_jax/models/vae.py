@@ -1,9 +1,9 @@
 """Wan2.1's causal 3D VAE: eight times smaller in space, four times in time.
 
 Source: Wan2.1, `wan/modules/vae.py`. A video is processed in chunks under `jax.lax.scan`: first one frame,
-then four frames at a time (one latent frame each). Every causal convolution carries its last input frames to
-the next chunk, so memory does not grow with the length of the video. Before the first frame they are zeros,
-which is causal padding.
+then four frames at a time (one latent frame), or a multiple of it. Every causal convolution carries its last
+input frames to the next chunk, so memory does not grow with the length of the video. Before the first frame
+they are zeros, which is causal padding. The result does not depend on the length of chunks.
 
 On a mesh the rows of a video are sharded (`models/halo.py`): a convolution receives the nearest rows of the
 neighbouring devices, and the attention in the middle gathers keys and values. All else is local.
@@ -290,21 +290,24 @@ class WanVAE(nnx.Module):
         self.latent_std = LatentStatistic(jnp.asarray(config.latent_std, jnp.float32))
 
     def encode_moments(
-        self, video: Float[Array, "B T H W 3"]
+        self, video: Float[Array, "B T H W 3"], at_once: int = 1
     ) -> tuple[Float[Array, "B F h w C"], Float[Array, "B F h w C"]]:
         """Mean and log variance of the posterior, not normalised.
 
         Args:
             video: T = 4k + 1 frames in [-1, 1], sides multiples of the spatial factor.
+            at_once: Latent frames of a chunk, a divisor of k.
 
         Raises:
-            ValueError: The length or a side is another.
+            ValueError: The length or a side is another, or `at_once` is no divisor of k.
         """
         if video.shape[1] % TEMPORAL_FACTOR != 1:
             raise ValueError(f"video of {video.shape[1]} frames: their number must be 4k + 1")
+        if video.shape[1] // TEMPORAL_FACTOR % at_once:
+            raise ValueError(f"video of {video.shape[1]} frames: no chunks of {at_once} latent frames")
         graphdef, state = nnx.split(self)
         moments, _ = halo_exchange(
-            lambda state, video, _, rows: (nnx.merge(graphdef, state)._encode(video, rows), None),
+            lambda state, video, _, rows: (nnx.merge(graphdef, state)._encode(video, rows, at_once), None),
             state,
             self._checked(video),
             multiple=self.config.spatial_factor,
@@ -312,47 +315,51 @@ class WanVAE(nnx.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, log_variance
 
-    def _encode(self, video: Float[Array, "B T H W 3"], rows: Rows) -> Float[Array, "B F h w D"]:
+    def _encode(
+        self, video: Float[Array, "B T H W 3"], rows: Rows, at_once: int
+    ) -> Float[Array, "B F h w D"]:
         """Mean and log variance, concatenated, of one device's rows."""
         first, carried = self._encode_chunk(video[:, :1], None, rows)
         if video.shape[1] == 1:
             return first
         graphdef, state = nnx.split(self)
+        length = TEMPORAL_FACTOR * at_once
 
         @jax.checkpoint
         def encode_chunk(state: nnx.State, carried: Carried, index: Array) -> tuple[Array, Carried]:
-            chunk = jax.lax.dynamic_slice_in_dim(video, 1 + TEMPORAL_FACTOR * index, TEMPORAL_FACTOR, axis=1)
+            chunk = jax.lax.dynamic_slice_in_dim(video, 1 + length * index, length, axis=1)
             return nnx.merge(graphdef, state)._encode_chunk(chunk, carried, rows)
 
         def body(carried: Carried, index: Array) -> tuple[Carried, Array]:
             encoded, carried = encode_chunk(state, carried, index)
-            return carried, encoded[:, 0]
+            return carried, encoded
 
-        _, rest = jax.lax.scan(body, carried, jnp.arange(video.shape[1] // TEMPORAL_FACTOR))
-        return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
+        _, rest = jax.lax.scan(body, carried, jnp.arange(video.shape[1] // length))
+        rest = jnp.moveaxis(rest, 0, 1).reshape(first.shape[0], -1, *first.shape[2:])
+        return jnp.concatenate([first, rest], axis=1)
 
     def _encode_chunk(
         self, chunk: Float[Array, "B T H W P"], carried: Carried | None, rows: Rows
-    ) -> tuple[Float[Array, "B 1 h w D"], Carried]:
-        """Mean and log variance of the first frame (`carried` is None), or of four frames after it."""
+    ) -> tuple[Float[Array, "B F h w D"], Carried]:
+        """Mean and log variance of the first frame (`carried` is None), or of 4F frames after it."""
         encoded, carried = self.encoder(chunk, carried, rows)
         return self.moments(encoded), carried
 
-    def encode(self, video: Float[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+    def encode(self, video: Float[Array, "B T H W 3"], at_once: int = 1) -> Float[Array, "B F h w C"]:
         """Normalised latents of a video: the posterior's mean.
 
         Arguments and errors are those of `encode_moments`.
         """
-        mean, _ = self.encode_moments(video)
+        mean, _ = self.encode_moments(video, at_once)
         return self._normalise(mean)
 
     def encode_chunk(
         self, chunk: Float[Array, "B T H W 3"], carried: Carried | None
-    ) -> tuple[Float[Array, "B 1 h w C"], Carried]:
-        """One latent frame of a video, as `encode` makes it of the whole.
+    ) -> tuple[Float[Array, "B F h w C"], Carried]:
+        """Latent frames of a video, as `encode` makes them of the whole.
 
         Args:
-            chunk: The first frame, or four frames after it, in [-1, 1]; sides as of `encode_moments`.
+            chunk: The first frame, or 4F frames after it, in [-1, 1]; sides as of `encode_moments`.
             carried: What the call before returned; None for the first frame.
 
         Raises:
@@ -404,25 +411,25 @@ class WanVAE(nnx.Module):
         return video
 
     def _decode_chunk(
-        self, latent: Float[Array, "B 1 h w C"], carried: Carried | None, rows: Rows
+        self, latents: Float[Array, "B F h w C"], carried: Carried | None, rows: Rows
     ) -> tuple[Float[Array, "B T H W P"], Carried]:
-        """The first frame (`carried` is None), or four frames after it, of one device's rows."""
-        return self.decoder(self.latents_in(self._denormalise(latent)), carried, rows)
+        """The first frame (`carried` is None), or 4F frames after it, of one device's rows."""
+        return self.decoder(self.latents_in(self._denormalise(latents)), carried, rows)
 
     def decode_chunk(
-        self, latent: Float[Array, "B 1 h w C"], carried: Carried | None
+        self, latents: Float[Array, "B F h w C"], carried: Carried | None
     ) -> tuple[Float[Array, "B T H W 3"], Carried]:
-        """Frames of one latent frame, as `decode` makes them of the whole: one of the first, then four.
+        """Frames of latent frames, as `decode` makes them of the whole: one of the first, then four of each.
 
         Args:
-            latent: Normalised.
+            latents: Normalised; the first latent frame alone, or any number of them after it.
             carried: What the call before returned; None for the first latent frame.
         """
         graphdef, state = nnx.split(self)
         return halo_exchange(
             lambda state, *arguments: nnx.merge(graphdef, state)._decode_chunk(*arguments),
             state,
-            latent,
+            latents,
             carried,
         )
 

@@ -37,7 +37,7 @@ def run_vae(reference: Reference) -> Outputs:
     video = reference.images("input.video_tiled")
     yield "latents_tiled", channels_first(tiled_encode(vae, video, tile=tile, stride=stride))
     latents = reference.images("output.latents_tiled")
-    decoder = StreamingDecoder(vae, tile=tile, stride=stride)
+    decoder = StreamingDecoder(vae, tiling="on", tile=tile, stride=stride)
     decoded = [decoder.decode(latents[:, i : i + 1]) for i in range(latents.shape[1])]
     yield "decoded_tiled", channels_first(jnp.clip(jnp.concatenate(decoded, axis=1), -1, 1))
 

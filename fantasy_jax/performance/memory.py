@@ -7,7 +7,6 @@ that are in memory together (`account`).
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -26,7 +25,8 @@ from fantasy_jax.performance.programs import sampling_programs
 from fantasy_jax.pipelines.config import PipelineConfig, PortraitSampleConfig, SampleConfig
 from fantasy_jax.sharding import MeshConfig, WeightsMemory, make_mesh
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.video import PIXELS_PER_LATENT, TEMPORAL_FACTOR, VideoConfig
+from fantasy_jax.system.vae_memory import temporary_bytes
+from fantasy_jax.video import VideoConfig
 
 EXAMPLES = """\
 examples:
@@ -136,8 +136,8 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
       On an H100 XLA needed 2.4 GiB for 24,000 tokens, for which this is 2.4.
     - Of the conditions: a quarter of what they are, their keys and values. For a v5p XLA needed 0.31 GiB for
       1.28.
-    - Of the VAE: of one latent frame in pixels, four frames of the widest features, six times. For a v5p XLA
-      needed 2.23 GiB to encode 512 x 512, for which this is 2.25.
+    - Of the VAE: by the account that it makes itself (`vae_memory.temporary_bytes`). For a v5p XLA needed
+      2.23 GiB to encode 512 x 512, for which this is 2.25.
     - Of encoders of text, images and sound, which take short inputs: as much as a tenth of their weights.
     """
     itemsize = 2 if model.dtype == "bfloat16" else 4
@@ -154,11 +154,10 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
     if program.name == "conditions":
         return device_bytes(jax.eval_shape(program.call, *program.arguments)) // 4
     if "latent" in program.name:
-        sides = video.size
+        sides = video.latent_size
         if program.name.startswith("a tile"):
-            tile = (PIXELS_PER_LATENT * side for side in config.tile)
-            sides = tuple(map(min, sides, tile))
-        return 6 * itemsize * TEMPORAL_FACTOR * math.prod(sides) * 2 * model.vae.dim
+            sides = tuple(map(min, sides, config.tile))
+        return temporary_bytes(model.vae, config.vae_dtype or model.dtype, sides)
     return device_bytes(leaves) // 10
 
 

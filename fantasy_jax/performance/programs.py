@@ -22,18 +22,18 @@ from fantasy_jax.diffusion.sampler import (
 from fantasy_jax.diffusion.windows import WindowSchedule
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.eight_bit import EightBit
-from fantasy_jax.models.halo import num_row_shards
 from fantasy_jax.models.layers import run
 from fantasy_jax.performance.flops import hardware_flops, model_flops
 from fantasy_jax.performance.program import Program
 from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.sharding import RULES, batch_sharding, check_batch_size, last_partition, partition, place
-from fantasy_jax.system.encoders import encode_first_frame
+from fantasy_jax.system.encoders import first_frame_program
 from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks
 from fantasy_jax.system.registry import component_of
-from fantasy_jax.system.streaming import decode_step
+from fantasy_jax.system.streaming import decode_step, plan_decoding
+from fantasy_jax.system.vae_memory import encoded_at_once, largest_divisor
 from fantasy_jax.training.objective import StageConfig, velocity_objective
 from fantasy_jax.training.stages import StagesConfig, prepare_for_stage
 from fantasy_jax.training.state import Trainer
@@ -98,6 +98,8 @@ def sampling_programs(
 ) -> Iterator[Program]:
     """Yields the programs that sample the longest clip: encoders, conditions, guided step, decoder.
 
+    Those of the VAE are the ones that need least memory.
+
     Args:
         model: All sizes.
         config: Settings of sampling.
@@ -120,49 +122,55 @@ def sampling_programs(
         eight_bit=eight_bit,
         weights_memory=config.weights_memory,
         eight_bit_products=config.eight_bit_products,
-    )
+    ).with_dtypes(vae=config.vae_dtype)
     for slot, sizes in model.networks.items():
         if (inputs := component_of(sizes).inputs) is not None:
             arrays = [_replicated(shape, mesh, dtype) for shape, dtype in inputs(model, video)]
             yield _network_program(slot.replace("_", " "), networks[slot], run, *arrays)
-    yield vae_encode_program(networks, video, mesh)
+    yield vae_encode_program(networks, video, mesh, free=0)
     yield conditions_program(networks, config, video, mesh, people=people)
     yield from guided_step_programs(networks, config, video, mesh, people=people)
-    yield vae_decode_program(networks, config, video, mesh)
+    yield vae_decode_program(networks, config, video, mesh, free=0)
 
 
-def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh) -> Program:
+def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh, *, free: int | float) -> Program:
     """Encoding of the first frame, followed by grey frames.
 
     Args:
         networks: Abstract networks on the mesh.
         video: Size and length of the clip.
         mesh: The current mesh.
+        free: Bytes of a device that it may take, which decide how many latent frames it encodes at once.
     """
-    pixels, num_frames = _replicated((1, *video.size, 3), mesh), (video.num_frames,)
-    return _network_program(
-        "first frame to latents", networks["vae"], encode_first_frame, pixels, static=num_frames
-    )
+    vae, pixels = networks["vae"], _replicated((1, *video.size, 3), mesh)
+    static = video.num_frames, encoded_at_once(vae, video.latent_size, video.latent_frames, free)
+    return _network_program("first frame to latents", vae, first_frame_program, pixels, static=static)
 
 
-def vae_decode_program(networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh) -> Program:
-    """Decoding of a latent frame after the first or, where one device decodes it, of a tile of it.
+def vae_decode_program(
+    networks: Networks, config: PipelineConfig, video: VideoConfig, mesh: Mesh, *, free: int | float
+) -> Program:
+    """Decoding of a chunk after the first latent frame, or of the first tile of it, which is the largest.
 
     Args:
         networks: Abstract networks on the mesh.
         config: Settings of sampling.
         video: Size and length of the clip.
         mesh: The current mesh.
+        free: Bytes of a device that it may take, which decide what is decoded at once.
     """
-    vae, name = networks["vae"], "latent frame to video"
-    batch, _, *sides, channels = video.latent_shape(1, networks.config.vae.latent_channels)
-    if num_row_shards() == 1:
-        sides, name = map(min, sides, config.tile), f"a tile of a {name}"
-    latent = _replicated((batch, 1, *sides, channels), mesh)
-    carried = jax.eval_shape(lambda vae, latent: decode_step(vae, None, latent)[0], vae, latent)
+    vae = networks["vae"]
+    batch, count, *sides, channels = video.latent_shape(1, networks.config.vae.latent_channels)
+    plan = plan_decoding(vae, _replicated((batch, 1, *sides, channels), mesh), free, **config.decoding)
+    sides = [part.stop for part in plan.tiles[0].read]
+    at_once = largest_divisor(count - 1, plan.most)
+    first, latents = (_replicated((batch, n, *sides, channels), mesh) for n in (1, at_once))
+    carried, _ = decode_step.eval_shape(vae, None, first)
     spec = NamedSharding(mesh, PartitionSpec(None, None, RULES["rows"]))
     carried = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), carried)
-    return _network_program(name, vae, decode_step, carried, latent)
+    name = "latent frame to video" if at_once == 1 else f"{at_once} latent frames to video"
+    name = f"a tile of a {name}" if plan.in_tiles else name
+    return _network_program(name, vae, decode_step, carried, latents)
 
 
 def conditions_program(

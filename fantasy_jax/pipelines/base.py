@@ -118,6 +118,7 @@ class Pipeline:
         """
         if missing := [slot for slot in self.required if slot not in networks]:
             raise ConfigError(f"model.{missing[0]}: is missing; {type(self).__name__} needs it")
+        networks = networks.with_dtypes(vae=config.vae_dtype)
         self.networks = networks.keeping(config.keep if keep is None else keep)
         self.video, self.config = video, config
         self.mesh = make_mesh(**config.mesh.axes)
@@ -338,23 +339,22 @@ class Pipeline:
             latents: Normalised.
             config: Settings of the call.
             networks: On the mesh; None: the pipeline's.
-            preview: Whether the preview decoder decodes, if there is one; its tile is the whole picture.
+            preview: Whether the preview decoder decodes, if there is one.
             progress: Whether to show a progress bar.
         """
-        tiles = {"tile": config.tile, "stride": config.tile_stride}
         with self._on_mesh() as sharded:
             networks = sharded if networks is None else networks
             slot = "preview_decoder" if preview and "preview_decoder" in networks else "vae"
-            if slot != "vae":
-                tiles = dict.fromkeys(tiles, latents.shape[2:4])
-            decoder = StreamingDecoder(networks[slot], **tiles)
-        with tqdm(total=latents.shape[1], desc="Decoding", unit="latent frame", disable=not progress) as bar:
-            for index in range(latents.shape[1]):
+            decoder = StreamingDecoder(networks[slot], **config.decoding)
+            plan, chunks = decoder.plan(latents), decoder.chunks(latents)
+        what = f"Decoding in {len(plan.tiles)} tiles" if plan.in_tiles else "Decoding"
+        with tqdm(total=latents.shape[1], desc=what, unit="latent frame", disable=not progress) as bar:
+            for chunk in chunks:
                 # The mesh is not set while the caller has a frame.
                 with self.networks.on_mesh(self.config.mesh, self.mesh):
-                    chunks = list(decoder(replicate(latents[:, index : index + 1])))
-                bar.update()  # before the caller gets the last frame, after which it may stop
-                for frames in chunks:
+                    decoded = list(decoder(replicate(latents[:, chunk])))
+                bar.update(chunk.stop - chunk.start)  # before the caller gets the last frame, and may stop
+                for frames in decoded:
                     yield from frames
 
 

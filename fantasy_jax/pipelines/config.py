@@ -19,6 +19,7 @@ from fantasy_jax.preprocessing.landmarks import LandmarkConfig
 from fantasy_jax.sharding import MeshConfig, WeightsMemory
 from fantasy_jax.system.conditioning import AdapterOptions
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.streaming import Tiling
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.checksums import SUMS, damaged_files, skipped, write_sums
 from fantasy_jax.weights.lora import LoRAFile
@@ -54,7 +55,10 @@ class PipelineConfig(SamplerConfig):
             block to the device when it runs, and takes the same values to the same result. For one device.
         eight_bit_products: Whether the transformer's MLPs multiply in 8 bits, which changes the result; the
             store's weights must have 8 bits (`convert_weights.py quantize`).
-        tile: Rows and columns of latents that are decoded at once, where one device decodes.
+        vae_dtype: Type of the VAE's weights and products; None: that of the model.
+        tiling: Whether one device decodes in tiles: `auto` where the whole image does not fit its memory,
+            `on` as the official scripts do, `off` never.
+        tile: Rows and columns of latents of a tile.
         tile_stride: Rows and columns from one tile to the next; overlaps are blended.
         start: Seconds of sound, or of driving videos, that are left out at the beginning.
         max_seconds: Seconds of sound, or of driving videos, that are used after that; None: all.
@@ -73,6 +77,8 @@ class PipelineConfig(SamplerConfig):
     keep: Literal["all", "transformer", "none"] = "none"
     weights_memory: WeightsMemory = "device"
     eight_bit_products: bool = False
+    vae_dtype: Literal["float32", "bfloat16"] | None = None
+    tiling: Tiling = "auto"
     tile: tuple[PositiveInt, PositiveInt] = (30, 52)
     tile_stride: tuple[PositiveInt, PositiveInt] = (15, 26)
     start: NonNegativeFloat = 0.0
@@ -118,6 +124,11 @@ class PipelineConfig(SamplerConfig):
     def adapter_options(self) -> AdapterOptions:
         """Keyword arguments of the adapters."""
         return {}
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Keyword arguments of `system.streaming.StreamingDecoder` and `plan_decoding`."""
+        return {"tiling": self.tiling, "tile": self.tile, "stride": self.tile_stride}
 
 
 @dataclass(frozen=True)

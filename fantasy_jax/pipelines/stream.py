@@ -127,7 +127,7 @@ class VideoStream:
             MediaError: There is no sound.
         """
         config, carried = self._blocks.config, None
-        decoder = StreamingDecoder(self._networks["vae"], tile=config.tile, stride=config.tile_stride)
+        decoder = StreamingDecoder(self._networks["vae"], **config.decoding)
         shown = 0
         for index, audio in enumerate(self._block_audio()):
             latents = self._sample(index, audio, carried)

@@ -19,8 +19,9 @@ from fantasy_jax.preprocessing.images import clip_image_preprocess, from_uint8
 from fantasy_jax.preprocessing.text import tokenize
 from fantasy_jax.sharding import constrain
 from fantasy_jax.system.networks import Networks
+from fantasy_jax.system.vae_memory import encoded_at_once, free_bytes
 from fantasy_jax.typing import Array, Float, UInt8
-from fantasy_jax.video import FEATURE_HOP, FEATURE_WINDOW, wav2vec2_length
+from fantasy_jax.video import FEATURE_HOP, FEATURE_WINDOW, latent_frames, wav2vec2_length
 
 MOTION_BATCH = 16
 """Faces that the motion encoder takes at once."""
@@ -138,17 +139,32 @@ def encode_motion(
 
 
 def first_frame_latents(
-    vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int
+    vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int, at_once: int = 1
 ) -> Float[Array, "B F h w C"]:
     """Latents of images followed by mid-grey frames, which are not zero latents.
 
     They are replicated over the mesh axes that share a clip, as the transformer takes them.
+
+    Args:
+        vae: The VAE.
+        pixels: The images, in [-1, 1].
+        num_frames: Frames with the image.
+        at_once: As of `WanVAE.encode`.
     """
     batch, *image = pixels.shape
     grey = jnp.zeros((batch, num_frames - 1, *image), pixels.dtype)
     video = jnp.concatenate([pixels[:, None], grey], axis=1)
-    return constrain(vae.encode(video).astype(jnp.float32), "batch", None, None, None, None)
+    return constrain(vae.encode(video, at_once).astype(jnp.float32), "batch", None, None, None, None)
 
 
-encode_first_frame = jax.jit(first_frame_latents, static_argnums=2)
+first_frame_program = jax.jit(first_frame_latents, static_argnums=(2, 3))
 """`first_frame_latents` as one compiled program."""
+
+
+def encode_first_frame(
+    vae: WanVAE, pixels: Float[Array, "1 H W 3"], num_frames: int
+) -> Float[Array, "1 F h w C"]:
+    """Runs `first_frame_program` on as many latent frames at once as memory allows."""
+    latent_size = [side // vae.config.spatial_factor for side in pixels.shape[1:3]]
+    at_once = encoded_at_once(vae, latent_size, latent_frames(num_frames), free_bytes())
+    return first_frame_program(vae, pixels, num_frames, at_once)

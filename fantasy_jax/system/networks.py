@@ -68,6 +68,7 @@ class Networks(Mapping):
         mesh_config: MeshConfig | None = None,
         keep: Keep = "none",
         kept: dict[str, nnx.Module] | None = None,
+        dtypes: Mapping[str, str] | None = None,
     ):
         """Keeps what is needed to make each network.
 
@@ -80,12 +81,14 @@ class Networks(Mapping):
             mesh_config: Its settings.
             keep: Networks that stay in memory once they are made.
             kept: Those that were made before.
+            dtypes: Types of weights and products that differ from those of `config`, by slot.
         """
         self.config = config
         self._loader, self._tokenizer = loader, tokenizer
         self._given = dict(given or {})
         self._mesh, self._mesh_config, self._keep = mesh, mesh_config, keep
         self._kept = {} if kept is None else kept
+        self._dtypes = dict(dtypes or {})
 
     def __getitem__(self, slot: str) -> nnx.Module:
         """The network in a slot; KeyError if the system has none."""
@@ -126,6 +129,12 @@ class Networks(Mapping):
         """A copy whose networks stay in memory once they are made: all, the transformer alone, or none."""
         return self._copy(keep=keep)
 
+    def with_dtypes(self, **dtypes: str | None) -> "Networks":
+        """A copy in which networks that are yet to be made have other types, by slot; None: as they were."""
+        changed = {slot: dtype for slot, dtype in dtypes.items() if dtype is not None}
+        kept = {slot: network for slot, network in self._kept.items() if slot not in changed}
+        return self._copy(dtypes=self._dtypes | changed, kept=kept) if changed else self
+
     def for_stage(self) -> "Networks":
         """A copy that keeps every network for as long as it lives itself, for a stage of several clips."""
         return self._copy(keep="all", kept=dict(self._kept))
@@ -152,13 +161,15 @@ class Networks(Mapping):
             "mesh_config": self._mesh_config,
             "keep": self._keep,
             "kept": self._kept,
+            "dtypes": self._dtypes,
         }
         return Networks(self.config, self._loader, self._tokenizer, **(settings | changes))
 
     def _make(self, slot: str) -> nnx.Module:
         config = self.config.networks[slot]
         component = component_of(config)
-        network = self._loader(component, config, jnp.dtype(component.dtype or self.config.dtype), self._mesh)
+        dtype = self._dtypes.get(slot) or component.dtype or self.config.dtype
+        network = self._loader(component, config, jnp.dtype(dtype), self._mesh)
         if slot == "transformer":
             for name, adapter in self.config.adapters.items():
                 network.adapters[name] = self[adapter.slot]
