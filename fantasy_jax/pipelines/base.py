@@ -337,16 +337,16 @@ class Pipeline:
             latents: Normalised.
             config: Settings of the call.
             networks: On the mesh; None: the pipeline's.
-            preview: Whether the preview decoder decodes, if there is one; its tile is the whole picture.
+            preview: Whether the preview decoder decodes, without tiles, if there is one.
             progress: Whether to show a progress bar.
         """
-        tiles = {"tile": config.tile, "stride": config.tile_stride}
         with self._on_mesh() as sharded:
             networks = sharded if networks is None else networks
-            slot = "preview_decoder" if preview and "preview_decoder" in networks else "vae"
-            if slot != "vae":
-                tiles = dict.fromkeys(tiles, latents.shape[2:4])
-            decoder = StreamingDecoder(networks[slot], **tiles)
+            if preview and "preview_decoder" in networks:
+                whole = latents.shape[2:4]
+                decoder = StreamingDecoder(networks["preview_decoder"], tile=whole, stride=whole)
+            else:
+                decoder = StreamingDecoder(networks["vae"], tile=config.tile, stride=config.tile_stride)
         with tqdm(total=latents.shape[1], desc="Decoding", unit="latent frame", disable=not progress) as bar:
             for index in range(latents.shape[1]):
                 # The mesh is not set while the caller has a frame.
