@@ -124,6 +124,7 @@ def test_two_people_become_a_clip(pipeline):
     assert (out.fps, out.audio, out.seconds) == (25, None, 0.2)
     assert [(x.stage, x.step, x.num_steps) for x in steps] == [("Transformer", i, 2) for i in (1, 2)]
     assert np.array_equal(steps[1].latents, out.latents)
+    assert np.array_equal(steps[1].preview.frames, out.frames)  # decoded by the VAE
     assert np.array_equal(run(pipeline, seed=1).latents, out.latents)
     made = pipeline.scene(picture(40, 220), [driver(), driver(200, 200)])
     assert np.array_equal(pipeline(made, seed=1).latents, out.latents)

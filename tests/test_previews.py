@@ -1,23 +1,16 @@
 """Previews of clips while they are sampled."""
 
-import json
 import logging
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_network, run_convert_weights, small_networks
-from PIL import Image
-from safetensors.numpy import save_file
+from helpers import small_networks
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax import FantasyTalkingPipeline
-from fantasy_jax.config import as_json
-from fantasy_jax.convert.rules import export, flat_parameters
-from fantasy_jax.convert.tiny_decoder import official_rules
 from fantasy_jax.diffusion import sampler
-from fantasy_jax.media import read_video, write_audio
+from fantasy_jax.media import read_video
 from fantasy_jax.models.tiny_decoder import TinyDecoderConfig
 from fantasy_jax.pipelines.base import StepProgress
 from fantasy_jax.pipelines.config import SampleConfig
@@ -26,9 +19,7 @@ from fantasy_jax.pipelines.previews import PreviewFiles
 from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.streaming import StreamingDecoder
 from fantasy_jax.video import VideoConfig
-from sample import main
 
-DEBUG = f"--config={Path(__file__).parent.parent / 'configs/fantasy_talking_14b.py'}:debug"
 TINY_DECODER = TinyDecoderConfig(widths=(8, 6, 4, 4), num_blocks=1)
 SPEECH = (0.1 * np.sin(np.arange(16_000) / 10)).astype(np.float32)
 PORTRAIT = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
@@ -93,21 +84,3 @@ def test_previews_change_nothing_and_end_with_the_result():
         expected = np.concatenate(list(decoder(jnp.asarray(np.asarray(preview.latents)))))
         assert preview.frames.shape == expected.shape == (13, 32, 32, 3)
         assert np.abs(preview.frames.astype(int) - expected).max() <= 1
-
-
-@pytest.mark.slow
-def test_a_decoder_is_imported_and_decodes_the_previews(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("config.json").write_text(json.dumps(as_json(TINY_DECODER)))
-    network = random_network(TINY_DECODER)
-    save_file(dict(export(official_rules(TINY_DECODER), flat_parameters(network))), "taew2_1.safetensors")
-    assert run_convert_weights(capsys, "init", DEBUG, "--output=store")[0] == 0
-    imported = ["import", "--preview_decoder=taew2_1.safetensors", "--output=store", "--dtype=float32"]
-    assert run_convert_weights(capsys, *imported)[0] == 0
-    Image.fromarray(PORTRAIT).save("face.png")
-    write_audio("a.wav", (SPEECH[:3200] * 32767).astype(np.int16), 16_000)
-    sampling = ["--weights=store", "--previews=new", "--config.sample.num_inference_steps=2"]
-    main([DEBUG, "--image=face.png", "--audio=a.wav", "--output=t.mp4", *sampling])
-    assert "preview_decoder .... taew2_1, float32, taew2_1.safetensors" in capsys.readouterr().out
-    preview, result = (read_video(path)[0] for path in ("new/t_step_01.mp4", "t.mp4"))
-    assert preview.shape == result.shape == (9, 64, 64, 3)

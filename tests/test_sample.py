@@ -103,10 +103,15 @@ def test_the_full_size_config_has_the_official_defaults():
 @pytest.mark.slow
 def test_the_debug_configuration_runs(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main([*common(inputs), f"--config={DEBUG}", "--save_latents=out/latents.safetensors"])
+    written = ["--save_latents=out/latents.safetensors", "--previews=out/previews", "--preview_every=2"]
+    main([*common(inputs), f"--config={DEBUG}", *written])
     assert "out/latents.safetensors" in capsys.readouterr().out
     assert load_file("out/latents.safetensors")["latents"].shape == (1, 16, 13, 8, 8)
     assert read_video("out/first.mp4")[0].shape == (46, 64, 64, 3)
+    assert sorted(Path("out/previews").iterdir()) == [
+        Path(f"out/previews/first_step_02.{x}") for x in ("mp4", "png")
+    ]
+    assert read_video("out/previews/first_step_02.mp4")[0].shape == (49, 64, 64, 3)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fantasy_jax.models.adapters.identity import IdentityAdapterConfig
 from fantasy_jax.models.adapters.motion import MotionAdapterConfig
 from fantasy_jax.models.face_encoder import FaceEncoderConfig
 from fantasy_jax.models.motion_encoder import MotionEncoderConfig
+from fantasy_jax.models.tiny_decoder import TinyDecoderConfig
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.weights import store as store_module
@@ -69,6 +70,7 @@ def model_config():
         motion_encoder=MotionEncoderConfig(
             width=8, feature_dim=16, pose_dim=3, eye_dim=2, emotion_dim=4, landmarks=5, depth=1, image_size=16
         ),
+        preview_decoder=TinyDecoderConfig(32, widths=(6, 4, 4, 4), num_blocks=1),
     )
 
 
@@ -124,6 +126,11 @@ def test_a_store_is_loaded_without_a_config(store):
     folder, config, _ = store
     assert stored_networks(folder, dtype="float32").config == config
     assert stored_networks(folder).config.dtype == "bfloat16"
+
+
+def test_a_stored_preview_decoder_needs_no_entry_in_the_config(store):
+    folder, config, _ = store
+    assert stored_networks(folder, config.replace(preview_decoder=None)).config == config
 
 
 @pytest.mark.parametrize("slot", ["face_encoder", "motion_encoder"])

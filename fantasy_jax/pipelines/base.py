@@ -339,7 +339,7 @@ class Pipeline:
             latents: Normalised.
             config: Settings of the call.
             networks: On the mesh; None: the pipeline's.
-            preview: Whether the preview decoder decodes, if there is one.
+            preview: Whether the preview decoder decodes, without tiles, if there is one.
             progress: Whether to show a progress bar.
         """
         with self._on_mesh() as sharded:

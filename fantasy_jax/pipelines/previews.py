@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,7 +10,8 @@ from tqdm import tqdm
 from fantasy_jax.errors import FantasyError
 from fantasy_jax.pipelines.base import StepProgress
 
-_USUAL_COUNT = 6
+_USUAL_SHARE = 6
+"""A preview is made after each of so many parts of the steps."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class PreviewFiles:
 
     def __call__(self, progress: StepProgress) -> None:
         """Writes a preview if the step has one."""
-        every = self.every or -(-progress.num_steps // _USUAL_COUNT)
+        every = self.every or -(-progress.num_steps // _USUAL_SHARE)
         if progress.step % every or progress.step == progress.num_steps:
             return
         video, sheet = self._free_paths(f"{self.name}_step_{progress.step:02}")
@@ -43,10 +44,7 @@ class PreviewFiles:
             tqdm.write(f"Wrote {video}: preview after step {progress.step} of {progress.num_steps}")
 
     def _free_paths(self, name: str) -> tuple[Path, Path]:
-        """An mp4 and a PNG of one name that do not exist: `NAME`, `NAME_2`, ..."""
-        for number in count(1):
-            path = self.folder / (name if number == 1 else f"{name}_{number}")
-            paths = path.with_name(f"{path.name}.mp4"), path.with_name(f"{path.name}.png")
-            if not any(path.exists() for path in paths):
-                return paths
-        raise AssertionError("unreachable")
+        """An mp4 and a PNG of one name that do not exist: `name`, `name_2`, ..."""
+        names = chain([name], (f"{name}_{number}" for number in count(2)))
+        pairs = ((self.folder / f"{x}.mp4", self.folder / f"{x}.png") for x in names)
+        return next(pair for pair in pairs if not any(path.exists() for path in pair))
