@@ -45,6 +45,7 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "talking": FantasyTalkingPipeline,
     "miniature": FantasyTalkingPipeline,
     "portrait": FantasyPortraitPipeline,
+    "miniature_portrait": FantasyPortraitPipeline,
 }
 """Pipelines by the task of the config."""
 

@@ -78,6 +78,8 @@ def training(parameters: ParameterRules, batch_size: int) -> StagesConfig:
     choices:
 
     - Clips of 81 frames of the size that is sampled.
+    - 10,000 steps: of 16 clips they are 1.0e21 model operations (`--compile_only`), half of what 24 A100s do
+      at their peak rate in three days.
     - Each dataset has its share of the clips; `train.shares` changes it.
     - The noise levels have mean 0 and deviation 1, and are shifted by 5, as the official sampler visits them;
       Stable Diffusion 3, from which the distribution is, shifts them likewise for large images (arXiv

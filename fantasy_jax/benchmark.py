@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +39,7 @@ from fantasy_jax.performance.programs import (
     vae_encode_program,
 )
 from fantasy_jax.performance.timing import WARM_UP, Timing, time_calls, time_program, timing_table
-from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.config import PipelineConfig, PortraitSampleConfig, SampleConfig
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import abstract_networks
@@ -77,7 +77,7 @@ class _Settings:
 
     model: ModelConfig
     video: VideoConfig
-    sample: SampleConfig
+    sample: PipelineConfig
     train: StagesConfig
     eight_bit: EightBit | None
 
@@ -90,11 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     if profile:
         profile.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs()
+    task = str(config.get("task"))
     settings = _Settings(
         section(ModelConfig, config, "model"),
         with_size(section(VideoConfig, config, "video"), arguments.size),
-        section(SampleConfig, config, "sample"),
-        section(MiniatureConfig if config.get("task") == "miniature" else StagesConfig, config, "train"),
+        section(PortraitSampleConfig if task.endswith("portrait") else SampleConfig, config, "sample"),
+        section(MiniatureConfig if task.startswith("miniature") else StagesConfig, config, "train"),
         arguments.eight_bit,
     )
     if settings.sample.eight_bit_products and not settings.eight_bit and _EIGHT_BIT_PARTS & set(only):
@@ -201,7 +202,8 @@ def _programs(part: str, settings: _Settings, mesh: jax.sharding.Mesh) -> Iterab
     ).with_dtypes(vae=sample.vae_dtype)
     if part == "forward":  # a step whose guidance has one branch
         exact = replace(sample, magcache=MagCacheConfig())
-        unguided = replace(exact, text_guidance_scale=1.0, audio_guidance_scale=1.0)
+        scales = [field.name for field in fields(exact) if field.name.endswith("guidance_scale")]
+        unguided = replace(exact, **dict.fromkeys(scales, 1.0))
         yield replace(guided_step_program(networks, unguided, video, mesh), name=part)
     elif part == "guided_step":
         yield from guided_step_programs(networks, sample, video, mesh)

@@ -16,20 +16,22 @@ import pytest
 from flax import nnx
 from xla_flags import quick_flags
 
-from fantasy_jax.config import build, load_config
+from fantasy_jax.config import build, load_config, section
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.miniature.synthetic import SyntheticConfig, records
+from fantasy_jax.miniature.clips import SyntheticConfig
+from fantasy_jax.miniature.synthetic import clip_settings, records
 from fantasy_jax.miniature.train_vae import (
     RandomCrop,
     VAEStageConfig,
     initialise_from_pca,
     normalise_latents,
 )
-from fantasy_jax.miniature.trainer import MiniatureConfig
+from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.video import VideoConfig
+from train import TASKS
 
 ROOT = Path(__file__).parent.parent
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
@@ -182,6 +184,30 @@ def test_miniature_config_builds():
     assert clip_stage.lip_mask_probability == 0
     assert frame_stage.audio_attention == "frame"
     assert frame_stage.lip_mask_probability == 0.8
+
+
+def test_talking_and_portrait_share_clips_and_the_vae(tmp_path):
+    def make(name):
+        config = load_config(str(ROOT / f"configs/{name}"))
+        pipeline, config_type = TASKS[config.task]
+        return MiniatureTrainer(
+            tmp_path,
+            pipeline=pipeline.__name__,
+            data=section(SyntheticConfig, config, "data"),
+            video=section(VideoConfig, config, "video"),
+            model=section(ModelConfig, config, "model"),
+            sampling=section(pipeline.config_type, config, "sample"),
+            config=section(config_type, config, "train"),
+        )
+
+    talking, portrait = map(make, ("tiny.py:quick", "tiny_portrait.py:quick"))
+    assert (list(talking.encoders), list(portrait.encoders)) == (["speech", "face", "vae"], ["motion", "vae"])
+    assert talking.encoder_settings("vae") == portrait.encoder_settings("vae")
+    assert clip_settings(talking.data, 1) == clip_settings(portrait.data, 1)
+    assert portrait.config.people == (1, 2)
+    assert portrait.folder == talking.folder / "portrait"
+    stage = portrait.config.stages[0]
+    assert (stage.dropout, stage.timesteps, stage.lip_mask_probability) == (0.2, "logit_normal", 0)
 
 
 def test_vae_stage_config_error():

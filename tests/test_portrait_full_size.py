@@ -6,19 +6,21 @@ from pathlib import Path
 import jax
 import pytest
 
-from fantasy_jax.config import build, load_config
+from fantasy_jax.config import build, load_config, section
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.performance.flops import inner_jaxprs
-from fantasy_jax.performance.programs import guided_step_program
+from fantasy_jax.performance.programs import guided_step_program, training_programs
 from fantasy_jax.pipelines.config import PortraitSampleConfig
 from fantasy_jax.sharding import MeshConfig, make_mesh
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import abstract_networks
+from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
 
 pytestmark = pytest.mark.networks
 
-CONFIG = load_config(str(Path(__file__).parent.parent / "configs/fantasy_portrait_14b.py"))
+PATH = Path(__file__).parent.parent / "configs/fantasy_portrait_14b.py"
+CONFIG = load_config(str(PATH))
 VIDEO = VideoConfig(height=720, width=1280, num_frames=81, fps=25)
 WINDOW = 97
 
@@ -54,6 +56,26 @@ def test_numbers_of_parameters(networks):
     # Wan2.1-I2V-14B's, and the adapter's.
     assert count(networks["transformer"]) == 16_394_878_784 + 1_003_324_416
     assert networks.config.motion_encoder.num_features == 554
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["adapters", "full"])
+def test_the_training_step(variant):
+    config = load_config(f"{PATH}:{variant}")
+    train = section(StagesConfig, config, "train")
+    stage = train.stages[0]
+    assert (stage.dropout, stage.timesteps, stage.optimizer.learning_rate) == (0.2, "logit_normal", 1e-4)
+    mesh, video = make_mesh(fsdp=1), section(VideoConfig, config, "video")
+    with jax.set_mesh(mesh):
+        model = section(ModelConfig, config, "model")
+        one, two = (next(training_programs(model, train, video, mesh, people=n)) for n in (1, 2))
+    state, _, batch, _ = two.arguments
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    assert trained == 1_003_324_416 + (16_394_878_784 if variant == "full" else 0)
+    assert batch["expression"].shape == (stage.batch_size, 2, 81, 554)
+    assert batch["labels"].shape == (stage.batch_size, 21, 45 * 45)
+    assert "lips" not in batch
+    assert 1 < two.flops / one.flops < 1.01
 
 
 def arrays(jaxpr):

@@ -157,7 +157,7 @@ class MiniatureTrainer:
             ConfigError: The workdir holds a part that was made with other settings.
         """
         for name in self.encoders:  # before another part is trained for nothing
-            check_resumable(checkpoint_folder(self.workdir / name), self._encoder_settings(name))
+            check_resumable(checkpoint_folder(self.workdir / name), self.encoder_settings(name))
         for people in self.config.people:
             check_unchanged(encoded_folder(self._encoded(people)), self._settings(people))
         for folder in self._stores():
@@ -194,6 +194,11 @@ class MiniatureTrainer:
             self._save(self._stores()[index], networks, transformer)
         return self._stores()[-1]
 
+    def encoder_settings(self, name: str) -> dict[str, Any]:
+        """The settings that decide an encoder, but for the number of steps: it can be given more."""
+        model = {ENCODERS[name]: self.model.to_config().get(ENCODERS[name])}
+        return self._deciding(model, {name: without(getattr(self.config, name), "num_steps")})
+
     def _encode(self, networks: Networks, clips: Path, people: int) -> Path:
         convert = as_group if "motion_encoder" in networks else dict
         settings = self._settings(people)
@@ -212,11 +217,6 @@ class MiniatureTrainer:
         """The settings that decide the encoded clips of so many people, by their config names."""
         train = {name: getattr(self.config, name) for name in self.encoders}
         return self._deciding(self.model, train) | {"data": clip_settings(self.data, people)}
-
-    def _encoder_settings(self, name: str) -> dict[str, Any]:
-        """The settings that decide an encoder, but for the number of steps: it can be given more."""
-        model = {ENCODERS[name]: self.model.to_config().get(ENCODERS[name])}
-        return self._deciding(model, {name: without(getattr(self.config, name), "num_steps")})
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}
@@ -292,7 +292,7 @@ class MiniatureTrainer:
             config.num_steps,
             config.optimizer,
             sample=sample,
-            settings=self._encoder_settings(name),
+            settings=self.encoder_settings(name),
         )
         return train(task, self.config.loop, self.workdir / name, self.mesh)
 
