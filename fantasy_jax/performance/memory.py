@@ -134,8 +134,7 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
       the hidden units of the MLP before and after the activation, in the type of products (attention needs
       less); two kernels in that type, if weights have 8 bits; two blocks that were copied from the host.
       On an H100 XLA needed 2.4 GiB for 24,000 tokens, for which this is 2.4.
-    - Of the VAE: by the account that it makes itself (`vae_memory.temporary_bytes`). For a v5p XLA needed
-      2.23 GiB to encode 512 x 512, for which this is 2.25.
+    - Of the VAE: by the account from which it takes what it does at once (`vae_memory.temporary_bytes`).
     - Of encoders of text, images and sound, which take short inputs: as much as a tenth of their weights.
     """
     itemsize = 2 if model.dtype == "bfloat16" else 4
