@@ -136,8 +136,7 @@ def account(program: Program, model: ModelConfig, config: PipelineConfig, video:
       On an H100 XLA needed 2.4 GiB for 24,000 tokens, for which this is 2.4.
     - Of the conditions: a quarter of what they are, their keys and values. For a v5p XLA needed 0.31 GiB for
       1.28.
-    - Of the VAE: by the account that it makes itself (`vae_memory.temporary_bytes`). For a v5p XLA needed
-      2.23 GiB to encode 512 x 512, for which this is 2.25.
+    - Of the VAE: by the account from which it takes what it does at once (`vae_memory.temporary_bytes`).
     - Of encoders of text, images and sound, which take short inputs: as much as a tenth of their weights.
     """
     itemsize = 2 if model.dtype == "bfloat16" else 4

@@ -20,8 +20,9 @@ _MARGIN = 0.7
 def temporary_bytes(config: VAEConfig, dtype: DType, latent_size: Sequence[int], at_once: int = 1) -> int:
     """Temporaries of encoding or decoding on one device, by the largest arrays that are in memory together.
 
-    These have the size of the image and the width of its second stage, and frames of the chunk before: three
-    such arrays of the chunk, and twelve frames.
+    Those have the size of the image and the width of the second stage: three times the frames of the chunk,
+    and twelve frames for those of the chunk before. For a v5p XLA needed 2.23 GiB to encode 512 x 512 and
+    2.15 GiB to decode it, for which this is 2.25; on CPUs it needs seven tenths (`docs/performance.md`).
 
     Args:
         config: Sizes of the VAE.
