@@ -60,6 +60,8 @@ def test_captions_are_read_from_text_files_beside_the_videos(tmp_path):
         ("number.json", "1", "list of objects"),
         ("c.txt", "", "captions"),
         ("missing.csv", None, "cannot be read"),
+        ("blank.csv", "file_name,prompt\na.mp4,\n", "holds no caption"),
+        (".", None, "holds no caption"),
     ],
 )
 def test_wrong_side_files_are_refused_in_one_line(tmp_path, name, text, message):

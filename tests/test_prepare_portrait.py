@@ -149,6 +149,7 @@ def test_records_of_people_fit_training(tmp_path, monkeypatch, capsys):
     assert main([*command, keep], open_detectors=open_fakes) == 0
     printed = capsys.readouterr()
     assert "dropped: part_001/f6/f602.mp4, 0.0 to 0.4 s: no face is found" in printed.err
+    assert "c.csv: has no caption for 2 videos, whose prompts are empty" in printed.out
     assert "train.py" not in printed.out  # random encoders fit no store
     folder = tmp_path / "out/encoded_clips/1.0.0"
     assert not (tmp_path / "out/motion.json").exists()

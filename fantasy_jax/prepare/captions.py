@@ -34,12 +34,15 @@ def read_captions(path: str | Path) -> dict[str, str]:
             holds the caption of the video of its name.
 
     Raises:
-        ConfigError: The file is missing or of another kind, lacks a column, or has two captions for a video.
+        ConfigError: The file is missing or of another kind, lacks a column, has two captions for a video, or
+            holds none.
     """
     captions: dict[str, str] = {}
     for where, name, caption in _named(Path(path)):
         if caption and captions.setdefault(name, caption) != caption:
             raise ConfigError(f"{path}: {where} has a second caption for {name}")
+    if not captions:
+        raise ConfigError(f"--captions={path}: holds no caption; it must be {_KINDS}")
     return captions
 
 

@@ -72,7 +72,7 @@ class InputVideos:
         sources: Videos with distinct contents, and with a caption if there is a side file.
         prompts: Prompts by video.
         dropped: Videos that are dropped before they are opened.
-        about_captions: Messages about rows of the side file that match no video, by file name.
+        about_captions: Messages about captions that are not used, by the name in the side file.
     """
 
     sources: list[SourceVideo]
@@ -166,23 +166,26 @@ def _find(folder: str, side_file: str | None, *, keep_uncaptioned: bool) -> Inpu
         for name, message in left_out.items()
     ]
     names = [source.name for source in sources]
-    prompts, unmatched = {}, {}
-    if side_file is not None:
-        prompts, unmatched = match_captions(read_captions(side_file), [*names, *left_out])
-    if side_file is None or keep_uncaptioned:
-        prompts = dict.fromkeys(names, "") | prompts
-    dropped += [
-        PreparedClip.whole_video(source, "caption", f"has no caption in {side_file}")
-        for source in sources
-        if source.name not in prompts
-    ]
+    if side_file is None:
+        prompts, unused = dict.fromkeys(names, ""), {}
+    else:
+        prompts, unused = match_captions(read_captions(side_file), [*names, *left_out])
+    missing = [source for source in sources if source.name not in prompts]
+    if keep_uncaptioned and missing:
+        print(f"{side_file}: has no caption for {len(missing)} videos, whose prompts are empty")
+        prompts |= {source.name: "" for source in missing}
+    else:
+        dropped += [
+            PreparedClip.whole_video(source, "caption", f"has no caption in {side_file}")
+            for source in missing
+        ]
     for clip in dropped:
         print(f"dropped: {clip.line}", file=sys.stderr)
-    for name, message in islice(unmatched.items(), _PRINTED):
+    for name, message in islice(unused.items(), _PRINTED):
         print(f"{name}: {message}", file=sys.stderr)
-    if len(unmatched) > _PRINTED:
-        print(f"{side_file}: {len(unmatched) - _PRINTED} more captions match no video", file=sys.stderr)
-    return InputVideos([source for source in sources if source.name in prompts], prompts, dropped, unmatched)
+    if len(unused) > _PRINTED:
+        print(f"{side_file}: {len(unused) - _PRINTED} more captions are not used", file=sys.stderr)
+    return InputVideos([source for source in sources if source.name in prompts], prompts, dropped, unused)
 
 
 def _prepare(

@@ -42,7 +42,7 @@ def render_report(
 
     Args:
         clips: All clips, kept and dropped, in the order of the dataset.
-        about_captions: Messages about rows of the side file that match no video, by file name.
+        about_captions: Messages about captions that are not used, by the name in the side file.
         config: The thresholds.
         read_thumbnail: Reads thumbnails.
     """
