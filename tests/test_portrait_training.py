@@ -208,7 +208,8 @@ def test_portraits_are_trained_on_clips_of_one_person_and_of_two(tmp_path, netwo
     monkeypatch.setattr(Trainer, "_step", observed)
     settings = {
         "train.shares": (2.0, 1.0),
-        "train.mesh.fsdp": 1,
+        "train.mesh.fsdp": 2,
+        "train.mesh.context": 2,
         "train.loop.num_workers": 0,
         "train.loop.sample_every": 6,
         "train.stages.0.num_steps": 6,

@@ -188,7 +188,7 @@ class MiniatureTrainer:
             fps=self.video.fps,
             sampling=self.sampling,
             config=self.config,
-            settings={str(people): self._settings(people) for people in self.config.people},
+            settings=self._settings(*self.config.people),
         )
         for index, transformer in stages:
             self._save(self._stores()[index], networks, transformer)
@@ -213,10 +213,11 @@ class MiniatureTrainer:
         earlier = range(len(self.config.stages) - 1)
         return [self.folder / stage_name(i) / "weights" for i in earlier] + [self.folder / "weights"]
 
-    def _settings(self, people: int) -> dict[str, Any]:
-        """The settings that decide the encoded clips of so many people, by their config names."""
-        train = {name: getattr(self.config, name) for name in self.encoders}
-        return self._deciding(self.model, train) | {"data": clip_settings(self.data, people)}
+    def _settings(self, *people: int) -> dict[str, Any]:
+        """The settings that decide the encoded clips of these numbers of people, by their config names."""
+        train = {name: getattr(self.config, name) for name in self.encoders} | {"people": people}
+        data = {name: x for count in people for name, x in clip_settings(self.data, count).items()}
+        return self._deciding(self.model, train) | {"data": data}
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}

@@ -217,7 +217,7 @@ class _Run:
                     jax.block_until_ready(metrics)
                     bar.unpause()
                     self.clock.reset(self.step)
-                else:  # while this step runs
+                if previous is not None:  # while this step runs
                     self._check(*previous)
                 self.step += 1
                 previous = (metrics, records)
