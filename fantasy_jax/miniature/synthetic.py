@@ -208,11 +208,16 @@ def write_clips(
         name.partition("_")[0]: records(config, video, name.partition("_")[0], count, people=people)
         for name, count in counts.items()
     }
-    shared = {"seed": config.seed, "acting": config.acting} | ({"close": config.close} if people > 1 else {})
     name = ("synthetic_talking_heads", "synthetic_pairs", "synthetic_trios")[people - 1]
     schema = partial(features, video) if people == 1 else partial(group_features, video, people)
-    settings = counts | shared | {"video": asdict(video)}
+    settings = clip_settings(config, people) | {"video": asdict(video)}
     return write_dataset(name, directory, schema, splits, settings)
+
+
+def clip_settings(config: SyntheticConfig, people: int = 1) -> dict[str, int | float]:
+    """The settings that decide the clips of so many people; those of other clips may differ."""
+    close = {"close": config.close} if people > 1 else {}
+    return _counts(config, people) | {"seed": config.seed, "acting": config.acting} | close
 
 
 def _counts(config: SyntheticConfig, people: int) -> dict[str, int]:
