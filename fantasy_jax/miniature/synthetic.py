@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -214,10 +215,10 @@ def write_clips(
     return write_dataset(name, directory, schema, splits, settings)
 
 
-def clip_settings(config: SyntheticConfig, people: int = 1) -> dict[str, int | float]:
-    """The settings that decide the clips of so many people; those of other clips may differ."""
-    close = {"close": config.close} if people > 1 else {}
-    return _counts(config, people) | {"seed": config.seed, "acting": config.acting} | close
+def clip_settings(config: SyntheticConfig, people: int) -> dict[str, Any]:
+    """The settings that decide the clips of so many people."""
+    names = ("seed", "acting", "close") if people > 1 else ("seed", "acting")
+    return _counts(config, people) | {name: getattr(config, name) for name in names}
 
 
 def _counts(config: SyntheticConfig, people: int) -> dict[str, int]:

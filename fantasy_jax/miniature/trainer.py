@@ -24,7 +24,7 @@ from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import check_unchanged, open_split
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
-from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, clip_settings, write_clips
+from fantasy_jax.miniature.synthetic import SyntheticConfig, check_video, write_clips
 from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
 from fantasy_jax.miniature.train_motion_encoder import (
     MotionRegressor,
@@ -193,7 +193,7 @@ class MiniatureTrainer:
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}
-        return {"data": clip_settings(self.data), "video": self.video, "model": model, "train": seed | train}
+        return {"data": self.data, "video": self.video, "model": model, "train": seed | train}
 
     def _train_speech_encoder(self, networks: Networks, clips: Path) -> Networks:
         encoder = networks["speech_encoder"]
