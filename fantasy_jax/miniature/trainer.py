@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fantasy_jax import cli
-from fantasy_jax.config import PositiveInt
+from fantasy_jax.config import Range
 from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import check_unchanged, open_split
@@ -65,6 +65,7 @@ from fantasy_jax.training.loop import TrainingTask, checkpoint_folder, train
 from fantasy_jax.training.stages import (
     NUM_SAMPLES,
     StagesConfig,
+    check_shares,
     pairs,
     stage_name,
     train_stages,
@@ -104,8 +105,13 @@ class MiniatureConfig(StagesConfig):
     face: FaceStageConfig = FaceStageConfig()
     motion: MotionStageConfig = MotionStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
-    people: tuple[PositiveInt, ...] = (1,)
+    people: tuple[Annotated[int, Range(1, 2)], ...] = (1,)
     folder: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.people:
+            raise ConfigError("people is empty; at least one dataset is needed")
 
 
 class MiniatureTrainer:
@@ -138,10 +144,11 @@ class MiniatureTrainer:
             config: Settings of the training.
 
         Raises:
-            ConfigError: Clips of this size cannot be rendered, the VAE's crops do not fit them, or the mesh
-                does not fit the devices or batch sizes.
+            ConfigError: Clips of this size cannot be rendered, the VAE's crops do not fit them, the mesh does
+                not fit the devices or batch sizes, or there is another number of shares than of datasets.
         """
         check_video(video)
+        check_shares(config, len(config.people))
         _check_crops(config.vae, video, model)
         self.workdir, self.folder, self.data, self.video = workdir, workdir / config.folder, data, video
         self.pipeline, self.model, self.sampling, self.config = pipeline, model, sampling, config

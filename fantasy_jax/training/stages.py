@@ -103,6 +103,15 @@ def without(config: Any, *names: str) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in names}
 
 
+def check_shares(config: StagesConfig, datasets: int) -> None:
+    """Raises a ConfigError unless there is a share for each of so many datasets, or none."""
+    if len(config.shares) not in (0, datasets):
+        raise ConfigError(
+            f"train.shares has {len(config.shares)} numbers for {datasets} datasets; give one for each, or "
+            "none"
+        )
+
+
 def stage_settings(config: StagesConfig, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the settings that decide the result of each stage, by their config names.
 
@@ -152,13 +161,9 @@ def train_stages(
 
     Raises:
         ConfigError: Rules do not fit the parameters, records do not fit the adapters or the stage's loss,
-            there is another number of shares than of folders, or a stage was begun with other settings.
+            there is another number of shares than of datasets, or a stage was begun with other settings.
     """
-    if len(config.shares) not in (0, len(records)):
-        raise ConfigError(
-            f"train.shares has {len(config.shares)} numbers for {len(records)} folders of records; give one "
-            "for each, or none"
-        )
+    check_shares(config, len(records))
     deciding = stage_settings(config, settings)
     for index in range(len(config.stages)):  # before another stage is trained for nothing
         check_resumable(checkpoint_folder(workdir / stage_name(index)), deciding[index])
