@@ -114,7 +114,7 @@ def _layer_rules(layer: nnx.Module, source: str, target: str, residual: dict[str
             *affine(f"{source}.to_qkv", f"{target}/qkv", _pointwise(2)),
             *affine(f"{source}.proj", f"{target}/out", _pointwise(2)),
         ]
-    rules = affine(f"{source}.resample.1", f"{target}/conv", _CONV_IN_FRAME)
+    rules = affine(f"{source}.resample.1", f"{target}/conv", CONV_IN_FRAME)
     if layer.time_conv is not None:
         rules += affine(f"{source}.time_conv", f"{target}/time_conv", CONV3D)
     return rules
@@ -133,7 +133,7 @@ def _pointwise(dimensions: int) -> Transform:
     return chain(squeeze, LINEAR)
 
 
-_CONV_IN_FRAME = Transform(
+CONV_IN_FRAME = Transform(
     "conv_in_frame", lambda x: x.transpose(2, 3, 1, 0)[None], lambda x: x[0].transpose(3, 2, 0, 1)
 )
 """`[D, C, r, c]` to `[1, r, c, C, D]`: a 2D convolution as a 3D one."""

@@ -29,7 +29,7 @@ from fantasy_jax.video import TEMPORAL_FACTOR, video_frames
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nnx.Conv, kernel_init=_UNIFORM)
 Linear = partial(nnx.Linear, kernel_init=_UNIFORM)
-_PAD_COLUMNS = [(0, 0), (0, 0), (1, 1)]
+PAD_COLUMNS = [(0, 0), (0, 0), (1, 1)]
 """Padding inside a convolution; time and rows are padded before it (`CausalConvCache`, `Rows`)."""
 
 Carried = tuple[Array, ...]
@@ -128,7 +128,7 @@ class CausalConv(nnx.Module):
     """Convolution of three frames, rows and columns; the frames are the current one and the two before it."""
 
     def __init__(self, inputs: int, outputs: int, **types):
-        self.conv = Conv(inputs, outputs, (3, 3, 3), padding=_PAD_COLUMNS, **types)
+        self.conv = Conv(inputs, outputs, (3, 3, 3), padding=PAD_COLUMNS, **types)
 
     def __call__(self, x: Float[Array, "B T H W C"], cache: CausalConvCache) -> Float[Array, "B T H W D"]:
         """Runs on a chunk."""
@@ -197,7 +197,7 @@ class Upsample(nnx.Module):
     """Doubles space, halves channels, and with `temporal` doubles time; the first frame stays single."""
 
     def __init__(self, dim: int, *, temporal: bool, **types):
-        self.conv = Conv(dim, dim // 2, (1, 3, 3), padding=_PAD_COLUMNS, **types)
+        self.conv = Conv(dim, dim // 2, (1, 3, 3), padding=PAD_COLUMNS, **types)
         self.time_conv = Conv(dim, 2 * dim, (3, 1, 1), padding="VALID", **types) if temporal else None
 
     def __call__(self, x: Float[Array, "B T H W C"], cache: CausalConvCache) -> Float[Array, "B U 2*H 2*W D"]:
