@@ -59,6 +59,8 @@ def test_vae_initialised_by_pca_reconstructs_and_normalising_keeps_reconstructio
         num_res_blocks=1,
         temporal_downsample=(True, True),
         patch=2,
+        overlap=1,
+        refiner=8,
         latent_mean=(0.0,) * 16,
         latent_std=(1.0,) * 16,
     )
@@ -71,6 +73,12 @@ def test_vae_initialised_by_pca_reconstructs_and_normalising_keeps_reconstructio
     decoded = decode(vae, encode(vae, pixels))
     psnr = -10 * np.log10(np.square((np.asarray(decoded) - np.asarray(pixels)) / 2).mean())
     assert psnr > 26  # 16 values for each 8 x 8 x 4 pixels
+    latents = encode(vae, pixels)
+    noised = latents + 0.3 * latents.std() * jax.random.normal(jax.random.key(0), latents.shape)
+    error = jnp.square(decode(vae, noised) - pixels).mean()
+    initialise_from_pca(vae, video[8:], lips[8:], lips_weight=0.0, noise=0.3)
+    assert jnp.square(decode(vae, noised) - pixels).mean() < 0.9 * error
+    decoded = decode(vae, latents)
     # Latents with another mean and scale than 0 and 1, so that normalising changes them.
     for layer in (vae.shortcut.encode_first, vae.shortcut.encode_chunk):
         layer.kernel[...] = 3 * layer.kernel[...]

@@ -19,7 +19,7 @@ from fantasy_jax.sharding import make_mesh, shard_module
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
 SIZES = {"dim": 4, "dim_mult": (1, 2, 2), "num_res_blocks": 1, "temporal_downsample": (True, True)}
-CONFIG, MINIATURE = VAEConfig(**SIZES), MiniatureVAEConfig(**SIZES, patch=2)
+CONFIG, MINIATURE = VAEConfig(**SIZES), MiniatureVAEConfig(**SIZES, patch=2, overlap=1, refiner=8)
 LATENT_FRAMES = 3
 SQUARE, WIDE = (8, 8), (9, 15)
 """Rows and columns of latents: eight rows are divisible by eight devices; of nine, three devices get none."""

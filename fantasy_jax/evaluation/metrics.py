@@ -1,4 +1,4 @@
-"""Correlation of curves, energy of audio per video frame, and differences of images."""
+"""Correlation of curves, energy of audio per video frame, differences of images, and visible blocks."""
 
 import numpy as np
 
@@ -47,3 +47,22 @@ def psnr(
         peak: Range of the values.
     """
     return float(-10 * np.log10(np.square((one.astype(np.float64) - other) / peak).mean() + 1e-10))
+
+
+def border_step(video: UInt8[np.ndarray, "T H W C"], side: int) -> float:
+    """Mean absolute step between neighbouring pixels across borders of blocks, over that elsewhere.
+
+    About 1 if the grid of blocks cannot be seen.
+
+    Args:
+        video: The frames.
+        side: Rows and columns of a block; at least two blocks must fit.
+    """
+    steps = []
+    for axis in (1, 2):
+        step = np.abs(np.diff(video.astype(np.float32), axis=axis))
+        mean = step.mean(axis=tuple(i for i in range(4) if i != axis))
+        border = np.arange(mean.size) % side == side - 1
+        steps.append((mean[border].mean(), mean[~border].mean()))
+    across, elsewhere = np.sum(steps, axis=0)
+    return float(across / max(elsewhere, 1e-9))

@@ -162,10 +162,18 @@ class HeldOutClips:
         vae = self.networks.with_dtypes(vae=dtype)["vae"]
         return to_uint8(np.asarray(_decode(vae, jnp.asarray(latents)), np.float32))
 
-    def reconstruct(self) -> UInt8[np.ndarray, "N T H W 3"]:
-        """The VAE's reconstruction of every clip."""
-        latents = (np.stack([clip["latents"] for clip in batch]) for batch in batched(self.encoded))
-        return np.concatenate([self.decode(batch) for batch in latents])
+    def reconstruct(self, noise: float = 0.0) -> UInt8[np.ndarray, "N T H W 3"]:
+        """The VAE's reconstruction of every clip.
+
+        Args:
+            noise: Standard deviation of noise added to latents, as a fraction of their root mean square.
+        """
+        latents = np.stack([clip["latents"] for clip in self.encoded]).astype(np.float32)
+        if noise:
+            normal = np.random.default_rng(self.seed).standard_normal(latents.shape, np.float32)
+            latents += noise * np.sqrt(np.square(latents).mean()) * normal
+        starts = range(0, len(latents), _BATCH_SIZE)
+        return np.concatenate([self.decode(latents[i : i + _BATCH_SIZE]) for i in starts])
 
     def correlation_with(
         self, videos: UInt8[np.ndarray, "N T H W 3"], curves: Sequence[Float[np.ndarray, " T"]]

@@ -13,12 +13,17 @@ from flax import nnx
 from fantasy_jax.config import Fraction, NonNegativeFloat, PositiveInt, Range, Width
 from fantasy_jax.data.records import Record
 from fantasy_jax.miniature.stage import EncoderStageConfig
-from fantasy_jax.miniature.vae import MiniatureVAE, to_blocks
+from fantasy_jax.miniature.vae import MiniatureVAE, to_blocks, windows
+from fantasy_jax.models.halo import Rows
 from fantasy_jax.preprocessing.images import from_uint8
 from fantasy_jax.training.optim import OptimizerConfig
+from fantasy_jax.training.parameters import ParameterRules
 from fantasy_jax.training.state import Batch, Metrics
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import TEMPORAL_FACTOR, check_num_frames
+
+VAE_PARAMETERS: ParameterRules = (("^shortcut/", "frozen"), ("", "trained"))
+"""The linear maps keep their optimal values: steps that suit the other layers would ruin them."""
 
 
 @dataclass(frozen=True)
@@ -30,25 +35,26 @@ class VAEStageConfig(EncoderStageConfig):
         batch_size: Crops per step.
         optimizer: The optimizer.
         crop_size: Height and width of the crops in pixels.
-        num_frames: Frames of the crops, 4k + 1.
+        num_frames: Frames of the crops, 4k + 1; those of a clip, since a VAE trained on fewer has never seen
+            what its causal convolutions carry into the others.
         mouth_fraction: Fraction of crops around the mouth; the others are anywhere.
         lips_weight: Additional weight of pixels of the lips in the loss.
         gradient_weight: Weight of the error of differences between neighbouring pixels.
         kl_weight: Weight of the KL divergence per latent from the standard normal distribution.
-        noise: Largest standard deviation of the noise added to latents before decoding, which makes the
-            decoder robust to errors of the transformer.
+        noise: Largest standard deviation of the noise added to latents before decoding, as a fraction of
+            their root mean square, which makes the decoder robust to errors of the transformer.
     """
 
     num_steps: PositiveInt = 2000
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = 4
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
     crop_size: Width = 32
-    num_frames: Annotated[int, Range(5, 2**20)] = 9
+    num_frames: Annotated[int, Range(5, 2**20)] = 17
     mouth_fraction: Fraction = 0.5
-    lips_weight: NonNegativeFloat = 20.0
+    lips_weight: NonNegativeFloat = 12.0
     gradient_weight: NonNegativeFloat = 0.5
     kl_weight: NonNegativeFloat = 1e-4
-    noise: NonNegativeFloat = 0.15
+    noise: NonNegativeFloat = 0.3
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,7 +100,8 @@ def vae_loss(
     normal = jax.vmap(partial(jax.random.normal, shape=mean.shape[1:]))
     latents = mean + jnp.exp(log_variance / 2) * normal(sample_keys)
     level = config.noise * jax.vmap(partial(jax.random.uniform, shape=(1, 1, 1, 1)))(level_keys)
-    decoded = vae.decode(latents + level * normal(noise_keys))
+    scale = jnp.sqrt(jnp.square(latents).mean())
+    decoded = vae.decode(latents + scale * level * normal(noise_keys))
     weight = 1 + config.lips_weight * lips
     error = weight * jnp.abs(decoded - video)
     gradients = sum(
@@ -123,10 +130,12 @@ def initialise_from_pca(
     lips: UInt8[np.ndarray, "B T H W"],
     *,
     lips_weight: float,
+    noise: float = 0.0,
 ) -> None:
-    """Sets the linear shortcut to the principal components of pixel blocks, the optimal linear autoencoder.
+    """Sets the linear shortcut to the principal components of pixel blocks, an optimal linear autoencoder.
 
-    The last layers of encoder and decoder are set to zero, so that training starts from the linear
+    The decoding map is the least-squares estimate of a block's pixels from the noised latents around it. The
+    last layers of encoder, decoder and refiner are set to zero, so that training starts from the linear
     autoencoder, which accounts for most of the quality that a small VAE reaches in minutes.
 
     Args:
@@ -134,32 +143,60 @@ def initialise_from_pca(
         video: Example clips.
         lips: Their lip masks.
         lips_weight: Additional weight of a block that lies entirely inside the lips.
+        noise: Standard deviation of the noise, as a fraction of the latents' root mean square.
     """
-    shortcut, side = vae.shortcut, vae.config.spatial_factor
+    shortcut, side, overlap = vae.shortcut, vae.config.spatial_factor, vae.config.overlap
     pixels = from_uint8(video)
     mask = jnp.asarray(lips, jnp.float32)[..., None] / 255
     for frames, part, encode, decode in (
         (1, slice(None, 1), shortcut.encode_first, shortcut.decode_first),
         (TEMPORAL_FACTOR, slice(1, None), shortcut.encode_chunk, shortcut.decode_chunk),
     ):
-        blocks = np.asarray(to_blocks(pixels[:, part], frames, side)).reshape(-1, 3 * frames * side**2)
+        blocks = np.asarray(to_blocks(pixels[:, part], frames, side))
+        *grid, depth = blocks.shape
         weight = 1 + lips_weight * np.asarray(to_blocks(mask[:, part], frames, side)).mean(axis=-1).ravel()
-        mean = np.average(blocks, axis=0, weights=weight)
-        variances, vectors = np.linalg.eigh(np.cov(blocks, rowvar=False, aweights=weight))
+        weight /= weight.sum()
+        flat = blocks.reshape(-1, depth)
+        mean = weight @ flat
+        flat = flat - mean
+        variances, vectors = np.linalg.eigh((weight[:, None] * flat).T @ flat)
         kept = slice(-1, -vae.config.latent_channels - 1, -1)
         # Latents have the square root of the components' standard deviations: the strongest stay largest, and
         # are the last to vanish in noise.
         scale, vectors = np.maximum(variances[kept], 1e-6) ** 0.25, vectors[:, kept]
-        encode.kernel[...] = jnp.asarray(vectors / scale, jnp.float32)
-        encode.bias[...] = jnp.asarray(-mean @ (vectors / scale), jnp.float32)
-        decode.kernel[...] = jnp.asarray((vectors * scale).T, jnp.float32)
+        encoding = vectors / scale
+        encode.kernel[...] = jnp.asarray(encoding, jnp.float32)
+        encode.bias[...] = jnp.asarray(-mean @ encoding, jnp.float32)
+        latents = jnp.asarray((flat @ encoding).reshape(*grid, -1), jnp.float32)
+        around = np.asarray(windows(latents, overlap, Rows())).reshape(len(flat), -1)
+        decode.kernel[...] = _least_squares(around, flat, weight, noise * float(latents.std()))
         decode.bias[...] = jnp.asarray(mean, jnp.float32)
     channels = vae.config.latent_channels
-    for layer in (vae.moments, vae.decoder.conv_out.conv):
+    refiner = () if vae.refiner is None else (vae.refiner.conv_out,)
+    for layer in (vae.moments, vae.decoder.conv_out.conv, *refiner):
         layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
         layer.bias[...] = jnp.zeros_like(layer.bias[...])
     # A narrow initial posterior, so that the latents are not covered by its noise.
     vae.moments.bias[...] = jnp.zeros(2 * channels).at[channels:].set(-4.0)
+
+
+def _least_squares(
+    inputs: Float[np.ndarray, "N D"],
+    outputs: Float[np.ndarray, "N E"],
+    weights: Float[np.ndarray, " N"],
+    noise: float,
+) -> Float[Array, "D E"]:
+    """The matrix that maps inputs with added white noise to outputs with the least weighted square error.
+
+    Args:
+        inputs: Vectors of mean 0.
+        outputs: What they are mapped to.
+        weights: Weight of each, 1 together.
+        noise: Standard deviation of the noise.
+    """
+    weighted = weights[:, None] * inputs
+    noised = weighted.T @ inputs + max(noise, 1e-3) ** 2 * np.eye(inputs.shape[1])
+    return jnp.asarray(np.linalg.solve(noised, weighted.T @ outputs), jnp.float32)
 
 
 def normalise_latents(vae: MiniatureVAE, videos: Sequence[UInt8[np.ndarray, "B T H W 3"]]) -> None:
@@ -191,5 +228,6 @@ def normalise_latents(vae: MiniatureVAE, videos: Sequence[UInt8[np.ndarray, "B T
     log_variances = slice(channels, None)
     vae.moments.bias[...] = vae.moments.bias[...].at[log_variances].add(-2 * np.log(std))
     for layer in (vae.latents_in, shortcut.decode_first, shortcut.decode_chunk):
-        layer.bias[...] = layer.bias[...] + mean @ layer.kernel[...]
+        places = layer.in_features // channels  # the maps of the shortcut read the latents of several
+        layer.bias[...] = layer.bias[...] + np.tile(mean, places) @ layer.kernel[...]
         layer.kernel[...] = std * layer.kernel[...]

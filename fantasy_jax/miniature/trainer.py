@@ -46,6 +46,7 @@ from fantasy_jax.miniature.train_speech_encoder import (
     speech_loss,
 )
 from fantasy_jax.miniature.train_vae import (
+    VAE_PARAMETERS,
     RandomCrop,
     VAEStageConfig,
     initialise_from_pca,
@@ -62,6 +63,7 @@ from fantasy_jax.system.networks import Networks, random_networks
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.checkpoint import check_resumable
 from fantasy_jax.training.loop import TrainingTask, checkpoint_folder, train
+from fantasy_jax.training.parameters import ALL_TRAINED, ParameterRules
 from fantasy_jax.training.stages import (
     NUM_SAMPLES,
     StagesConfig,
@@ -271,11 +273,11 @@ class MiniatureTrainer:
         vae = networks["vae"]
         initial = [records[i] for i in range(min(_INITIALISATION_CLIPS, len(records)))]
         video, lips = (np.stack([record[name] for record in initial]) for name in ("video", "lips"))
-        initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight)
+        initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight, noise=config.noise / 3**0.5)
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
         examples = partial(batches, [records], crop)
-        trained = self._train("vae", vae, loss, examples, config, sample=sample)
+        trained = self._train("vae", vae, loss, examples, config, sample=sample, parameters=VAE_PARAMETERS)
         starts = range(0, min(_NORMALISATION_CLIPS, len(records)), NUM_SAMPLES)
         normalise_latents(trained, [_stack_videos(records, range(i, i + NUM_SAMPLES)) for i in starts])
         return networks.replace(vae=trained)
@@ -289,6 +291,7 @@ class MiniatureTrainer:
         config: EncoderStageConfig,
         *,
         sample: Callable[[nnx.Module, Path | None], dict[str, np.ndarray]] | None = None,
+        parameters: ParameterRules = ALL_TRAINED,
     ) -> nnx.Module:
         """Trains one encoder in the folder of its name."""
         task = TrainingTask(
@@ -299,6 +302,7 @@ class MiniatureTrainer:
             config.batch_size,
             config.num_steps,
             config.optimizer,
+            parameters,
             sample=sample,
             settings=self.encoder_settings(name),
         )

@@ -5,14 +5,16 @@ of pixels as channels, as in Wan2.2's VAE, there are no layers at full resolutio
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from fantasy_jax.config import Width
+from fantasy_jax.config import NonNegativeInt, Width
 from fantasy_jax.miniature.convolution import convolve
 from fantasy_jax.models.halo import Rows
-from fantasy_jax.models.vae import Carried, Linear, VAEConfig, WanVAE
+from fantasy_jax.models.vae import PAD_COLUMNS, Carried, Conv, Linear, VAEConfig, WanVAE
 from fantasy_jax.typing import Array, DType, Float
 from fantasy_jax.video import TEMPORAL_FACTOR
 
@@ -23,9 +25,14 @@ class MiniatureVAEConfig(VAEConfig):
 
     Attributes:
         patch: Rows and columns of pixels that become channels before the encoder.
+        overlap: Neighbouring latents on each side that the linear map to a block of pixels reads. With 0
+            blocks are independent, and their borders show.
+        refiner: Width of the layers that refine decoded frames; 0 for none.
     """
 
     patch: Width = 2
+    overlap: NonNegativeInt = 0
+    refiner: NonNegativeInt = 0
 
     @property
     def pixel_channels(self) -> int:
@@ -42,12 +49,13 @@ class LinearShortcut(nnx.Module):
     """Linear maps between pixels and latents: one of the first frame, one of every four frames after it."""
 
     def __init__(self, config: MiniatureVAEConfig, **types):
-        self.side = config.spatial_factor
-        pixels = 3 * self.side**2
-        self.encode_first = Linear(pixels, config.latent_channels, **types)
-        self.encode_chunk = Linear(TEMPORAL_FACTOR * pixels, config.latent_channels, **types)
-        self.decode_first = Linear(config.latent_channels, pixels, **types)
-        self.decode_chunk = Linear(config.latent_channels, TEMPORAL_FACTOR * pixels, **types)
+        self.side, self.overlap = config.spatial_factor, config.overlap
+        pixels, channels = 3 * self.side**2, config.latent_channels
+        window = (2 * config.overlap + 1) ** 2 * channels
+        self.encode_first = Linear(pixels, channels, **types)
+        self.encode_chunk = Linear(TEMPORAL_FACTOR * pixels, channels, **types)
+        self.decode_first = Linear(window, pixels, **types)
+        self.decode_chunk = Linear(window, TEMPORAL_FACTOR * pixels, **types)
 
     def encode(self, chunk: Float[Array, "B T H W 3"], *, first: bool) -> Float[Array, "B F h w C"]:
         """Term of the posterior's mean of the first frame, or of 4F frames after it."""
@@ -55,11 +63,40 @@ class LinearShortcut(nnx.Module):
             return self.encode_first(to_blocks(chunk, 1, self.side))
         return self.encode_chunk(to_blocks(chunk, TEMPORAL_FACTOR, self.side))
 
-    def decode(self, latents: Float[Array, "B F h w C"], *, first: bool) -> Float[Array, "B T H W 3"]:
+    def decode(
+        self, latents: Float[Array, "B F h w C"], rows: Rows, *, first: bool
+    ) -> Float[Array, "B T H W 3"]:
         """Term of the decoded pixels of the first frame, or of 4F frames after it."""
+        latents = windows(latents, self.overlap, rows)
         if first:
             return from_blocks(self.decode_first(latents), 1, self.side)
         return from_blocks(self.decode_chunk(latents), TEMPORAL_FACTOR, self.side)
+
+
+class Refiner(nnx.Module):
+    """Four convolutions of each decoded frame, on patches of pixels, with residual connections.
+
+    It removes borders of blocks, and what errors of latents leave in the pixels.
+    """
+
+    def __init__(self, config: MiniatureVAEConfig, **types):
+        self.patch = config.patch
+        pixels, width = config.pixel_channels, config.refiner
+        conv = partial(Conv, kernel_size=(1, 3, 3), padding=PAD_COLUMNS, **types)
+        self.conv_in = conv(pixels, width)
+        self.middle = nnx.List([conv(width, width) for _ in range(2)])
+        self.conv_out = conv(width, pixels)
+
+    def __call__(self, video: Float[Array, "B T H W 3"], rows: Rows) -> Float[Array, "B T H W 3"]:
+        """Refines one device's rows."""
+        x = self.conv_in(_padded(to_blocks(video, 1, self.patch), rows))
+        for layer in self.middle:
+            x += layer(_padded(nnx.silu(x), rows))
+        return video + from_blocks(self.conv_out(_padded(nnx.silu(x), rows)), 1, self.patch)
+
+
+def _padded(x: Float[Array, "B T H W C"], rows: Rows) -> Float[Array, "B T R W C"]:
+    return rows.extend(x, above=1, below=1)
 
 
 class MiniatureVAE(WanVAE):
@@ -77,7 +114,9 @@ class MiniatureVAE(WanVAE):
     ):
         """Builds encoder, decoder and linear maps."""
         super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.shortcut = LinearShortcut(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        types = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.shortcut = LinearShortcut(config, **types)
+        self.refiner = Refiner(config, **types) if config.refiner else None
         for _, module in nnx.iter_graph(self):
             if isinstance(module, nnx.Conv):
                 module.conv_general_dilated = convolve
@@ -94,7 +133,29 @@ class MiniatureVAE(WanVAE):
     ) -> tuple[Float[Array, "B T H W 3"], Carried]:
         blocks, following = super()._decode_chunk(latents, carried, rows)
         video = from_blocks(blocks, 1, self.config.patch)
-        return video + self.shortcut.decode(self._denormalise(latents), first=carried is None), following
+        video += self.shortcut.decode(self._denormalise(latents), rows, first=carried is None)
+        return video if self.refiner is None else self.refiner(video, rows), following
+
+
+def windows(x: Float[Array, "B T H W C"], overlap: int, rows: Rows) -> Float[Array, "B T H W D"]:
+    """Concatenates the channels of the `2 * overlap + 1` rows and columns around each position.
+
+    A position outside the image has the channels of the one in the middle.
+
+    Args:
+        x: One device's rows.
+        overlap: Neighbours on each side.
+        rows: How rows are sharded.
+    """
+    if not overlap:
+        return x
+    sides = [(0, 0)] * 3 + [(overlap, overlap), (0, 0)]
+    padded, inside = (
+        jnp.pad(rows.extend(y, above=overlap, below=overlap), sides) for y in (x, jnp.ones_like(x[..., :1]))
+    )
+    height, width = x.shape[2:4]
+    places = [np.s_[:, :, i : i + height, j : j + width] for i, j in np.ndindex(*[2 * overlap + 1] * 2)]
+    return jnp.concatenate([jnp.where(inside[place] > 0, padded[place], x) for place in places], axis=-1)
 
 
 def to_blocks(video: Float[Array, "B T H W C"], frames: int, side: int) -> Float[Array, "B U h w D"]:

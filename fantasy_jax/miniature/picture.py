@@ -1,0 +1,112 @@
+"""Image quality on held-out synthetic speakers: of the VAE, of the VAE with noised latents, and of samples.
+
+Each clip is reconstructed, and generated from its first frame, prompt and audio. Frames are compared with the
+rendered ones:
+
+    .venv/bin/python -m fantasy_jax.miniature.picture --config=configs/tiny.py --json=out/picture.json
+"""
+
+import numpy as np
+
+from fantasy_jax import cli
+from fantasy_jax.evaluation.metrics import border_step, psnr
+from fantasy_jax.miniature.held_out import (
+    Figure,
+    HeldOutClips,
+    add_arguments,
+    check_json,
+    figure,
+    load_held_out,
+    write_figures,
+)
+from fantasy_jax.typing import UInt8
+
+EXAMPLES = """\
+examples:
+  with the weights that come with the project:
+  python -m fantasy_jax.miniature.picture --config=configs/tiny.py --clips=16
+
+  with other weights:
+  python -m fantasy_jax.miniature.picture --config=configs/tiny.py --weights=out/tiny/weights
+"""
+
+NOISE_LEVELS = (0.1, 0.2, 0.3)
+"""Standard deviations of the noise on latents, as fractions of their root mean square."""
+
+COLUMNS = {
+    "first_frame": "first frame, dB",
+    "first_quarter": "first quarter, dB",
+    "last_quarter": "last quarter, dB",
+    "grid": "grid",
+}
+
+Row = dict[str, Figure]
+"""The figures of one set of videos; the rendered clips have no distances to themselves."""
+
+
+def measure(held_out: HeldOutClips) -> dict[str, Row]:
+    """Measures distance to the rendered clips, and how visible the grid of latents is.
+
+    Returns:
+        Figures of the rendered clips, of the VAE's reconstructions, of those from noised latents, and of
+        samples: `first_frame`, `first_quarter` and `last_quarter` are the PSNR of these frames in dB, and
+        `grid` is the mean absolute step between pixels across the borders of latents, over that elsewhere.
+    """
+    rows = {"rendered clips": {"grid": _grid(held_out, np.stack([clip["video"] for clip in held_out.clips]))}}
+    for level in (0.0, *NOISE_LEVELS):
+        name = f"VAE, latents with noise {level}" if level else "VAE"
+        rows[name] = _row(held_out, held_out.reconstruct(level))
+    rows["samples"] = _row(held_out, held_out.generate(held_out.encoded, "Samples"))
+    return rows
+
+
+def _row(held_out: HeldOutClips, videos: UInt8[np.ndarray, "N T H W 3"]) -> Row:
+    errors = np.array(
+        [
+            [psnr(frame, truth) for frame, truth in zip(video, clip["video"], strict=True)]
+            for video, clip in zip(videos, held_out.clips, strict=True)
+        ]
+    )
+    quarter = max(errors.shape[1] // 4, 1)
+    parts = {
+        "first_frame": errors[:, :1],
+        "first_quarter": errors[:, :quarter],
+        "last_quarter": errors[:, -quarter:],
+    }
+    return {name: figure(part.mean(axis=1)) for name, part in parts.items()} | {
+        "grid": _grid(held_out, videos)
+    }
+
+
+def _grid(held_out: HeldOutClips, videos: UInt8[np.ndarray, "N T H W 3"]) -> Figure:
+    side = held_out.networks.config.vae.spatial_factor
+    return figure([border_step(video, side) for video in videos])
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Formats the figures as a table."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "--:|" * len(COLUMNS)]
+    for name, row in rows.items():
+        cells = (f"{row[column].mean:.2f}" if column in row else "" for column in COLUMNS)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = cli.ArgumentParser(
+        prog="python -m fantasy_jax.miniature.picture",
+        description="Measures image quality on held-out synthetic speakers.",
+        epilog=EXAMPLES,
+    )
+    add_arguments(parser)
+    arguments, config = cli.parse(parser, argv)
+    check_json(arguments, config)
+    rows = measure(load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed))
+    print(table(rows))
+    if arguments.json:
+        write_figures(rows, arguments.json)
+
+
+if __name__ == "__main__":
+    cli.run(main, "fantasy_jax.miniature.picture")

@@ -1,0 +1,49 @@
+"""How visible the grid of latents is, and image quality of the VAE and of samples."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fantasy_jax.evaluation.metrics import border_step
+from fantasy_jax.miniature import picture
+from fantasy_jax.miniature.vae import windows
+from fantasy_jax.models.halo import Rows
+
+
+def test_steps_across_borders_stand_out_in_blocks_and_not_in_a_ramp():
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None, None], (2, 32, 32, 3))
+    noise = np.random.default_rng(0).integers(0, 9, (2, 32, 32, 3)).astype(np.uint8)
+    assert border_step(ramp, 8) == pytest.approx(1)
+    assert border_step(noise, 8) == pytest.approx(1, abs=0.05)
+    blocks = np.random.default_rng(0).integers(0, 200, (2, 4, 4, 3)).astype(np.uint8)
+    assert border_step(noise + blocks.repeat(8, axis=1).repeat(8, axis=2), 8) > 5
+
+
+def test_windows_have_the_neighbours_and_outside_the_image_the_middle():
+    x = jnp.arange(12.0).reshape(1, 1, 3, 4, 1)
+    around = np.asarray(windows(x, 1, Rows()))[0, 0]
+    assert around[1, 1].tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert around[0, 3].tolist() == [3, 3, 3, 2, 3, 3, 6, 7, 3]
+    np.testing.assert_array_equal(windows(x, 0, Rows()), x)
+
+
+@pytest.mark.slow
+def test_noise_on_latents_costs_quality_and_the_figures_are_printed_and_written(tmp_path, capsys):
+    path = tmp_path / "picture.json"
+    picture.main(["--config=configs/tiny.py", "--clips=2", f"--json={path}"])
+    rows = json.loads(path.read_text())
+    assert list(rows) == [
+        "rendered clips",
+        "VAE",
+        *[f"VAE, latents with noise {x}" for x in (0.1, 0.2, 0.3)],
+        "samples",
+    ]
+    quality = [row["first_quarter"]["mean"] for name, row in rows.items() if name.startswith("VAE")]
+    assert quality[0] > 30
+    assert quality == sorted(quality, reverse=True)
+    assert (
+        1 < rows["rendered clips"]["grid"]["mean"] < 1.2 < rows["VAE, latents with noise 0.3"]["grid"]["mean"]
+    )
+    assert f"| samples | {rows['samples']['first_frame']['mean']:.2f} | " in capsys.readouterr().out
