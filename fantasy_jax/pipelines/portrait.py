@@ -161,9 +161,8 @@ class FantasyPortraitPipeline(Pipeline):
 
             def adapters() -> Mapping[str, Array]:
                 with timed("Motion encoder"):
-                    encoder = networks["motion_encoder"]
-                    faces = scene.faces(encoder.config.image_size)
-                    return {"expression": encoders.encode_motion(encoder, faces)}
+                    faces = scene.faces(networks.config.motion_encoder.image_size)
+                    return {"expression": encoders.encode_motion(networks["motion_encoder"], faces)}
 
             inputs = self._encode(networks, config, [scene.picture], prompt, video, adapters, timed)
             if (labels := scene.labels()) is not None:
