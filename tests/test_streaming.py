@@ -20,7 +20,7 @@ from fantasy_jax.system.vae_memory import temporary_bytes
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
 SIZES = {"dim": 4, "dim_mult": (1, 2, 2), "num_res_blocks": 1, "temporal_downsample": (True, True)}
-WAN, MINIATURE = VAEConfig(**SIZES), MiniatureVAEConfig(**SIZES, patch=2, overlap=1, refiner=8)
+WAN, MINIATURE = VAEConfig(**SIZES), MiniatureVAEConfig(**SIZES, patch=2, overlap=1)
 TILES = {"tile": (4, 6), "stride": (2, 4)}
 decode = jax.jit(lambda vae, latents: vae.decode(latents))
 encode = jax.jit(lambda vae, video, at_once=1: vae.encode(from_uint8(video), at_once), static_argnums=2)
