@@ -56,35 +56,52 @@ def probe(
         people from the same ranges, and `unseen`, of people with faces from just outside.
     """
     features, known = _features(encoder, size, seed, 0, fitted)
-    mean = features.mean(axis=0)
-    scale = features.std(axis=0) + 1e-6
-    design = _with_constant((features - mean) / scale)
-    ridge = len(design) * 1e-4 * np.eye(design.shape[1])
-    weights = np.linalg.solve(design.T @ design + ridge, design.T @ np.concatenate(known, axis=1))
     results: dict[str, dict[str, float]] = {}
     for name, first in (("usual", fitted), ("unseen", 2 * fitted)):
-        features, truth = _features(encoder, size, seed, first, measured, unseen=name == "unseen")
-        targets = np.concatenate(truth, axis=1)
-        error = targets - _with_constant((features - mean) / scale) @ weights
-        explained = 1 - error.var(axis=0) / targets.var(axis=0)
-        factors, person = explained[: len(READ)], explained[len(READ) :].clip(0, None)
-        for factor, value in zip((*READ, "person"), (*factors, person.mean()), strict=True):
+        others, truth = _features(encoder, size, seed, first, measured, unseen=name == "unseen")
+        explained = linear_r2(features, known, others, truth)
+        person = explained[len(READ) :].clip(0, None).mean()
+        for factor, value in zip((*READ, "person"), (*explained[: len(READ)], person), strict=True):
             results.setdefault(factor, {})[name] = float(value)
     return results
 
 
+def linear_r2(
+    features: Float[np.ndarray, "N M"],
+    known: Float[np.ndarray, "N R"],
+    others: Float[np.ndarray, "K M"],
+    truth: Float[np.ndarray, "K R"],
+) -> Float[np.ndarray, " R"]:
+    """The share of the variance of `truth` that a linear regression from features explains.
+
+    Args:
+        features: Features of those on whom it is fitted.
+        known: Their values.
+        others: Features of those on whom it is measured.
+        truth: Their values.
+    """
+    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
+
+    def design(x: Float[np.ndarray, "B M"]) -> Float[np.ndarray, "B _"]:
+        return np.concatenate([(x - mean) / scale, np.ones((len(x), 1))], axis=1).astype(np.float64)
+
+    fitted = design(features)
+    ridge = 1e-4 * len(fitted) * np.eye(fitted.shape[1])  # features that always are equal have no effect
+    weights = np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ known)
+    return 1 - np.square(truth - design(others) @ weights).mean(axis=0) / truth.var(axis=0)
+
+
 def _features(
     encoder: MotionEncoder, size: int, seed: int, first: int, count: int, *, unseen: bool = False
-) -> tuple[Float[np.ndarray, "N M"], tuple[Float[np.ndarray, "N R"], Float[np.ndarray, "N I"]]]:
+) -> tuple[Float[np.ndarray, "N M"], Float[np.ndarray, "N R"]]:
     """Features of people, and their factors and numbers; the people are those from number `first` on."""
-    features, factors, numbers = [], [], []
+    features, values = [], []
     for start in range(first, first + count, _BATCH):
         generators = [np.random.default_rng([seed, *_SEED, start + i]) for i in range(_BATCH)]
         stills = draw_stills(generators, size=size, crop_size=encoder.config.image_size, unseen=unseen)
         features.append(np.asarray(encode_motion(encoder, [stills.crops]))[0, :, 0])
-        factors.append(stills.factors())
-        numbers.append(person_numbers(stills))
-    return np.concatenate(features), (np.concatenate(factors), np.concatenate(numbers))
+        values.append(np.concatenate([stills.factors(), person_numbers(stills)], axis=1))
+    return np.concatenate(features), np.concatenate(values)
 
 
 def person_numbers(stills: Stills) -> Float[np.ndarray, "N I"]:
@@ -94,10 +111,6 @@ def person_numbers(stills: Stills) -> Float[np.ndarray, "N I"]:
         return np.concatenate([np.ravel(getattr(face, name)) for name in PERSON])
 
     return np.stack([numbers(face) for face in stills.people])
-
-
-def _with_constant(x: Float[np.ndarray, "N M"]) -> Float[np.ndarray, "N M+1"]:
-    return np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float64)
 
 
 def report(results: dict[str, dict[str, float]]) -> str:

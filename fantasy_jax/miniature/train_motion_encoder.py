@@ -37,6 +37,8 @@ READ = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
 """All factors that are read."""
 _TRAINING, _NORMS, _SCALES = (3, 0), (3, 1), (3, 2)
 """Parts of the seeds, apart from those of clips, of what is drawn: examples, and faces for statistics."""
+_OPEN = 2.0
+"""Initial bias before the ReLU of the encoder's single channel, which is about normal: few are below 0."""
 _NORM_FACES, _SCALE_ACTS = 256, 4096
 
 
@@ -54,7 +56,7 @@ class MotionStageConfig(EncoderStageConfig):
 
     num_steps: PositiveInt = 2500
     batch_size: PositiveInt = 64
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=100)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
     jitter: Fraction = 0.03
     light: Fraction = 0.12
 
@@ -63,8 +65,9 @@ class MotionRegressor(nnx.Module):
     """The motion encoder with a linear read-out of each head; only used in training."""
 
     def __init__(self, encoder: MotionEncoder, *, rngs: nnx.Rngs):
-        """Adds the read-outs to an encoder."""
+        """Adds the read-outs to an encoder, whose narrowest layer lets everything pass at first."""
         config = encoder.config
+        encoder.conv_map.bias[...] = jnp.full_like(encoder.conv_map.bias[...], _OPEN)
         widths = (config.pose_dim, config.eye_dim, config.emotion_dim, config.feature_dim)
         self.encoder = encoder
         self.readouts = nnx.Dict(
