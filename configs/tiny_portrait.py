@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from configs import tiny
 from fantasy_jax.config import section, to_config_dict
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.ablation import AblationConfig
+from fantasy_jax.miniature.judge import JudgeConfig
 from fantasy_jax.miniature.synthetic import SyntheticConfig
 from fantasy_jax.miniature.trainer import MiniatureConfig
 from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
@@ -69,6 +71,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "sample": sample,
             "data": replace(section(SyntheticConfig, talking, "data"), **pairs),
             "train": train,
+            "judge": JudgeConfig(),
+            "ablation": AblationConfig(),
         }
     )
 

@@ -20,7 +20,9 @@ from fantasy_jax.models.adapters.expression import ExpressionAdapter
 from fantasy_jax.pipelines.config import PortraitSampleConfig, read_pipeline
 from fantasy_jax.pipelines.scene import Driver, Scene
 from fantasy_jax.preprocessing.driving import ALIGNED_POINTS, DrivingFace
+from fantasy_jax.system.conditioning import condition
 from fantasy_jax.system.encoders import encode_motion
+from fantasy_jax.system.inputs import ClipInputs
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.objective import StageConfig, check_inputs, draw_kept, velocity_objective
 from fantasy_jax.training.state import Trainer
@@ -81,6 +83,20 @@ def test_the_loss_depends_on_the_expression_of_those_who_are_shown(transformer):
     # Owners say whose expression it is, in any order.
     turned = {"expression": expression[:, ::-1], "owners": batch["owners"][:, ::-1]}
     assert loss(**turned) == pytest.approx(loss(), rel=1e-5)
+
+
+def test_without_masked_attention_all_tokens_attend_to_everybody_who_is_there(transformer):
+    batch = make_batch()
+    inputs = ClipInputs.from_batch(batch, jnp.zeros((1, 1, TINY_WAN.text_dim)))
+    adapter = transformer.adapters["expression"]
+    shared = abstract(ExpressionAdapter, replace(adapter.config, masked=False))
+    other = tiny_transformer(replace(TINY_WAN, num_layers=1), expression=shared)
+    masked, everybody = (
+        np.asarray(condition(x, inputs).attended["expression"].mask) for x in (transformer, other)
+    )
+    shown = np.asarray(batch["labels"]).swapaxes(1, 2)
+    assert not masked[shown == 1][:, 1:].any()
+    assert (everybody == [True, True, False]).all()
 
 
 def test_conditions_are_dropped_independently():

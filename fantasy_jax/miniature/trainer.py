@@ -165,12 +165,37 @@ class MiniatureTrainer:
         Raises:
             ConfigError: The workdir holds a part that was made with other settings.
         """
+        for folder in self._stores():  # before anything is trained for nothing
+            check_writable_store(folder)
+        networks, encoded = self.prepare()
+        stages = train_stages(
+            networks,
+            [encoded[people] for people in self.config.people],
+            self.folder,
+            mesh=self.mesh,
+            fps=self.video.fps,
+            sampling=self.sampling,
+            config=self.config,
+            settings=self.settings(*self.config.people),
+        )
+        for index, transformer in stages:
+            self._save(self._stores()[index], networks, transformer)
+        return self._stores()[-1]
+
+    def prepare(self) -> tuple[Networks, dict[int, Path]]:
+        """Makes all that the transformer is trained on, or takes over what an earlier call has made.
+
+        Returns:
+            The networks, whose transformer has its initial weights, and the folders of the encoded clips by
+            their number of people.
+
+        Raises:
+            ConfigError: The workdir holds a part that was made with other settings.
+        """
         for name in self.encoders:  # before another part is trained for nothing
             check_resumable(checkpoint_folder(self.workdir / name), self.encoder_settings(name))
         for people in self.config.people:
-            check_unchanged(encoded_folder(self._encoded(people)), self._settings(people))
-        for folder in self._stores():
-            check_writable_store(folder)
+            check_unchanged(encoded_folder(self._encoded(people)), self.settings(people))
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         with cli.timed("Clips"):
             clips = {
@@ -188,20 +213,8 @@ class MiniatureTrainer:
             with cli.timed(title):
                 networks = train_encoder(networks, clips[1])
         with cli.timed("Encoded clips"):
-            encoded = [self._encode(networks, clips[people], people) for people in self.config.people]
-        stages = train_stages(
-            networks,
-            encoded,
-            self.folder,
-            mesh=self.mesh,
-            fps=self.video.fps,
-            sampling=self.sampling,
-            config=self.config,
-            settings=self._settings(*self.config.people),
-        )
-        for index, transformer in stages:
-            self._save(self._stores()[index], networks, transformer)
-        return self._stores()[-1]
+            encoded = {people: self._encode(networks, clips[people], people) for people in self.config.people}
+        return networks, encoded
 
     def encoder_settings(self, name: str) -> dict[str, Any]:
         """The settings that decide an encoder, but for the number of steps: it can be given more."""
@@ -210,7 +223,7 @@ class MiniatureTrainer:
 
     def _encode(self, networks: Networks, clips: Path, people: int) -> Path:
         convert = as_group if "motion_encoder" in networks else dict
-        settings = self._settings(people)
+        settings = self.settings(people)
         return encode_dataset(networks, clips, self._encoded(people), settings, convert=convert)
 
     def _encoded(self, people: int) -> Path:
@@ -222,7 +235,7 @@ class MiniatureTrainer:
         earlier = range(len(self.config.stages) - 1)
         return [self.folder / stage_name(i) / "weights" for i in earlier] + [self.folder / "weights"]
 
-    def _settings(self, *people: int) -> dict[str, Any]:
+    def settings(self, *people: int) -> dict[str, Any]:
         """The settings that decide the encoded clips of these numbers of people, by their config names."""
         train = {name: getattr(self.config, name) for name in self.encoders} | {"people": people}
         data = {name: x for count in people for name, x in clip_settings(self.data, count).items()}

@@ -101,7 +101,8 @@ def condition(
         )
         attended[name] = adapter.condition(features, num_frames, scale=scale, **settings)
         if attended[name].per_person:
-            attended[name] = replace(attended[name], mask=inputs.attended_people(adapter.input))
+            mask = inputs.attended_people(adapter.input, everybody=not adapter.masked)
+            attended[name] = replace(attended[name], mask=mask)
     return Conditions(first_frame, attended, offset)
 
 

@@ -53,7 +53,7 @@ class ClipInputs:
     labels: Leaf = None
     owners: dict[str, Leaf] = field(default_factory=dict)
 
-    def attended_people(self, name: str) -> Bool[Array, "B S F N"] | None:
+    def attended_people(self, name: str, *, everybody: bool = False) -> Bool[Array, "B S F N"] | None:
         """Whose input each video token attends to, in the adapter input called `name`.
 
         The background attends to everybody, a person to their own input only, and a person without one to
@@ -62,6 +62,7 @@ class ClipInputs:
 
         Args:
             name: The input.
+            everybody: Whether all tokens attend as the background does.
 
         Returns:
             None if there are no labels.
@@ -73,7 +74,7 @@ class ClipInputs:
         owners = jnp.arange(1, count + 1)[None] if owners is None else owners
         labels = self.labels.swapaxes(1, 2)[..., None]
         owners = owners[:, None, None]
-        return ((labels == 0) | (labels == owners)) & (owners > 0)
+        return ((labels == 0) | (labels == owners) | everybody) & (owners > 0)
 
     @classmethod
     def from_batch(

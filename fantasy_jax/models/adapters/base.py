@@ -32,6 +32,11 @@ class Adapter(nnx.Module):
     default_scale: ClassVar[float] = 1.0
     layers: KVProjection
 
+    @property
+    def masked(self) -> bool:
+        """Whether video tokens that show a person attend to that person's input only."""
+        return True
+
     @classmethod
     def input_shape(cls, config: Any, video: VideoConfig) -> tuple[int, ...]:
         """Shape of one clip's input, of one person where it is given per person.

@@ -24,6 +24,9 @@ from fantasy_jax.video import VideoConfig
 
 _PARTS = ("head", "eye", "emotion", "mouth")
 """Parts of the motion features, in order; each is also a token."""
+_SPLIT = ("mouth", "emotion", "head", "eye")
+"""The parts in the order of the tokens into which they are split."""
+_Queries = Annotated[int, Range(0, 2**20)]
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,14 @@ class ExpressionAdapterConfig(Settings):
         emotion_width: Features of the emotion.
         mouth_width: Features of the mouth.
         token_width: Width of the tokens.
-        resampler: Sizes of the two resamplers.
-        mouth_queries: Tokens into which the mouth's features are split.
-        emotion_queries: Tokens into which the emotion's features are split.
+        resampler: Sizes of the resamplers.
+        mouth_queries: Tokens into which the mouth's features are split (expression-augmented learning, the
+            paper's section 3); 0: they are not.
+        emotion_queries: The same of the emotion's features.
+        head_queries: The same of the head's pose, which the paper only splits in its ablation (table 3).
+        eye_queries: The same of gaze and lids.
+        masked: Whether video tokens that show a person attend to that person's tokens only (masked
+            cross-attention, equation 4); otherwise all attend to everybody's.
         mask_padding: Whether the padding of the first latent frame's window is masked. The released weights
             are trained with padding that is attended to.
         width: Width D of the transformer.
@@ -52,8 +60,11 @@ class ExpressionAdapterConfig(Settings):
     mouth_width: Width = 512
     token_width: Width = 2048
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    mouth_queries: Width = 16
-    emotion_queries: Width = 4
+    mouth_queries: _Queries = 16
+    emotion_queries: _Queries = 4
+    head_queries: _Queries = 0
+    eye_queries: _Queries = 0
+    masked: bool = True
     mask_padding: bool = False
     width: Annotated[int, Range(0, 2**20)] = 5120
     num_heads: Annotated[int, Range(0, 2**20)] = 40
@@ -72,7 +83,7 @@ class ExpressionAdapterConfig(Settings):
     @property
     def tokens_per_frame(self) -> int:
         """Tokens of a video frame."""
-        return len(_PARTS) + self.mouth_queries + self.emotion_queries
+        return len(_PARTS) + sum(getattr(self, f"{part}_queries") for part in _SPLIT)
 
 
 class ExpressionAdapter(Adapter):
@@ -106,12 +117,20 @@ class ExpressionAdapter(Adapter):
             }
         )
         self.norm = LayerNorm(width, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.mouth = Resampler(config.resampler, config.mouth_width, config.mouth_queries, width, **types)
-        self.emotion = Resampler(
-            config.resampler, config.emotion_width, config.emotion_queries, width, **types
-        )
+
+        def resampler(part: str) -> Resampler | None:
+            features, queries = (getattr(config, f"{part}_{name}") for name in ("width", "queries"))
+            return Resampler(config.resampler, features, queries, width, **types) if queries else None
+
+        self.mouth, self.emotion = resampler("mouth"), resampler("emotion")
+        self.head, self.eye = resampler("head"), resampler("eye")
         sizes = (width, config.width, config.num_heads, config.num_layers)
         self.layers = zero_init_kv_layers(*sizes, **types) if config.num_layers else None
+
+    @property
+    def masked(self) -> bool:
+        """Whether a person attends to their own expression only."""
+        return self.config.masked
 
     def raw_tokens(self, features: Float[Array, "*n M"]) -> Float[Array, "*n 4 D"]:
         """Tokens of head, eyes, emotion and mouth, float32, all normalised by one norm."""
@@ -121,16 +140,16 @@ class ExpressionAdapter(Adapter):
 
     def mouth_tokens(self, features: Float[Array, "*n M"]) -> Float[Array, "*n L D"]:
         """Tokens into which the mouth's features are split, float32."""
-        return _resample(self.mouth, self._parts(features)["mouth"])
+        return self._split_tokens("mouth", features)
 
     def emotion_tokens(self, features: Float[Array, "*n M"]) -> Float[Array, "*n L D"]:
         """Tokens into which the emotion's features are split, float32."""
-        return _resample(self.emotion, self._parts(features)["emotion"])
+        return self._split_tokens("emotion", features)
 
     def tokens(self, features: Float[Array, "*n T M"]) -> Float[Array, "*n A D"]:
         """The tokens of all video frames, one frame after another, float32."""
-        makers = (self.raw_tokens, self.mouth_tokens, self.emotion_tokens)
-        tokens = jnp.concatenate([make(features) for make in makers], axis=-2)
+        split = [self._split_tokens(part, features) for part in _SPLIT if getattr(self, part) is not None]
+        tokens = jnp.concatenate([self.raw_tokens(features), *split], axis=-2)
         return tokens.reshape(*features.shape[:-2], -1, tokens.shape[-1])
 
     def condition(
@@ -158,8 +177,8 @@ class ExpressionAdapter(Adapter):
         ends = [sum(self.config.part_widths[: i + 1]) for i in range(len(_PARTS) - 1)]
         return dict(zip(_PARTS, jnp.split(features, ends, axis=-1), strict=True))
 
-
-def _resample(resampler: Resampler, features: Float[Array, "*n C"]) -> Float[Array, "*n L D"]:
-    """Resamples each frame's features as a sequence of length one."""
-    tokens = resampler(features.reshape(-1, 1, features.shape[-1]))
-    return tokens.reshape(*features.shape[:-1], *tokens.shape[1:])
+    def _split_tokens(self, part: str, features: Float[Array, "*n M"]) -> Float[Array, "*n L D"]:
+        """Resamples each frame's features of a part as a sequence of length one."""
+        features = self._parts(features)[part]
+        tokens = getattr(self, part)(features.reshape(-1, 1, features.shape[-1]))
+        return tokens.reshape(*features.shape[:-1], *tokens.shape[1:])

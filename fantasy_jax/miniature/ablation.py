@@ -1,0 +1,343 @@
+"""FantasyPortrait's table 3 in small: what the parts of its method give.
+
+Source: arXiv 2507.12956, section 4 (the arms) and section 3 (the parts).
+
+All arms start from one checkpoint, the base, of what they have in common: the projected tokens alone, and
+clips of one person. So no arm has ever been trained with what it is said to lack. In the workdir of the
+portrait's training, clips, encoders and VAE are taken over:
+
+    .venv/bin/python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/tiny
+
+Below the folder of the transformer's training, `ablation/seed_N/` has the folders of base and arms, each with
+checkpoints and logs. The same command resumes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fantasy_jax import cli
+from fantasy_jax.config import PositiveInt, Settings, section
+from fantasy_jax.convert.rules import assign, flat_parameters
+from fantasy_jax.data.records import Record
+from fantasy_jax.disk import full_disk_reported
+from fantasy_jax.errors import ConfigError
+from fantasy_jax.files import check_outputs
+from fantasy_jax.miniature.clips import SyntheticConfig
+from fantasy_jax.miniature.driven import DrivenClips, draw_driven
+from fantasy_jax.miniature.held_out import Figure, write_figures
+from fantasy_jax.miniature.reenactment import (
+    COLUMNS,
+    Control,
+    Reenactment,
+    add_measuring_arguments,
+    measuring_tools,
+)
+from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
+from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.performance.cache import keep_compiled_programs
+from fantasy_jax.pipelines.config import PortraitSampleConfig
+from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
+from fantasy_jax.preprocessing.text import byte_tokenizer
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks, random_networks
+from fantasy_jax.training.loop import lock_workdir
+from fantasy_jax.training.stages import train_stages
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_paths
+
+EXAMPLES = """\
+examples:
+  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/tiny
+  three seeds, and the table of two arms only:
+  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/tiny \\
+      --seed=0 --seed=1 --seed=2 --only=full --only=no-mca --json=out/ablation.json
+"""
+
+Measured = dict[int, list[Control]]
+"""Figures of an arm by the number of people, one for each seed."""
+
+
+@dataclass(frozen=True)
+class AblationConfig(Settings):
+    """Lengths of the trainings.
+
+    Attributes:
+        base_steps: Steps of the base.
+        arm_steps: Further steps of each arm.
+    """
+
+    base_steps: PositiveInt = 2000
+    arm_steps: PositiveInt = 1500
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table, as changes of the config.
+
+    Attributes:
+        title: What it is called in the table.
+        adapter: Changes of `model.expression_adapter`.
+        people: People in the clips of each dataset of its training; empty: those of the config.
+        weights: The arm whose weights it takes; empty: its own, which are trained.
+        change: Changes the encoded clips that are sampled.
+        measured: The numbers of people in the clips that are measured.
+    """
+
+    title: str
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    people: tuple[int, ...] = ()
+    weights: str = ""
+    change: Callable[[Record], Record] = dict
+    measured: tuple[int, ...] = (1, 2, 3)
+
+
+def under_official_mask(clip: Record) -> Record:
+    """An encoded clip of three people whose tokens attend to drivers as the official mask has it.
+
+    Person 1 attends to drivers 1 and 2, person 2 to 1 and 3, person 3 to 2 and 3 (fantasy-portrait,
+    `utils.py`, `infer_multi.py`). Every driver is there twice, which leaves the background as it is.
+    """
+    expression = clip["expression"][[0, 1, 0, 2, 1, 2]]
+    return clip | {"expression": expression, "owners": np.int32([1, 1, 2, 2, 3, 3])}
+
+
+_PROJECTED = {"mouth_queries": 0, "emotion_queries": 0}
+BASE = Arm("base", adapter=_PROJECTED, people=(1,))
+"""What all arms have in common."""
+ARMS = {
+    "full": Arm("full"),
+    "no-eal": Arm("without expression-augmented learning", adapter=_PROJECTED),
+    "eal-all": Arm(
+        "expression-augmented learning of all features", adapter={"head_queries": 4, "eye_queries": 4}
+    ),
+    "no-mca": Arm("without masked attention", adapter={"masked": False}),
+    "no-med": Arm("without clips of several people", people=(1,)),
+    "official-mask": Arm("official mask", weights="full", change=under_official_mask, measured=(3,)),
+}
+"""The rows of the table by name. The paper's MED, its multi-person data, is here clips of two people."""
+
+
+class Ablation:
+    """Trains and measures arms, for one seed after another."""
+
+    def __init__(
+        self,
+        trainer: MiniatureTrainer,
+        config: AblationConfig,
+        measure: Callable[[Arm, Networks, WanTransformer], dict[int, Control]],
+    ):
+        """Makes what all arms are trained on, unless it is there.
+
+        Args:
+            trainer: The portrait's training.
+            config: Lengths of the trainings.
+            measure: Returns the figures of an arm by the number of people.
+
+        Raises:
+            ConfigError: The portrait's training has no clips of one person, or the workdir holds a part that
+                was made with other settings.
+        """
+        if 1 not in trainer.config.people:
+            raise ConfigError(
+                f"train.people is {trainer.config.people}; the base is trained on clips of 1 person"
+            )
+        self.trainer, self.config, self._measure = trainer, config, measure
+        self.networks, self._encoded = trainer.prepare()
+
+    def run(self, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Measured]:
+        """Trains and measures arms, or takes over what has been trained.
+
+        Args:
+            names: Which of `ARMS`.
+            seeds: Seeds of initial weights and training; clips and encoders remain.
+        """
+        results: dict[str, Measured] = {name: {} for name in names}
+        for seed in seeds:
+            base = self._train(BASE, "base", seed, self.config.base_steps)
+            trained: dict[str, WanTransformer] = {}
+            for name in names:
+                source = ARMS[name].weights or name
+                if source not in trained:
+                    trained[source] = self._train(ARMS[source], source, seed, self.config.arm_steps, base)
+                with cli.timed(f"{name}, seed {seed}"):
+                    for people, control in self._measure(ARMS[name], self.networks, trained[source]).items():
+                        results[name].setdefault(people, []).append(control)
+        return results
+
+    def _train(
+        self, arm: Arm, name: str, seed: int, steps: int, base: WanTransformer | None = None
+    ) -> WanTransformer:
+        """Trains an arm from the base, or the base from its initial weights."""
+        trainer = self.trainer
+        config, model = trainer.config, arm_model(trainer.model, arm)
+        people = arm.people or config.people
+        stage = replace(config.stages[0], num_steps=steps)
+        loop = replace(config.loop, seed=seed, sample_every=0)
+        shares = config.shares if people == config.people else ()
+        decided = {"base_steps": self.config.base_steps} if base is not None else {}
+        stages = train_stages(
+            self.networks.replace(transformer=initial(model, base, seed)),
+            [self._encoded[count] for count in people],
+            trainer.folder / "ablation" / f"seed_{seed}" / name,
+            mesh=trainer.mesh,
+            fps=trainer.video.fps,
+            sampling=trainer.sampling,
+            config=replace(config, stages=(stage,), shares=shares, loop=loop),
+            settings={
+                **{str(count): trainer.settings(count) for count in people},
+                "model": {"expression_adapter": model.expression_adapter},
+                "ablation": decided,
+            },
+        )
+        ((_, transformer),) = stages
+        return transformer
+
+
+def arm_model(model: ModelConfig, arm: Arm) -> ModelConfig:
+    """The sizes of an arm's networks."""
+    return model.replace(expression_adapter=replace(model.expression_adapter, **arm.adapter))
+
+
+def initial(model: ModelConfig, base: WanTransformer | None, seed: int) -> WanTransformer:
+    """A transformer with random weights, and with those of the base where that has them."""
+    transformer = random_networks(model, byte_tokenizer(), seed=seed)["transformer"]
+    if base is not None:
+        assign(transformer, flat_parameters(transformer) | flat_parameters(base))
+    return transformer
+
+
+def combine(controls: Sequence[Control]) -> dict[str, dict[str, float]]:
+    """Figures of several seeds.
+
+    Returns:
+        By field of `Control`: the `mean` over seeds, the standard error over `clips`, which is the mean of
+        the seeds', and that over `seeds`, 0 for one seed.
+    """
+    combined = {}
+    for each in fields(Control):
+        figures: list[Figure] = [getattr(control, each.name) for control in controls]
+        means = [x.mean for x in figures]
+        spread = np.std(means, ddof=1) / np.sqrt(len(means)) if len(means) > 1 else 0.0
+        combined[each.name] = {
+            "mean": float(np.mean(means)),
+            "clips": float(np.mean([x.standard_error for x in figures])),
+            "seeds": float(spread),
+        }
+    return combined
+
+
+def table(results: Mapping[str, Measured]) -> str:
+    """The arms as a table: means, standard errors over clips and, of several seeds, over seeds."""
+    return cli.markdown_table(
+        ("arm", "people", *COLUMNS.values()), _rows(results), numbers=("people", *COLUMNS.values())
+    )
+
+
+def _rows(results: Mapping[str, Measured]) -> Iterator[list[str]]:
+    for people in sorted({people for measured in results.values() for people in measured}):
+        for name, measured in results.items():
+            if people in measured:
+                several = len(measured[people]) > 1
+                combined = combine(measured[people])
+                cells = [_cell(combined[each], each, several=several) for each in COLUMNS]
+                yield [ARMS[name].title, str(people), *cells]
+
+
+def _cell(value: Mapping[str, float], name: str, *, several: bool) -> str:
+    digits = 1 if name == "background" else 2
+    errors = [value["clips"], value["seeds"]] if several else [value["clips"]]
+    return " +- ".join(f"{x:.{digits}f}" for x in (value["mean"], *errors))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = cli.ArgumentParser(
+        prog="python -m fantasy_jax.miniature.ablation",
+        description="Trains the portrait miniature with and without parts of its method, and compares.",
+        epilog=EXAMPLES,
+    )
+    cli.add_config_argument(parser)
+    add_measuring_arguments(parser)
+    parser.add_argument(
+        "--only", action="append", choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (default: all)"
+    )
+    parser.add_argument(
+        "--clips", type=cli.integer(2), default=64, metavar="N", help="clips that are measured (default: 64)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=cli.integer(0, 2**32 - 1),
+        action="append",
+        metavar="N",
+        help="seed of the initial weights and of the training; may be repeated (default: 0)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    arguments, config = cli.parse(parser, argv)
+    read = [*cli.config_files(arguments.config, config), *store_paths(arguments.faces)]
+    check_outputs([arguments.json], read)
+    workdir = Path(arguments.workdir)
+    trainer = _trainer(workdir, config)
+    keep_compiled_programs()
+    with full_disk_reported(workdir), lock_workdir(workdir):
+        measure = _Measurement(arguments, config)
+        ablation = Ablation(trainer, section(AblationConfig, config, "ablation"), measure)
+        results = ablation.run(arguments.only or list(ARMS), arguments.seed or [0])
+    print(table(results))
+    if arguments.json:
+        write_figures(results, arguments.json)
+
+
+def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
+    model = section(ModelConfig, config, "model")
+    if "expression_adapter" not in model.networks:
+        raise ConfigError("model.expression_adapter: is missing; the ablation is of portraits")
+    return MiniatureTrainer(
+        workdir,
+        pipeline=FantasyPortraitPipeline.__name__,
+        data=section(SyntheticConfig, config, "data"),
+        video=section(VideoConfig, config, "video"),
+        model=model,
+        sampling=section(PortraitSampleConfig, config, "sample"),
+        config=section(MiniatureConfig, config, "train"),
+    )
+
+
+class _Measurement:
+    """Measures arms; clips and the judge are made for the first and kept for all."""
+
+    def __init__(self, arguments: Any, config: Any):
+        self._arguments, self._config = arguments, config
+        self._tools = measuring_tools(arguments, config)
+        self._made: dict[int, tuple[DrivenClips, Reenactment]] = {}
+
+    def __call__(self, arm: Arm, networks: Networks, transformer: WanTransformer) -> dict[int, Control]:
+        measured = {}
+        for people in sorted(set(arm.measured) & set(self._arguments.people or arm.measured)):
+            if people not in self._made:
+                self._made[people] = self._make(people, networks)
+            clips, reenactment = self._made[people]
+            examples = [arm.change(clip) for clip in clips.encoded]
+            videos = clips.by(transformer).generate(examples, f"{arm.title}, {people}")
+            measured[people] = reenactment.measure(videos)
+        return measured
+
+    def _make(self, people: int, networks: Networks) -> tuple[DrivenClips, Reenactment]:
+        video, sampling, data = (
+            section(kind, self._config, name)
+            for kind, name in (
+                (VideoConfig, "video"),
+                (PortraitSampleConfig, "sample"),
+                (SyntheticConfig, "data"),
+            )
+        )
+        driven = draw_driven(video, data, people=people, count=self._arguments.clips)
+        clips = DrivenClips(networks, video, sampling, driven)
+        return clips, Reenactment(driven, clips.reconstruct(), *self._tools)
+
+
+if __name__ == "__main__":
+    cli.run(main, "fantasy_jax.miniature.ablation")

@@ -1,0 +1,330 @@
+"""How well people follow the acts of others: synthetic cross-reenactment, which has a true answer.
+
+Held-out faces are driven by held-out acts of other people, and compared with the same faces drawn with these
+acts, in the readings of a judge that nothing is conditioned on:
+
+    .venv/bin/python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py --workdir=out/tiny
+
+The judge is trained in minutes, in the folder `judge` of the workdir, unless it is there. Distances are
+shares of chance: of that between the acts of two drivers, by the same face.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from fantasy_jax import cli
+from fantasy_jax.config import section
+from fantasy_jax.data.records import Record
+from fantasy_jax.evaluation.metrics import correlation, psnr
+from fantasy_jax.miniature.acting import FACTORS
+from fantasy_jax.miniature.clips import SyntheticConfig
+from fantasy_jax.miniature.controls import embed_faces
+from fantasy_jax.miniature.driven import Driven, DrivenClips, draw_driven
+from fantasy_jax.miniature.held_out import Figure, add_arguments, check_json, figure, write_figures
+from fantasy_jax.miniature.judge import FOLLOWED, GROUPS, Judge, JudgeConfig, train_judge
+from fantasy_jax.models.face_encoder import FaceEncoder
+from fantasy_jax.performance.cache import keep_compiled_programs
+from fantasy_jax.pipelines.config import PortraitSampleConfig
+from fantasy_jax.pipelines.talking import BUNDLED
+from fantasy_jax.preprocessing.alignment import apply_affine
+from fantasy_jax.preprocessing.driving import align_face
+from fantasy_jax.sharding import make_mesh
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.typing import Float, UInt8
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_networks
+
+EXAMPLES = """\
+examples:
+  python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py --workdir=out/tiny \\
+      --weights=out/tiny/portrait/weights --json=out/reenactment.json
+"""
+
+_STILL = 2
+"""Largest range over time of the values of a background pixel, of 255."""
+_FIT = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-3)
+_FARTHEST = 0.25
+"""How far a head can be from its place, in widths of it, before the fit of its motion is not believed."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """Figures of driven clips of equally many people; means of all frames but the first, the picture.
+
+    Attributes:
+        expression: Mean absolute difference between the judge's readings of expression of the clip and those
+            of the true answer (AED), as a share of chance.
+        pose: The same of turn and nod (APD).
+        gaze: The same of gaze (MAE).
+        own: Correlation of opening and smile with those of a person's own driver.
+        other: The same with another person's driver, of the same clip if it has several people.
+        gap: Difference of the two.
+        identity: Cosine of the face with that in the picture, by the face encoder, over that of the VAE's
+            reconstruction.
+        background: PSNR to the VAE's reconstruction, of what does not move in the true answer, between the
+            faces if there are several; in dB.
+    """
+
+    expression: Figure
+    pose: Figure
+    gaze: Figure
+    own: Figure
+    other: Figure
+    gap: Figure
+    identity: Figure
+    background: Figure
+
+
+COLUMNS = {
+    "expression": "AED",
+    "pose": "APD",
+    "gaze": "MAE gaze",
+    "own": "own driver",
+    "other": "other driver",
+    "gap": "own - other",
+    "identity": "identity",
+    "background": "background, dB",
+}
+"""Headings of the fields of `Control`."""
+
+
+class Reenactment:
+    """Measures videos of driven people."""
+
+    def __init__(
+        self,
+        driven: Driven,
+        reconstruction: UInt8[np.ndarray, "N T H W 3"],
+        judge: Judge,
+        face_encoder: FaceEncoder,
+    ):
+        """Measures what videos are compared with.
+
+        Args:
+            driven: The clips.
+            reconstruction: The VAE's, of their true answers.
+            judge: Reads acts from faces.
+            face_encoder: Tells faces apart.
+        """
+        self._driven, self._judge, self._face_encoder = driven, judge, face_encoder
+        self._reconstruction = reconstruction
+        self._truth, others = (
+            self._readings([clip["video"] for clip in clips]) for clips in (driven.truths, driven.others)
+        )
+        self._chance = distances(others, self._truth, judge)
+        self._likeness = self._identity(reconstruction).mean()
+
+    def floor(self) -> Control:
+        """The figures of the VAE's reconstruction of the true answers."""
+        return self.measure(self._reconstruction)
+
+    def measure(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> Control:
+        """The figures of videos of all clips."""
+        readings = self._readings(list(videos))
+        found = distances(readings, self._truth, self._judge)
+        shares = {group: figure(found[group] / self._chance[group].mean()) for group in GROUPS}
+        own, other = self._followed(readings)
+        return Control(
+            **shares,
+            own=figure(own),
+            other=figure(other),
+            gap=figure(own - other),
+            identity=figure(self._identity(videos) / self._likeness),
+            background=figure(self._background(videos)),
+        )
+
+    def _readings(self, videos: Sequence[UInt8[np.ndarray, "T H W 3"]]) -> Float[np.ndarray, "N P T-1 K"]:
+        """The judge's readings of every person and frame but the first."""
+        size, people = self._judge.image_size, self._driven.people
+        faces = np.stack(
+            [
+                face
+                for video, truth in zip(videos, self._driven.truths, strict=True)
+                for n in range(people)
+                for face in aligned(video, truth, n, size)
+            ]
+        )
+        return self._judge(faces).reshape(len(videos), people, -1, len(self._judge.factors))
+
+    def _followed(
+        self, readings: Float[np.ndarray, "N P T K"]
+    ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+        """Correlations of each clip with the own drivers and with others."""
+        acts = np.array([[x["acts"][0, 1:] for x in drivers] for drivers in self._driven.drivers])
+        others = np.roll(acts, 1, axis=1 if self._driven.people > 1 else 0)
+        read, known = self._judge.indices(FOLLOWED), [FACTORS.index(name) for name in FOLLOWED]
+        return tuple(
+            correlations(readings[..., read], driving[..., known]).mean(axis=(1, 2))
+            for driving in (acts, others)
+        )
+
+    def _identity(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> Float[np.ndarray, " N"]:
+        """Mean cosine of all people of each clip with their faces in the picture."""
+        pictures, cosines = np.stack([picture["video"][:1] for picture in self._driven.pictures]), []
+        for n in range(self._driven.people):
+            boxes = [{"face_box": picture["face_box"][n]} for picture in self._driven.pictures]
+            shown, made = (embed_faces(self._face_encoder, x, boxes) for x in (pictures, videos[:, 1:]))
+            cosines.append(np.einsum("ntc,nc->nt", made, shown[:, 0]).mean(axis=1))
+        return np.mean(cosines, axis=0)
+
+    def _background(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> list[float]:
+        """PSNR of each clip."""
+        found = []
+        for video, wanted, truth in zip(videos, self._reconstruction, self._driven.truths, strict=True):
+            still = np.ptp(truth["video"], axis=0).max(axis=-1) <= _STILL
+            if self._driven.people > 1:
+                centres = truth["face_box"][:, 0, ::2].mean(axis=1).astype(int)
+                still[:, : centres.min()] = still[:, centres.max() :] = False
+            found.append(psnr(video[1:, still], wanted[1:, still]))
+        return found
+
+
+def distances(
+    made: Float[np.ndarray, "N P T K"], truth: Float[np.ndarray, "N P T K"], judge: Judge
+) -> dict[str, Float[np.ndarray, " N"]]:
+    """Mean absolute difference of the judge's readings of each clip, by group of factors (`judge.GROUPS`)."""
+    difference = np.abs(made - truth).mean(axis=(1, 2))
+    return {group: difference[:, judge.indices(names)].mean(axis=1) for group, names in GROUPS.items()}
+
+
+def correlations(
+    one: Float[np.ndarray, "N P T K"], other: Float[np.ndarray, "N P T K"]
+) -> Float[np.ndarray, "N P K"]:
+    """Correlation over the frames."""
+    pairs = zip(*(np.moveaxis(x, 2, -1).reshape(-1, x.shape[2]) for x in (one, other)), strict=True)
+    return np.array([correlation(*pair) for pair in pairs]).reshape(*one.shape[:2], one.shape[-1])
+
+
+def aligned(
+    video: UInt8[np.ndarray, "T H W 3"], truth: Record, person: int, size: int
+) -> Iterator[UInt8[np.ndarray, "{size} {size} 3"]]:
+    """Yields the aligned faces of a person in all frames but the first.
+
+    The points are those of the true answer, moved as its head has to be moved to fit the video's.
+
+    Args:
+        video: The video.
+        truth: The true answer (`Driven.truths`).
+        person: Number of the person.
+        size: Side of an aligned face, in pixels.
+    """
+    boxes, points = (truth[name][person].astype(np.float64) for name in ("face_box", "face_points"))
+    for frame, true, box, place in list(zip(video, truth["video"], boxes, points, strict=True))[1:]:
+        yield align_face(frame, apply_affine(head_motion(true, frame, box), place), size)
+
+
+def head_motion(
+    one: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"], box: Float[np.ndarray, "4"]
+) -> Float[np.ndarray, "2 3"]:
+    """The shift and rotation that fits the head of one picture to that of another (OpenCV's ECC).
+
+    Args:
+        one: RGB.
+        other: RGB.
+        box: Left, top, right, bottom of the head in the first picture.
+
+    Returns:
+        An affine matrix; that of no motion where nothing fits.
+    """
+    still = np.eye(2, 3, dtype=np.float32)
+    first, second = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (one, other))
+    mask = np.zeros_like(first)
+    left, top, right, bottom = np.clip(box, 0, None).astype(int)
+    mask[top:bottom, left:right] = 255
+    try:
+        _, matrix = cv2.findTransformECC(first, second, still.copy(), cv2.MOTION_EUCLIDEAN, _FIT, mask, 5)
+    except cv2.error:  # it does not converge
+        return still.astype(np.float64)
+    centre = (box[:2] + box[2:]) / 2
+    far = np.linalg.norm(apply_affine(matrix.astype(np.float64), centre[None])[0] - centre)
+    return (still if far > _FARTHEST * (box[2] - box[0]) else matrix).astype(np.float64)
+
+
+def cells(control: Control) -> list[str]:
+    """Figures as the cells of a table's row."""
+    return [_cell(getattr(control, field.name), field.name) for field in fields(Control)]
+
+
+def _cell(value: Figure, name: str) -> str:
+    digits = 1 if name == "background" else 3
+    return f"{value.mean:.{digits}f} +- {value.standard_error:.{digits}f}"
+
+
+def table(controls: Mapping[str, Control]) -> str:
+    """Figures by name as a table."""
+    columns = tuple(COLUMNS.values())
+    rows = ([name, *cells(control)] for name, control in controls.items())
+    return cli.markdown_table(("clips", *columns), rows, numbers=columns)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = cli.ArgumentParser(
+        prog="python -m fantasy_jax.miniature.reenactment",
+        description="Measures how well held-out people follow the acts of others.",
+        epilog=EXAMPLES,
+    )
+    add_arguments(parser, min_clips=2)
+    add_measuring_arguments(parser)
+    arguments, config = cli.parse(parser, argv)
+    check_json(arguments, config)
+    sampling = section(PortraitSampleConfig, config, "sample")
+    video, data = section(VideoConfig, config, "video"), section(SyntheticConfig, config, "data")
+    model = section(ModelConfig, config, "model")
+    weights = arguments.weights or config.get("weights", "")
+    networks = stored_networks(weights, model, eight_bit_products=sampling.eight_bit_products)
+    keep_compiled_programs()
+    tools = measuring_tools(arguments, config)
+    controls: dict[str, Any] = {}
+    for people in arguments.people or (1, 2, 3):
+        driven = draw_driven(video, data, people=people, count=arguments.clips)
+        clips = DrivenClips(networks, video, sampling, driven, seed=arguments.seed)
+        measured = Reenactment(driven, clips.reconstruct(), *tools)
+        name = f"{people} {'person' if people == 1 else 'people'}"
+        controls[name] = measured.measure(clips.generate(clips.encoded, name))
+        controls[f"{name}, reconstruction"] = measured.floor()
+    print(table(controls))
+    if arguments.json:
+        write_figures(controls, arguments.json)
+
+
+def add_measuring_arguments(parser: cli.ArgumentParser) -> None:
+    """Adds the arguments of what measures driven clips."""
+    parser.add_argument(
+        "--workdir", metavar="DIR", required=True, help="folder in which the judge is trained"
+    )
+    parser.add_argument(
+        "--faces",
+        metavar="DIR",
+        default=str(BUNDLED),
+        help="weight store of the face encoder that tells faces apart (default: the talking miniature's)",
+    )
+    parser.add_argument(
+        "--people",
+        type=cli.integer(1, 3),
+        action="append",
+        metavar="N",
+        help="people in each clip; may be repeated (default: 1, 2 and 3)",
+    )
+
+
+def measuring_tools(arguments: Any, config: Any) -> tuple[Judge, FaceEncoder]:
+    """The judge, which is trained unless it has been, and the face encoder.
+
+    Raises:
+        ConfigError: A setting is wrong, or the judge reads too few factors.
+        WeightsError: The store has no face encoder.
+    """
+    face_encoder = stored_networks(arguments.faces, dtype="float32")["face_encoder"]
+    size = section(VideoConfig, config, "video").height
+    folder = Path(arguments.workdir) / "judge"
+    return train_judge(section(JudgeConfig, config, "judge"), size, folder, make_mesh()), face_encoder
+
+
+if __name__ == "__main__":
+    cli.run(main, "fantasy_jax.miniature.reenactment")
