@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import cv2
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -22,8 +23,10 @@ from fantasy_jax.training.state import Batch, Metrics
 from fantasy_jax.typing import Array, Float, Float32, UInt8
 from fantasy_jax.video import VideoConfig
 
-_TRAINING = (5, 0)
-"""Part of the seeds, apart from those of clips and of other trainings."""
+_RENDERED, _VARIED = (5, 0), (5, 2)
+"""Parts of the seeds, apart from those of clips and of other trainings, of what is drawn."""
+_MIRRORED = [0, 1, 3, 2, 4, 6, 5]
+"""Which point is where in the mirror: eyes and corners of the mouth change places."""
 _CLOSE, _ACTING = 0.6, 0.75
 """Fraction of the pictures of several people who stand close together, and of faces that are made to act."""
 _SPREAD = 0.25
@@ -39,6 +42,8 @@ class FaceDetectorStageConfig(EncoderStageConfig):
         num_steps: Training steps.
         batch_size: Pictures of one person per step, and as many of two.
         optimizer: The optimizer.
+        variants: Pictures that are made of each rendered one, which takes longer than all else.
+        jitter: Standard deviation of the scale of a picture, and twice that of its place, in heights.
         light: Standard deviation of the relative brightness.
         noise: Standard deviation of errors of pixels, as a fraction of their range.
     """
@@ -46,6 +51,8 @@ class FaceDetectorStageConfig(EncoderStageConfig):
     num_steps: PositiveInt = 1500
     batch_size: PositiveInt = 16
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.02)
+    variants: PositiveInt = 4
+    jitter: Fraction = 0.08
     light: Fraction = 0.12
     noise: Fraction = 0.01
 
@@ -105,26 +112,45 @@ def detector_batches(
     """
     del num_workers
     needed = range(batch_size) if rows is None else rows
+    rendered = sorted({row // config.variants for row in needed})
     for step in itertools.count(start):
         batch = {}
         for people in (1, 2):
-            generators = [np.random.default_rng([seed, *_TRAINING, people, step, row]) for row in needed]
-            pictures, points = draw_pictures(generators, people, size)
-            seen = zip(generators, pictures, strict=True)
-            batch[f"points_{people}"] = points
-            batch[f"pictures_{people}"] = np.stack(
-                [_disturb(rng, fit_height(x, image_size), config) for rng, x in seen]
+            generators = [np.random.default_rng([seed, *_RENDERED, people, step, i]) for i in rendered]
+            shown = dict(
+                zip(rendered, zip(*draw_pictures(generators, people, size), strict=True), strict=True)
             )
+            varied = []
+            for row in needed:
+                picture, points = shown[row // config.variants]
+                rng = np.random.default_rng([seed, *_VARIED, people, step, row])
+                varied.append(_vary(rng, fit_height(picture, image_size), points, config))
+            batch[f"pictures_{people}"], batch[f"points_{people}"] = map(np.stack, zip(*varied, strict=True))
         yield batch
 
 
-def _disturb(
-    rng: np.random.Generator, picture: UInt8[np.ndarray, "H W 3"], config: FaceDetectorStageConfig
-) -> UInt8[np.ndarray, "H W 3"]:
-    changed = picture * (1 + config.light * rng.normal()) + 255 * config.noise * rng.normal(
-        size=picture.shape
+def _vary(
+    rng: np.random.Generator,
+    picture: UInt8[np.ndarray, "H W 3"],
+    points: Float32[np.ndarray, "P 7 2"],
+    config: FaceDetectorStageConfig,
+) -> tuple[UInt8[np.ndarray, "H W 3"], Float32[np.ndarray, "P 7 2"]]:
+    """Mirrors, scales and moves a picture at random, and changes its light and pixels."""
+    height, width = picture.shape[:2]
+    middle = np.array([width / height, 1.0]) / 2
+    scale, shift = 1 + config.jitter * rng.normal(), config.jitter / 2 * rng.normal(size=2)
+    if rng.uniform() < 0.5:
+        picture, points = picture[:, ::-1], points[:, _MIRRORED] * [-1, 1] + [2 * middle[0], 0]
+        points[:, :2, 0] = points[:, 1::-1, 0]  # the left side of the box is the right one of before
+    offset = middle * (1 - scale) + shift
+    moved = offset * height + (scale - 1) / 2  # coordinates of OpenCV are 0 in the middle of the first pixel
+    matrix = np.array([[scale, 0, moved[0]], [0, scale, moved[1]]])
+    warped = cv2.warpAffine(
+        np.ascontiguousarray(picture), matrix, (width, height), borderMode=cv2.BORDER_REPLICATE
     )
-    return np.clip(changed, 0, 255).astype(np.uint8)
+    light = 1 + config.light * rng.normal()
+    changed = light * warped + 255 * config.noise * rng.normal(size=warped.shape)
+    return np.clip(changed, 0, 255).astype(np.uint8), (scale * points + offset).astype(np.float32)
 
 
 def detector_loss(
