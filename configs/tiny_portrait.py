@@ -19,6 +19,7 @@ from configs import tiny
 from fantasy_jax.config import section, to_config_dict
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.ablation import AblationConfig
+from fantasy_jax.miniature.face_detector import FaceDetectorConfig
 from fantasy_jax.miniature.judge import JudgeConfig
 from fantasy_jax.miniature.synthetic import SyntheticConfig
 from fantasy_jax.miniature.trainer import MiniatureConfig
@@ -26,6 +27,7 @@ from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
 from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.models.perceiver import ResamplerConfig
 from fantasy_jax.pipelines.config import PortraitSampleConfig
+from fantasy_jax.pipelines.portrait import BUNDLED
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.objective import StageConfig
 from fantasy_jax.training.optim import OptimizerConfig
@@ -65,7 +67,7 @@ def get_config(variant: str = "") -> ConfigDict:
     return to_config_dict(
         {
             "task": "miniature_portrait",
-            "weights": "",
+            "weights": str(BUNDLED) if BUNDLED.is_dir() else "",
             "video": talking.video,
             "model": small_model(),
             "sample": sample,
@@ -99,4 +101,5 @@ def small_model() -> ModelConfig:
             num_layers=sizes.num_layers,
         ),
         motion_encoder=motion,
+        face_detector=FaceDetectorConfig(),
     )

@@ -209,7 +209,10 @@ def test_talking_and_portrait_share_clips_and_the_vae(tmp_path):
         )
 
     talking, portrait = map(make, ("tiny.py:quick", "tiny_portrait.py:quick"))
-    assert (list(talking.encoders), list(portrait.encoders)) == (["speech", "face", "vae"], ["motion", "vae"])
+    assert (list(talking.encoders), list(portrait.encoders)) == (
+        ["speech", "face", "vae"],
+        ["motion", "detector", "vae"],
+    )
     assert talking.encoder_settings("vae") == portrait.encoder_settings("vae")
     assert clip_settings(talking.data, 1) == clip_settings(portrait.data, 1)
     assert portrait.config.people == (1, 2)

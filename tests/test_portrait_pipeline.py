@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn_faces import clip, open_squares
+from drawn_faces import Squares, clip, open_squares
 from flax import nnx
 from helpers import normal, relative, small_networks
 from PIL import Image
@@ -20,9 +20,11 @@ from fantasy_jax.config import as_json
 from fantasy_jax.diffusion.guidance import GuidanceBranch
 from fantasy_jax.diffusion.sampler import SamplerConfig, sample
 from fantasy_jax.errors import ConfigError, MediaError, WeightsError
+from fantasy_jax.miniature.face_detector import FaceDetectorConfig
 from fantasy_jax.models.condition import Condition, KVProjection
 from fantasy_jax.pipelines import base, scene
 from fantasy_jax.pipelines.config import PortraitSampleConfig, SampleConfig, write_pipeline
+from fantasy_jax.preprocessing import driving
 from fantasy_jax.preprocessing.driving import DrivingConfig
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system import encoders
@@ -68,6 +70,7 @@ def dry_pipeline():
     """A pipeline without weights, for use with `sampled`."""
     networks = random_networks(small_model(), byte_tokenizer())
     empty = {slot: nnx.Module() for slot in networks}
+    empty["motion_encoder"].config = networks.config.motion_encoder  # the size of its faces
     return FantasyPortraitPipeline(networks.replace(**empty), VIDEO, STEPS)
 
 
@@ -303,10 +306,23 @@ def test_a_store_gives_the_same_pipeline(pipeline, tmp_path):
         FantasyTalkingPipeline.from_pretrained(tmp_path)
 
 
-def test_a_store_of_another_pipeline_is_refused(tmp_path):
+class OwnSquares(Squares, nnx.Module):
+    """A detector that is one of the model's networks."""
+
+
+def test_the_models_own_detector_finds_the_faces(monkeypatch):
+    monkeypatch.setattr(scene, "open_detector", driving.open_detector)
+    model = small_model().replace(face_detector=FaceDetectorConfig())
+    networks = random_networks(model, byte_tokenizer()).replace(face_detector=OwnSquares())
+    found = FantasyPortraitPipeline(networks, VIDEO, STEPS).scene(picture(40, 220), [driver(), driver(200)])
+    assert (len(found.boxes), found.targets) == (2, (1, 2))
+
+
+def test_a_store_of_another_pipeline_is_refused(tmp_path, monkeypatch):
     write_pipeline(tmp_path, "FantasyTalkingPipeline", VIDEO, SampleConfig())
     with pytest.raises(WeightsError, match="FantasyTalkingPipeline"):
         FantasyPortraitPipeline.from_pretrained(tmp_path)
+    monkeypatch.setattr(FantasyPortraitPipeline, "bundled", tmp_path / "none")
     with pytest.raises(ConfigError, match="bundled"):
         FantasyPortraitPipeline.from_pretrained()
 

@@ -187,16 +187,29 @@ def plan_group(
     clips = [_draw_clip(each, config, video, unseen=split == "unseen") for each in rng.spawn(people)]
     faces = in_one_place([clip.face for clip in clips])
     clips = [replace(clip, face=face) for clip, face in zip(clips, faces, strict=True)]
+    places = draw_places(rng, faces, config.close)
+    prompt = f"{_NUMBERS[people]} people are talking."
+    if clips[0].emotions and rng.uniform() < 0.5:
+        named = zip(_WHERE[people], clips, strict=True)
+        prompt += "".join(f" The {where} one looks {clip.emotions[0]}." for where, clip in named)
+    return SyntheticGroup(tuple(clips), places, prompt)
+
+
+def draw_places(rng: np.random.Generator, faces: list[SyntheticFace], close: float) -> tuple[float, ...]:
+    """Draws where the squares of several people are on their canvas, as in `SyntheticGroup`.
+
+    Args:
+        rng: Random generator.
+        faces: The people from left to right.
+        close: Probability that they stand closer together than in a square each.
+    """
+    people = len(faces)
     # Closer together there is room for little more than the heads; shoulders overlap.
     gaps = np.full(people - 1, 2.0)
-    if rng.uniform() < config.close:
+    if rng.uniform() < close:
         halves, centres = (np.array([getattr(f, name)[0] for f in faces]) for name in ("size", "centre"))
         apart = (halves[1:] + halves[:-1]) * rng.uniform(1.1, 1.4, people - 1)
         gaps = np.minimum(apart + centres[:-1] - centres[1:], 2.0)
     places = np.concatenate([[0.0], np.cumsum(gaps)])
     places = places - places.mean() + rng.uniform(-0.5, 0.5) * (2 * (people - 1) - places[-1])
-    prompt = f"{_NUMBERS[people]} people are talking."
-    if clips[0].emotions and rng.uniform() < 0.5:
-        named = zip(_WHERE[people], clips, strict=True)
-        prompt += "".join(f" The {where} one looks {clip.emotions[0]}." for where, clip in named)
-    return SyntheticGroup(tuple(clips), tuple(places.tolist()), prompt)
+    return tuple(places.tolist())

@@ -34,6 +34,7 @@ from fantasy_jax.miniature.clips import (
 )
 from fantasy_jax.miniature.faces import SyntheticFace, stack_faces
 from fantasy_jax.miniature.rendering import face_box, face_points, render_batch
+from fantasy_jax.pipelines.output import audio_file
 from fantasy_jax.preprocessing.face_crop import points_in_box
 from fantasy_jax.typing import Float
 from fantasy_jax.video import SAMPLE_RATE, VideoConfig
@@ -45,6 +46,10 @@ examples:
 
   write portrait, speech and video of test clip 7:
   python -m fantasy_jax.miniature.synthetic --config=configs/tiny.py --output=out/example --example=7
+
+  write a picture of two people, and two driving videos that act for 2.6 seconds, too:
+  python -m fantasy_jax.miniature.synthetic --config=configs/tiny_portrait.py --output=out/example \\
+      --example=7 --config.data.acting=1 --config.video.num_frames=65
 """
 
 _BATCH_SIZE = 16
@@ -227,14 +232,33 @@ def _counts(config: SyntheticConfig, people: int) -> dict[str, int]:
     return {name: getattr(config, name) for name in names}
 
 
-def write_example(config: SyntheticConfig, video: VideoConfig, index: int, folder: Path) -> None:
-    """Writes a test clip as `portrait.png` (its first frame), `speech.wav` and `clip.mp4`."""
-    for name in ("portrait.png", "speech.wav", "clip.mp4"):
+def write_example(config: SyntheticConfig, video: VideoConfig, index: int, folder: Path) -> list[str]:
+    """Writes test clip `index` as `portrait.png` (its first frame), `speech.wav` and `clip.mp4`.
+
+    A config with pairs has more: the first frame of that test pair as `pair.png`, and the two test clips that
+    follow as `driver_1.mp4` and `driver_2.mp4`, with their speech.
+
+    Returns:
+        The names of the files.
+    """
+    numbers = (1, 2) if config.test_pairs else ()
+    names = ["portrait.png", "speech.wav", "clip.mp4"]
+    names += [f"driver_{number}.mp4" for number in numbers] + ["pair.png"] * bool(numbers)
+    for name in names:
         check_writable(folder / name)
-    (clip,) = render_clips(video, [plan_clip(config, video, "test", index)])
+    clip, *drivers = render_clips(
+        video, [plan_clip(config, video, "test", index + number) for number in (0, *numbers)]
+    )
     Image.fromarray(clip["video"][0]).save(folder / "portrait.png")
     media.write_audio(folder / "speech.wav", clip["waveform"], SAMPLE_RATE)
     media.write_video(folder / "clip.mp4", clip["video"], video.fps, audio=folder / "speech.wav")
+    for number, driver in zip(numbers, drivers, strict=True):
+        with audio_file(driver["waveform"] / np.float32(32767), SAMPLE_RATE) as sound:
+            media.write_video(folder / f"driver_{number}.mp4", driver["video"], video.fps, audio=sound)
+    if numbers:
+        (pair,) = render_groups(video, [plan_group(config, video, "test", index, 2)])
+        Image.fromarray(pair["video"][0]).save(folder / "pair.png")
+    return names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -250,14 +274,15 @@ def main(argv: list[str] | None = None) -> None:
         "--example",
         type=cli.integer(0),
         metavar="N",
-        help="write portrait, speech and video of test clip N instead of the dataset",
+        help="write an example of test clip N instead of the dataset: portrait, speech and video, and for a "
+        "config with pairs a picture of two people and two driving videos",
     )
     arguments, config = cli.parse(parser, argv)
     data = section(SyntheticConfig, config, "data")
     video = section(VideoConfig, config, "video")
     if arguments.example is not None:
-        write_example(data, video, arguments.example, Path(arguments.output))
-        print(f"Wrote {arguments.output}: portrait.png, speech.wav and clip.mp4")
+        names = write_example(data, video, arguments.example, Path(arguments.output))
+        print(f"Wrote {arguments.output}: {', '.join(names)}")
         return
     for people in (1, 2, 3):
         if people == 1 or any(_counts(data, people).values()):

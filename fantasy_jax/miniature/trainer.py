@@ -4,7 +4,7 @@ Each part is done once: complete parts are reused, an interrupted part resumes. 
 part are equal can share it in one workdir, which holds
 
     data/          the clips
-    speech/ face/ motion/ vae/    checkpoints and logs of the encoders
+    speech/ face/ motion/ detector/ vae/    checkpoints and logs of the encoders and of the face detector
     stage_1/ stage_2/     those of the transformer
     encoded/       the encoded clips; encoded_2/ those of two people
     weights/       the weight store; those of earlier stages are in stage_1/weights/
@@ -31,6 +31,11 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.clips import SyntheticConfig, check_video
 from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
 from fantasy_jax.miniature.synthetic import as_group, clip_settings, write_clips
+from fantasy_jax.miniature.train_face_detector import (
+    FaceDetectorStageConfig,
+    detector_batches,
+    detector_loss,
+)
 from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig, face_loss
 from fantasy_jax.miniature.train_motion_encoder import (
     MotionRegressor,
@@ -78,9 +83,15 @@ from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.store import check_writable_store, save_network
 
-ENCODERS = {"speech": "speech_encoder", "face": "face_encoder", "motion": "motion_encoder", "vae": "vae"}
-"""Slot of each encoder that is trained where the model has it, by its section of the config, which also names
-its folder."""
+ENCODERS = {
+    "speech": "speech_encoder",
+    "face": "face_encoder",
+    "motion": "motion_encoder",
+    "detector": "face_detector",
+    "vae": "vae",
+}
+"""Slot of each encoder, and of the face detector, that is trained where the model has it, by its section of
+the config, which also names its folder."""
 _INITIALISATION_CLIPS, _NORMALISATION_CLIPS = 128, 512
 """Clips for the initial weights of face encoder and VAE, and for the statistics of the VAE's latents."""
 
@@ -98,6 +109,7 @@ class MiniatureConfig(StagesConfig):
         speech: Training of the speech encoder.
         face: Training of the face encoder.
         motion: Training of the motion encoder.
+        detector: Training of the face detector.
         vae: Training of the VAE.
         people: People in the clips of each dataset of the transformer's training.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
@@ -106,6 +118,7 @@ class MiniatureConfig(StagesConfig):
     speech: SpeechStageConfig = SpeechStageConfig()
     face: FaceStageConfig = FaceStageConfig()
     motion: MotionStageConfig = MotionStageConfig()
+    detector: FaceDetectorStageConfig = FaceDetectorStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
     people: tuple[Annotated[int, Range(1, 2)], ...] = (1,)
     folder: str = ""
@@ -206,6 +219,7 @@ class MiniatureTrainer:
             "speech": ("Speech encoder", self._train_speech_encoder),
             "face": ("Face encoder", self._train_face_encoder),
             "motion": ("Motion encoder", self._train_motion_encoder),
+            "detector": ("Face detector", self._train_face_detector),
             "vae": ("VAE", self._train_vae),
         }
         for name in self.encoders:
@@ -274,6 +288,13 @@ class MiniatureTrainer:
         trained = self._train("motion", regressor, motion_loss, examples, config).encoder
         finish_norms(trained, size, seed)
         return networks.replace(motion_encoder=trained)
+
+    def _train_face_detector(self, networks: Networks, clips: Path) -> Networks:
+        del clips  # it renders its own pictures
+        config, detector = self.config.detector, networks["face_detector"]
+        examples = partial(detector_batches, self.video.height, detector.config.image_size, config)
+        trained = self._train("detector", detector, detector_loss, examples, config)
+        return networks.replace(face_detector=trained)
 
     def _train_vae(self, networks: Networks, clips: Path) -> Networks:
         config, records = self.config.vae, open_split(clips, "train")

@@ -30,12 +30,16 @@ from fantasy_jax.system import encoders
 from fantasy_jax.typing import Array, Float
 from fantasy_jax.video import TEMPORAL_FACTOR
 
+BUNDLED = Path(__file__).parents[1] / "assets/tiny_portrait"
+"""The portrait miniature's weights, where they come with the package."""
+
 
 class FantasyPortraitPipeline(Pipeline):
     """Makes the people of a picture act as those of driving videos."""
 
     required = (*Pipeline.required, "expression_adapter", "motion_encoder")
     config_type = PortraitSampleConfig
+    bundled = BUNDLED
 
     def scene(
         self,
@@ -70,18 +74,20 @@ class FantasyPortraitPipeline(Pipeline):
         several = [drivers] if isinstance(drivers, str | Path | np.ndarray) else list(drivers)
         seconds, fps = self.config.max_seconds, self.video.fps
         shown, fitted = self._picture(image, size)
-        scene = make_scene(
-            shown,
-            several,
-            fitted=fitted,
-            video=self.video,
-            config=self.config.driving,
-            start=self.config.start,
-            max_frames=sys.maxsize if seconds is None else math.ceil(seconds * fps - 1e-6),
-            boxes=[np.asarray(box, np.float64) for box in boxes],
-            targets=people,
-            progress=progress,
-        )
+        with self._on_mesh() as networks:
+            scene = make_scene(
+                shown,
+                several,
+                fitted=fitted,
+                video=self.video,
+                config=self.config.driving,
+                own=networks.get("face_detector"),
+                start=self.config.start,
+                max_frames=sys.maxsize if seconds is None else math.ceil(seconds * fps - 1e-6),
+                boxes=[np.asarray(box, np.float64) for box in boxes],
+                targets=people,
+                progress=progress,
+            )
         if seconds is not None and scene.num_frames + TEMPORAL_FACTOR <= seconds * fps:
             raise MediaError(
                 f"the drivers last {scene.num_frames / fps:.2f} s, less than the {seconds:g} s of --seconds "

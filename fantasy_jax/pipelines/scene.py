@@ -127,6 +127,7 @@ def make_scene(
     fitted: Image.Image,
     video: VideoConfig,
     config: DrivingConfig,
+    own: FaceDetector | None = None,
     start: float = 0.0,
     max_frames: int | None = None,
     boxes: Sequence[Float[np.ndarray, "4"]] = (),
@@ -145,6 +146,7 @@ def make_scene(
         fitted: The picture in the size that is generated.
         video: Frame rate of the clip, and its number of frames if all drivers are pictures.
         config: Settings of detection and tracking.
+        own: The model's own face detector, if it has one.
         start: Seconds of videos that are left out.
         max_frames: Frames that are used of videos; None: as many as `video` has.
         boxes: The people of the picture, as fractions of its sides (`boxes.parse_box`), in the order of their
@@ -160,7 +162,7 @@ def make_scene(
     if not drivers:
         raise ConfigError("there is no driver; name at least one video")
     max_frames = video.num_frames if max_frames is None else max_frames
-    with open_detector(config) as detector:
+    with open_detector(config, own) as detector:
         tracked = [
             _track(driver, video.fps, start, max_frames, detector, config, progress=progress)
             for driver in drivers

@@ -7,7 +7,7 @@ without a face repeat the last landmarks, a person keeps its identity, and smoot
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +55,10 @@ class DrivingConfig(Settings):
     """Settings of the preparation of driving videos.
 
     Attributes:
-        detection_model: FantasyPortrait's `face_det.onnx`; empty: MediaPipe is used.
+        detection_model: FantasyPortrait's `face_det.onnx`; empty: another detector is used.
         landmark_model: FantasyPortrait's `face_landmark.onnx`; given if and only if `detection_model` is.
+        own_detector: Whether a model that has a face detector of its own uses it, without `detection_model`;
+            MediaPipe is used otherwise. The miniature's own finds synthetic faces only.
         smooth: Whether landmarks are smoothed over time before alignment.
         min_found: People who are found in fewer frames than this fraction of those of the person found most
             often are dropped as false detections, in [0, 1].
@@ -65,6 +67,7 @@ class DrivingConfig(Settings):
 
     detection_model: str = ""
     landmark_model: str = ""
+    own_detector: bool = True
     smooth: bool = True
     min_found: Fraction = 0.1
     landmarks: LandmarkConfig = field(default_factory=LandmarkConfig)
@@ -138,14 +141,22 @@ def kept_frames(num_frames: int) -> int:
     return video_frames(latent_frames(num_frames)) if num_frames > 0 else 0
 
 
-def open_detector(config: DrivingConfig) -> AbstractContextManager[FaceDetector]:
+def open_detector(
+    config: DrivingConfig, own: FaceDetector | None = None
+) -> AbstractContextManager[FaceDetector]:
     """Returns the configured detector, to be used in a `with` statement.
+
+    Args:
+        config: Says which one.
+        own: The model's own detector, if it has one.
 
     Raises:
         ConfigError: A package or a file of the detector is missing, or a file is not the expected model.
     """
     if config.detection_model:
         return OfficialFaces(config.detection_model, config.landmark_model)
+    if own is not None and config.own_detector:
+        return nullcontext(own)
     return MediaPipeFaces(config.landmarks)
 
 

@@ -32,7 +32,8 @@ class FaceLayout:
         left_eye: Border of the left eye, likewise.
         nose_tip: Tip of the nose.
         mouth_corners: Right corner, left corner.
-        lip_middles: Middles of the inner border on the upper and on the lower lip.
+        lip_middles: Middles of the inner border on the upper and on the lower lip; None if the detector has
+            no such landmarks.
         rigid: Landmarks that move with the head and hardly with the expression: forehead, temples, nose,
             corners of the eyes.
         outline_ends: Ends of the face's outline beside the right and the left ear.
@@ -47,7 +48,7 @@ class FaceLayout:
     left_eye: tuple[int, ...]
     nose_tip: int
     mouth_corners: tuple[int, int]
-    lip_middles: tuple[int, int]
+    lip_middles: tuple[int, int] | None
     rigid: tuple[int, ...]
     outline_ends: tuple[int, int]
     midline: tuple[int, int] | None = None
