@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return ahead.compile_and_report(arguments, video, training.mesh, programs)
     if not arguments.workdir:
         raise ConfigError("--workdir is needed: the folder of checkpoints, logs and weights")
-    if not miniature and not arguments.records:
+    if not miniature and not all(arguments.records or ("",)):
         raise ConfigError("--records is needed: the folder of the encoded clips")
     workdir = Path(arguments.workdir)
     settings = {"model": model, "video": video, "sampling": sampling, "config": training}

@@ -18,6 +18,7 @@ from fantasy_jax.media import read_video
 from fantasy_jax.pipelines import base
 from fantasy_jax.pipelines.base import as_image, as_waveform
 from fantasy_jax.pipelines.config import SampleConfig, read_pipeline, write_pipeline
+from fantasy_jax.pipelines.output import VideoOutput
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig
 from fantasy_jax.system.networks import RandomLoader, random_networks
@@ -62,9 +63,10 @@ def test_the_bundled_miniature_makes_a_clip(tmp_path):
 def test_the_time_left_is_that_of_the_steps_that_are_sampled(monkeypatch):
     times, seen = iter([0.0, 2.0, 5.0]), []
     monkeypatch.setattr(base, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    report = base._progress(seen.append, 10)
+    report = base._progress(seen.append, 10, preview=lambda predicted: VideoOutput(list, predicted, 1, 25))
+    latents = jnp.zeros((1, 1, 1, 1, 1))
     for step in (6, 7, 8):  # as with a strength below 1
-        report(step, jnp.zeros((1, 1, 1, 1, 1)))
+        report(step, latents, latents)
     assert [x.seconds_left for x in seen] == [None, 2 * 2.0, 2.5]
 
 

@@ -46,7 +46,7 @@ class VAEStageConfig(EncoderStageConfig):
     """
 
     num_steps: PositiveInt = 2000
-    batch_size: PositiveInt = 4
+    batch_size: PositiveInt = 8
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
     crop_size: Width = 32
     num_frames: Annotated[int, Range(5, 2**20)] = 17
