@@ -118,8 +118,8 @@ def test_errors_over_clips_and_over_seeds_are_apart():
         "seeds": pytest.approx(1.0),
     }
     rows = table({"full": {2: [one, other]}, "official-mask": {3: [one]}}).splitlines()[2:]
-    assert rows[0].startswith("| full | 2 | 2.00 +- 0.20 +- 1.00 |")
-    assert rows[1].startswith("| official mask | 3 | 1.00 +- 0.10 |")
+    assert rows[0].startswith("| full | 2 | 2.000 +- 0.200 +- 1.000 |")
+    assert rows[1].startswith("| official mask | 3 | 1.000 +- 0.100 |")
 
 
 def random_judge(*_):
