@@ -34,6 +34,7 @@ from fantasy_jax.miniature.reenactment import (
     Control,
     Reenactment,
     add_measuring_arguments,
+    cells,
     measuring_tools,
 )
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
@@ -241,16 +242,10 @@ def _rows(results: Mapping[str, Measured]) -> Iterator[list[str]]:
     for people in sorted({people for measured in results.values() for people in measured}):
         for name, measured in results.items():
             if people in measured:
-                several = len(measured[people]) > 1
+                errors = ("clips", "seeds") if len(measured[people]) > 1 else ("clips",)
                 combined = combine(measured[people])
-                cells = [_cell(combined[each], each, several=several) for each in COLUMNS]
-                yield [ARMS[name].title, str(people), *cells]
-
-
-def _cell(value: Mapping[str, float], name: str, *, several: bool) -> str:
-    digits = 1 if name == "background" else 2
-    errors = [value["clips"], value["seeds"]] if several else [value["clips"]]
-    return " +- ".join(f"{x:.{digits}f}" for x in (value["mean"], *errors))
+                values = {each: [x["mean"], *(x[error] for error in errors)] for each, x in combined.items()}
+                yield [ARMS[name].title, str(people), *cells(values)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

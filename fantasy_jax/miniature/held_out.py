@@ -29,7 +29,7 @@ from fantasy_jax.evaluation.mouth import mouth_opening
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.miniature.synthetic import SyntheticConfig, records
 from fantasy_jax.models.vae import WanVAE
-from fantasy_jax.pipelines.config import SampleConfig
+from fantasy_jax.pipelines.config import PipelineConfig, SampleConfig
 from fantasy_jax.pipelines.latents import initial_noise
 from fantasy_jax.preprocessing.images import to_uint8
 from fantasy_jax.system.encoders import encode_text
@@ -80,7 +80,7 @@ class HeldOutClips:
         self,
         networks: Networks,
         video: VideoConfig,
-        config: SampleConfig,
+        config: PipelineConfig,
         clips: Sequence[Record],
         *,
         seed: int = 0,
@@ -122,7 +122,7 @@ class HeldOutClips:
         self,
         examples: Sequence[Record],
         description: str,
-        config: SampleConfig,
+        config: PipelineConfig,
         *,
         held: HeldLatents | None = None,
         residual_callback: Callable[[int, Residuals], None] | None = None,
@@ -151,7 +151,7 @@ class HeldOutClips:
                 guidance=config.guidance,
                 options=config.adapter_options,
                 held=kept,
-                strength=config.strength,
+                strength=config.strength if isinstance(config, SampleConfig) else 1.0,
                 residual_callback=residual_callback,
             )
 

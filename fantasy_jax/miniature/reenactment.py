@@ -10,7 +10,7 @@ shares of chance: of that between the acts of two drivers, by the same face.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Control:
         pose: The same of turn and nod (APD).
         gaze: The same of gaze (MAE).
         own: Correlation of opening and smile with those of a person's own driver.
-        other: The same with another person's driver, of the same clip if it has several people.
+        other: The same with the drivers of the other people, or of a clip of one person, with the driver of
+            another clip.
         gap: Difference of the two.
         identity: Cosine of the face with that in the picture, by the face encoder, over that of the VAE's
             reconstruction.
@@ -156,12 +157,14 @@ class Reenactment:
     ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """Correlations of each clip with the own drivers and with others."""
         acts = np.array([[x["acts"][0, 1:] for x in drivers] for drivers in self._driven.drivers])
-        others = np.roll(acts, 1, axis=1 if self._driven.people > 1 else 0)
         read, known = self._judge.indices(FOLLOWED), [FACTORS.index(name) for name in FOLLOWED]
-        return tuple(
-            correlations(readings[..., read], driving[..., known]).mean(axis=(1, 2))
-            for driving in (acts, others)
-        )
+
+        def followed(drivers: Float[np.ndarray, "N P T A"]) -> Float[np.ndarray, " N"]:
+            return correlations(readings[..., read], drivers[..., known]).mean(axis=(1, 2))
+
+        others = [np.roll(acts, shift, axis=1) for shift in range(1, self._driven.people)]
+        others = others or [np.roll(acts, 1, axis=0)]
+        return followed(acts), np.mean([followed(drivers) for drivers in others], axis=0)
 
     def _identity(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> Float[np.ndarray, " N"]:
         """Mean cosine of all people of each clip with their faces in the picture."""
@@ -245,20 +248,25 @@ def head_motion(
     return (still if far > _FARTHEST * (box[2] - box[0]) else matrix).astype(np.float64)
 
 
-def cells(control: Control) -> list[str]:
-    """Figures as the cells of a table's row."""
-    return [_cell(getattr(control, field.name), field.name) for field in fields(Control)]
+def cells(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """Cells of a table's row: of each field of `Control` the mean, and its standard errors."""
 
+    def cell(name: str) -> str:
+        digits = 1 if name == "background" else 3
+        return " +- ".join(f"{x:.{digits}f}" for x in values[name])
 
-def _cell(value: Figure, name: str) -> str:
-    digits = 1 if name == "background" else 3
-    return f"{value.mean:.{digits}f} +- {value.standard_error:.{digits}f}"
+    return [cell(name) for name in COLUMNS]
 
 
 def table(controls: Mapping[str, Control]) -> str:
     """Figures by name as a table."""
     columns = tuple(COLUMNS.values())
-    rows = ([name, *cells(control)] for name, control in controls.items())
+
+    def row(control: Control) -> list[str]:
+        figures: dict[str, Figure] = vars(control)
+        return cells({name: (x.mean, x.standard_error) for name, x in figures.items()})
+
+    rows = ([name, *row(control)] for name, control in controls.items())
     return cli.markdown_table(("clips", *columns), rows, numbers=columns)
 
 
