@@ -48,7 +48,7 @@ class FaceDetectorStageConfig(EncoderStageConfig):
         noise: Standard deviation of errors of pixels, as a fraction of their range.
     """
 
-    num_steps: PositiveInt = 1500
+    num_steps: PositiveInt = 2000
     batch_size: PositiveInt = 16
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.02)
     variants: PositiveInt = 4
