@@ -61,7 +61,7 @@ def main():
     def loss(model, batch, keys):
         return jnp.square(model(batch["x"]) - batch["x"]).mean(), {}
 
-    read = partial(batches, Numbers(), same)
+    read = partial(batches, [Numbers()], same)
     model = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
     task = TrainingTask("part", model, loss, read, 8, 10**6, OptimizerConfig())
     config = LoopConfig(log_every=1, save_every=3, sample_every=0, num_workers=2)
