@@ -33,6 +33,7 @@ from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
 from fantasy_jax.pipelines.previews import PreviewFiles
 from fantasy_jax.pipelines.sounds import read_sounds
 from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
+from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.preprocessing.boxes import parse_box
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
@@ -40,14 +41,6 @@ from fantasy_jax.system.networks import random_networks
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_paths
 from fantasy_jax.weights.lora import parse_lora
-
-PIPELINES: dict[str, type[Pipeline]] = {
-    "talking": FantasyTalkingPipeline,
-    "miniature": FantasyTalkingPipeline,
-    "portrait": FantasyPortraitPipeline,
-    "miniature_portrait": FantasyPortraitPipeline,
-}
-"""Pipelines by the task of the config."""
 
 OPTIONS = {
     FantasyTalkingPipeline: ("audio", "voice", "batch", "person", "box", "people"),
@@ -71,8 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = sampling_parser(__doc__)
     ahead.add_arguments(parser)
     arguments, config = cli.parse(parser, argv)
-    if str(config.get("task")) not in PIPELINES:
-        raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(PIPELINES)}")
     pipeline_type = _pipeline_type(config, arguments)
     model = section(ModelConfig, config, "model")
     video = section(VideoConfig, config, "video")
@@ -235,9 +226,9 @@ def _pipeline_type(config: ConfigDict, arguments: argparse.Namespace) -> type[Pi
     """The pipeline of the config's task, or the one that dubs a video.
 
     Raises:
-        ConfigError: An option is given that it does not have.
+        ConfigError: There is no such task, or an option is given that the pipeline does not have.
     """
-    pipeline_type, task = PIPELINES[config.task], f"the task {config.task} of {arguments.config}"
+    pipeline_type, task = pipeline_of(config), f"the task {config.task} of {arguments.config}"
     refused: list[str] = []
     if pipeline_type is FantasyTalkingPipeline and arguments.video:
         pipeline_type, task = FantasyDubbingPipeline, "--video"

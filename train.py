@@ -13,17 +13,15 @@ from fantasy_jax.config import section
 from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.synthetic import SyntheticConfig
-from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
+from fantasy_jax.miniature.trainer import TRAININGS, MiniatureConfig, MiniatureTrainer
 from fantasy_jax.performance import ahead
 from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.performance.programs import training_programs
-from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
-from fantasy_jax.pipelines.talking import FantasyTalkingPipeline
+from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.sharding import init_distributed
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.training.finetune import finetune
 from fantasy_jax.training.loop import lock_workdir
-from fantasy_jax.training.stages import StagesConfig
 from fantasy_jax.video import VideoConfig
 
 EXAMPLES = """\
@@ -50,21 +48,12 @@ Ctrl-C saves, a second one ends at once; the same command resumes. To watch: ten
 Every setting of the config file can be given as --config.NAME=VALUE.
 """
 
-TASKS = {
-    "talking": (FantasyTalkingPipeline, StagesConfig),
-    "portrait": (FantasyPortraitPipeline, StagesConfig),
-    "miniature": (FantasyTalkingPipeline, MiniatureConfig),
-    "miniature_portrait": (FantasyPortraitPipeline, MiniatureConfig),
-}
-"""The pipeline that samples from what is trained, and the settings of the training, by the config's task."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and trains, or compiles."""
     arguments, config = cli.parse(_parser(), argv)
-    if str(config.get("task")) not in TASKS:
-        raise ConfigError(f"task is {config.get('task')!r}; it must be one of {', '.join(TASKS)}")
-    pipeline, config_type = TASKS[config.task]
+    pipeline = pipeline_of(config)
+    config_type = TRAININGS[config.task]
     miniature = config_type is MiniatureConfig
     if arguments.distributed:
         if miniature:

@@ -24,7 +24,7 @@ from fantasy_jax.data.records import open_split, write_dataset
 from fantasy_jax.diffusion.magcache import MagCacheConfig
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
-from fantasy_jax.miniature.trainer import MiniatureConfig
+from fantasy_jax.miniature.trainer import TRAININGS
 from fantasy_jax.models.eight_bit import DTYPES, EightBit
 from fantasy_jax.performance import torch_wan
 from fantasy_jax.performance.ahead import with_size
@@ -39,7 +39,8 @@ from fantasy_jax.performance.programs import (
     vae_encode_program,
 )
 from fantasy_jax.performance.timing import WARM_UP, Timing, time_calls, time_program, timing_table
-from fantasy_jax.pipelines.config import PipelineConfig, PortraitSampleConfig, SampleConfig
+from fantasy_jax.pipelines.config import PipelineConfig
+from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import abstract_networks
@@ -85,17 +86,17 @@ class _Settings:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, times the parts and prints a table."""
     arguments, config = cli.parse(_parser(), argv)
+    pipeline = pipeline_of(config)
     only, profile = _parts(arguments), Path(arguments.profile) if arguments.profile else None
     check_outputs([arguments.json], cli.config_files(arguments.config, config))
     if profile:
         profile.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs()
-    task = str(config.get("task"))
     settings = _Settings(
         section(ModelConfig, config, "model"),
         with_size(section(VideoConfig, config, "video"), arguments.size),
-        section(PortraitSampleConfig if task.endswith("portrait") else SampleConfig, config, "sample"),
-        section(MiniatureConfig if task.startswith("miniature") else StagesConfig, config, "train"),
+        section(pipeline.config_type, config, "sample"),
+        section(TRAININGS[config.task], config, "train"),
         arguments.eight_bit,
     )
     if settings.sample.eight_bit_products and not settings.eight_bit and _EIGHT_BIT_PARTS & set(only):

@@ -26,12 +26,12 @@ from fantasy_jax.miniature.train_vae import (
     initialise_from_pca,
     normalise_latents,
 )
-from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
+from fantasy_jax.miniature.trainer import TRAININGS, MiniatureConfig, MiniatureTrainer
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
+from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.video import VideoConfig
-from train import TASKS
 
 ROOT = Path(__file__).parent.parent
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
@@ -197,7 +197,7 @@ def test_miniature_config_builds():
 def test_talking_and_portrait_share_clips_and_the_vae(tmp_path):
     def make(name):
         config = load_config(str(ROOT / f"configs/{name}"))
-        pipeline, config_type = TASKS[config.task]
+        pipeline = pipeline_of(config)
         return MiniatureTrainer(
             tmp_path,
             pipeline=pipeline.__name__,
@@ -205,7 +205,7 @@ def test_talking_and_portrait_share_clips_and_the_vae(tmp_path):
             video=section(VideoConfig, config, "video"),
             model=section(ModelConfig, config, "model"),
             sampling=section(pipeline.config_type, config, "sample"),
-            config=section(config_type, config, "train"),
+            config=section(TRAININGS[config.task], config, "train"),
         )
 
     talking, portrait = map(make, ("tiny.py:quick", "tiny_portrait.py:quick"))

@@ -1,4 +1,4 @@
-"""The middle layer: sizes of a system, its networks by slot, the inputs of clips, and their conditions."""
+"""The middle layer: sizes of a system, its networks by slot, and the inputs of clips."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,24 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import abstract, normal, relative, tiny_inputs, tiny_transformer
+from helpers import normal
+from systems import full_model
 
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax.config import as_json, build, to_config_dict
 from fantasy_jax.convert.rules import flat_parameters
 from fantasy_jax.data.encoded import batch_spec
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.models.adapters.audio import AudioAdapter
-from fantasy_jax.models.adapters.identity import IdentityAdapter, IdentityAdapterConfig
-from fantasy_jax.models.adapters.motion import MotionAdapter, MotionAdapterConfig
-from fantasy_jax.models.face_encoder import FaceEncoderConfig
-from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.config import PipelineConfig
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig, make_mesh
-from fantasy_jax.system.conditioning import condition, velocity
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks, random_networks
@@ -34,23 +29,6 @@ from fantasy_jax.video import VideoConfig
 
 VIDEO = VideoConfig(height=32, width=48, num_frames=9)
 MESH = MeshConfig(fsdp=2, context=2, tensor=2)
-
-
-def full_model():
-    """Every network, at a small size."""
-    model = small_model()
-    width, heads, layers = (getattr(model.transformer, x) for x in ("dim", "num_heads", "num_layers"))
-    identity = {"feature_width": 6, "feature_size": 4, "num_queries": 3, "depth": 1, "token_width": 8}
-    return model.replace(
-        motion_adapter=MotionAdapterConfig(hidden=8, positions=2, width=width),
-        identity_adapter=IdentityAdapterConfig(
-            **identity, token_heads=2, width=width, num_heads=heads, num_layers=layers
-        ),
-        face_encoder=FaceEncoderConfig(depths=(1, 2), widths=(4, 6), embedding=8, image_size=16),
-        motion_encoder=MotionEncoderConfig(
-            width=8, feature_dim=16, pose_dim=3, eye_dim=2, emotion_dim=4, landmarks=5, depth=1, image_size=16
-        ),
-    )
 
 
 # Sizes
@@ -370,89 +348,3 @@ def test_the_first_frame_condition_is_a_mask_and_latents():
     np.testing.assert_array_equal(both[..., 4:], latents)
     assert np.all(both[:, 0, ..., :4] == 1)
     assert not both[:, 1:, ..., :4].any()
-
-
-# Conditions
-
-
-@pytest.fixture(scope="module")
-def conditioned():
-    """A transformer with all adapters, noise, and inputs of two clips."""
-    model = full_model()
-    transformer = tiny_transformer(
-        model.transformer,
-        audio=abstract(AudioAdapter, model.audio_adapter),
-        motion=abstract(MotionAdapter, model.motion_adapter),
-        identity=abstract(IdentityAdapter, model.identity_adapter),
-    )
-    adapters = {
-        row.network.input: row.network.input_shape(model.networks[row.slot], VIDEO)
-        for row in model.adapters.values()
-    }
-    return transformer, *tiny_inputs(model.transformer, **adapters)
-
-
-GROUPS = ("text", "image", "audio")
-compiled_velocity = nnx.jit(velocity)
-
-
-def predict(conditioned, keep=None, **changes):
-    transformer, latents, inputs = conditioned
-    conditions = condition(transformer, replace(inputs, **changes), keep=keep)
-    return compiled_velocity(transformer, latents, jnp.float32(0.7), conditions)
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_group_is_dropped_for_all_samples_or_for_some(conditioned, group):
-    kept, dropped = (predict(conditioned, {group: keep}) for keep in (True, False))
-    some = predict(conditioned, {group: jnp.array([1.0, 0.0])})
-    assert relative(dropped, kept) > 1e-3
-    assert relative(some[0], kept[0]) < 2e-6
-    assert relative(some[1], dropped[1]) < 2e-6
-    np.testing.assert_array_equal(kept, predict(conditioned))
-
-
-def test_a_dropped_group_has_no_effect(conditioned):
-    inputs = conditioned[2]
-    without_image = [
-        predict(
-            conditioned,
-            {"image": False},
-            image=factor * inputs.image,
-            first_frame=factor * inputs.first_frame,
-            adapters=inputs.adapters | {"face": factor * inputs.adapters["face"]},
-        )
-        for factor in (1, 2)
-    ]
-    np.testing.assert_array_equal(*without_image)
-    audio = inputs.adapters | {"audio": 2 * inputs.adapters["audio"]}
-    without_audio = [
-        predict(conditioned, {"audio": False}, adapters=adapters) for adapters in (inputs.adapters, audio)
-    ]
-    np.testing.assert_array_equal(*without_audio)
-    without_text = [predict(conditioned, {"text": False}, text=factor * inputs.text) for factor in (1, 2)]
-    np.testing.assert_array_equal(*without_text)
-    assert np.array_equal(
-        without_text[0], predict(conditioned, text=inputs.negative_text, negative_text=inputs.text)
-    )
-
-
-def test_an_adapter_without_its_input_is_not_used(conditioned):
-    transformer, _, inputs = conditioned
-    conditions = condition(transformer, replace(inputs, adapters={}))
-    assert set(conditions.attended) == {"text", "image"}
-    assert conditions.time_offset is None
-    assert set(condition(transformer, inputs).attended) == {"text", "image", "audio", "identity"}
-
-
-def test_options_are_arguments_of_the_adapters(conditioned):
-    transformer, _, inputs = conditioned
-    options = {"audio": {"attention": "clip", "scale": 3.0}, "motion": {"scale": 2.0}}
-    found = condition(transformer, inputs, options=options)
-    adapters, features = transformer.adapters, inputs.adapters
-    np.testing.assert_array_equal(found.attended["audio"].scale, [3.0, 3.0])
-    assert found.attended["audio"].tokens.ndim == 3
-    np.testing.assert_array_equal(
-        found.time_offset, adapters["motion"].time_offset(features["motion"], scale=2.0)
-    )
-    np.testing.assert_array_equal(found.attended["identity"].scale, [0.5, 0.5])

@@ -27,7 +27,7 @@ from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs
 from fantasy_jax.miniature.clips import SyntheticConfig
-from fantasy_jax.miniature.driven import DrivenClips, draw_driven
+from fantasy_jax.miniature.driven import DrivenClips
 from fantasy_jax.miniature.held_out import Figure, write_figures
 from fantasy_jax.miniature.reenactment import (
     COLUMNS,
@@ -35,6 +35,7 @@ from fantasy_jax.miniature.reenactment import (
     Reenactment,
     add_measuring_arguments,
     cells,
+    drive,
     measuring_tools,
 )
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
@@ -313,25 +314,14 @@ class _Measurement:
         measured = {}
         for people in sorted(set(arm.measured) & set(self._arguments.people or arm.measured)):
             if people not in self._made:
-                self._made[people] = self._make(people, networks)
+                self._made[people] = drive(
+                    networks, self._config, self._tools, people=people, count=self._arguments.clips
+                )
             clips, reenactment = self._made[people]
             examples = [arm.change(clip) for clip in clips.encoded]
             videos = clips.by(transformer).generate(examples, f"{arm.title}, {people}")
             measured[people] = reenactment.measure(videos)
         return measured
-
-    def _make(self, people: int, networks: Networks) -> tuple[DrivenClips, Reenactment]:
-        video, sampling, data = (
-            section(kind, self._config, name)
-            for kind, name in (
-                (VideoConfig, "video"),
-                (PortraitSampleConfig, "sample"),
-                (SyntheticConfig, "data"),
-            )
-        )
-        driven = draw_driven(video, data, people=people, count=self._arguments.clips)
-        clips = DrivenClips(networks, video, sampling, driven)
-        return clips, Reenactment(driven, clips.reconstruct(), *self._tools)
 
 
 if __name__ == "__main__":

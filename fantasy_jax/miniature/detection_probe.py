@@ -8,16 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from fantasy_jax import cli
-from fantasy_jax.config import section
-from fantasy_jax.files import check_outputs
 from fantasy_jax.miniature.face_detector import MiniatureFaceDetector
-from fantasy_jax.miniature.held_out import write_figures
+from fantasy_jax.miniature.held_out import run_probe
 from fantasy_jax.miniature.train_face_detector import draw_pictures
 from fantasy_jax.preprocessing.picture_faces import find_people
 from fantasy_jax.typing import Float
-from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.inspect import store_paths
-from fantasy_jax.weights.loading import stored_networks
 
 EXAMPLES = """\
 examples:
@@ -112,17 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Measures the errors of the face detector's points, in heights of the picture.",
         epilog=EXAMPLES,
     )
-    cli.add_config_argument(parser)
-    parser.add_argument("--weights", metavar="DIR", help="weight store (default: `weights` of the config)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    arguments, config = cli.parse(parser, argv)
-    weights = arguments.weights or config.get("weights", "")
-    check_outputs([arguments.json], [*cli.config_files(arguments.config, config), *store_paths(weights)])
-    detector = stored_networks(weights, dtype="float32")["face_detector"]
-    results = probe(detector, section(VideoConfig, config, "video").height)
-    print(report(results))
-    if arguments.json:
-        write_figures(results, arguments.json)
+    run_probe(parser, argv, "face_detector", probe, report)
 
 
 if __name__ == "__main__":

@@ -229,10 +229,16 @@ def load_held_out(
     return HeldOutClips(networks, video, sampling, list(records(data, video, "test", num_clips)), seed=seed)
 
 
-def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
-    """Adds the arguments of every measurement on held-out clips."""
+def add_store_arguments(parser: cli.ArgumentParser) -> None:
+    """Adds the arguments of every measurement of a store's networks."""
     cli.add_config_argument(parser)
     parser.add_argument("--weights", metavar="DIR", help="weight store (default: `weights` of the config)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
+    """Adds the arguments of every measurement on held-out clips."""
+    add_store_arguments(parser)
     parser.add_argument(
         "--clips",
         type=cli.integer(min_clips),
@@ -247,7 +253,6 @@ def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
         metavar="N",
         help="seed of the initial noise (default: %(default)s)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
 def check_json(arguments: Namespace, config: ConfigDict, *inputs: str | None) -> None:
@@ -260,6 +265,33 @@ def check_json(arguments: Namespace, config: ConfigDict, *inputs: str | None) ->
     read = cli.config_files(arguments.config, config)
     weights = store_paths(arguments.weights or config.get("weights", ""))
     check_outputs([arguments.json], [*read, *weights, *inputs])
+
+
+def run_probe(
+    parser: cli.ArgumentParser,
+    argv: Sequence[str] | None,
+    slot: str,
+    probe: Callable[[Any, int], Mapping[str, Any]],
+    report: Callable[[Any], str],
+) -> None:
+    """Runs a command that measures one network of a store on pictures of the config's size.
+
+    Args:
+        parser: With prog, description and examples; the arguments are added.
+        argv: The command line; None: that of the process.
+        slot: The network.
+        probe: Returns figures, given the network in float32 and the height of pictures in pixels.
+        report: Formats them as lines of text.
+    """
+    add_store_arguments(parser)
+    arguments, config = cli.parse(parser, argv)
+    check_json(arguments, config)
+    weights = arguments.weights or config.get("weights", "")
+    network = stored_networks(weights, dtype="float32")[slot]
+    figures = probe(network, section(VideoConfig, config, "video").height)
+    print(report(figures))
+    if arguments.json:
+        write_figures(figures, arguments.json)
 
 
 def write_figures(figures: Mapping[str, Any], path: str | Path) -> None:

@@ -11,17 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fantasy_jax import cli
-from fantasy_jax.config import section
-from fantasy_jax.files import check_outputs
 from fantasy_jax.miniature.faces import SyntheticFace
-from fantasy_jax.miniature.held_out import write_figures
+from fantasy_jax.miniature.held_out import run_probe
 from fantasy_jax.miniature.train_motion_encoder import READ, Stills, draw_stills
 from fantasy_jax.models.motion_encoder import MotionEncoder
 from fantasy_jax.system.encoders import encode_motion
 from fantasy_jax.typing import Float
-from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.inspect import store_paths
-from fantasy_jax.weights.loading import stored_networks
 
 EXAMPLES = """\
 examples:
@@ -129,17 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Measures what linear regression finds in the features of the motion encoder.",
         epilog=EXAMPLES,
     )
-    cli.add_config_argument(parser)
-    parser.add_argument("--weights", metavar="DIR", help="weight store (default: `weights` of the config)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    arguments, config = cli.parse(parser, argv)
-    weights = arguments.weights or config.get("weights", "")
-    check_outputs([arguments.json], [*cli.config_files(arguments.config, config), *store_paths(weights)])
-    encoder = stored_networks(weights, dtype="float32")["motion_encoder"]
-    results = probe(encoder, section(VideoConfig, config, "video").height)
-    print(report(results))
-    if arguments.json:
-        write_figures(results, arguments.json)
+    run_probe(parser, argv, "motion_encoder", probe, report)
 
 
 if __name__ == "__main__":

@@ -85,11 +85,12 @@ def _grid(held_out: HeldOutClips, videos: UInt8[np.ndarray, "N T H W 3"]) -> Fig
 
 def table(rows: dict[str, Row]) -> str:
     """Formats the figures as a table."""
-    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "--:|" * len(COLUMNS)]
-    for name, row in rows.items():
-        cells = (f"{row[column].mean:.2f}" if column in row else "" for column in COLUMNS)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = tuple(COLUMNS.values())
+    cells = (
+        [name, *(f"{row[column].mean:.2f}" if column in row else "" for column in COLUMNS)]
+        for name, row in rows.items()
+    )
+    return cli.markdown_table(("", *columns), cells, numbers=columns)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from ml_collections import ConfigDict
 
 from fantasy_jax import cli
 from fantasy_jax.config import section
@@ -35,8 +36,10 @@ from fantasy_jax.preprocessing.alignment import apply_affine
 from fantasy_jax.preprocessing.driving import align_face
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks
 from fantasy_jax.typing import Float, UInt8
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_paths
 from fantasy_jax.weights.loading import stored_networks
 
 EXAMPLES = """\
@@ -280,9 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser, min_clips=2)
     add_measuring_arguments(parser)
     arguments, config = cli.parse(parser, argv)
-    check_json(arguments, config)
+    check_json(arguments, config, *store_paths(arguments.faces))
     sampling = section(PortraitSampleConfig, config, "sample")
-    video, data = section(VideoConfig, config, "video"), section(SyntheticConfig, config, "data")
     model = section(ModelConfig, config, "model")
     weights = arguments.weights or config.get("weights", "")
     networks = stored_networks(weights, model, eight_bit_products=sampling.eight_bit_products)
@@ -290,15 +292,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     tools = measuring_tools(arguments, config)
     controls: dict[str, Any] = {}
     for people in arguments.people or (1, 2, 3):
-        driven = draw_driven(video, data, people=people, count=arguments.clips)
-        clips = DrivenClips(networks, video, sampling, driven, seed=arguments.seed)
-        measured = Reenactment(driven, clips.reconstruct(), *tools)
+        clips, measured = drive(
+            networks, config, tools, people=people, count=arguments.clips, seed=arguments.seed
+        )
         name = f"{people} {'person' if people == 1 else 'people'}"
         controls[name] = measured.measure(clips.generate(clips.encoded, name))
         controls[f"{name}, reconstruction"] = measured.floor()
     print(table(controls))
     if arguments.json:
         write_figures(controls, arguments.json)
+
+
+def drive(
+    networks: Networks,
+    config: ConfigDict,
+    tools: tuple[Judge, FaceEncoder],
+    *,
+    people: int,
+    count: int,
+    seed: int = 0,
+) -> tuple[DrivenClips, Reenactment]:
+    """Held-out clips of driven people, and what measures videos of them.
+
+    Args:
+        networks: Networks with trained weights.
+        config: All settings.
+        tools: What `measuring_tools` returns.
+        people: People in each clip.
+        count: Number of clips.
+        seed: Seed of the initial noise.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    video, data = section(VideoConfig, config, "video"), section(SyntheticConfig, config, "data")
+    sampling = section(PortraitSampleConfig, config, "sample")
+    driven = draw_driven(video, data, people=people, count=count)
+    clips = DrivenClips(networks, video, sampling, driven, seed=seed)
+    return clips, Reenactment(driven, clips.reconstruct(), *tools)
 
 
 def add_measuring_arguments(parser: cli.ArgumentParser) -> None:

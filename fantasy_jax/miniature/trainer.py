@@ -129,6 +129,15 @@ class MiniatureConfig(StagesConfig):
             raise ConfigError("people is empty; at least one dataset is needed")
 
 
+TRAININGS: dict[str, type[StagesConfig]] = {
+    "talking": StagesConfig,
+    "portrait": StagesConfig,
+    "miniature": MiniatureConfig,
+    "miniature_portrait": MiniatureConfig,
+}
+"""Settings of the training by the task of the config (`pipelines.tasks`)."""
+
+
 class MiniatureTrainer:
     """Trains a small system from scratch on synthetic clips.
 

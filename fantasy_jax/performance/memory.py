@@ -22,7 +22,8 @@ from fantasy_jax.performance.ahead import exceeding_temporaries, slice_devices, 
 from fantasy_jax.performance.chips import GIB
 from fantasy_jax.performance.program import Program, device_bytes
 from fantasy_jax.performance.programs import sampling_programs
-from fantasy_jax.pipelines.config import PipelineConfig, PortraitSampleConfig, SampleConfig
+from fantasy_jax.pipelines.config import PipelineConfig
+from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.sharding import MeshConfig, WeightsMemory, make_mesh
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.vae_memory import temporary_bytes
@@ -216,8 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.topology and not arguments.compile_only:
         raise ConfigError("--topology has no effect without --compile_only")
     check_outputs([arguments.json], cli.config_files(arguments.config, config))
-    settings_type = PortraitSampleConfig if str(config.get("task")).endswith("portrait") else SampleConfig
-    settings = section(settings_type, config, "sample")
+    settings = section(pipeline_of(config).config_type, config, "sample")
     if arguments.seconds is not None:
         settings = replace(settings, max_seconds=arguments.seconds)
     model, video = section(ModelConfig, config, "model"), section(VideoConfig, config, "video")
