@@ -23,7 +23,19 @@ import sample
 import train
 from fantasy_jax import benchmark, cli, media
 from fantasy_jax.evaluation import video as evaluation
-from fantasy_jax.miniature import approximate, controls, dubbing, lip_sync, long_clips, synthetic
+from fantasy_jax.miniature import (
+    ablation,
+    approximate,
+    controls,
+    detection_probe,
+    dubbing,
+    lip_sync,
+    long_clips,
+    motion_probe,
+    picture,
+    reenactment,
+    synthetic,
+)
 from fantasy_jax.performance import memory
 from fantasy_jax.pipelines import dubbing_plan, scene, speakers
 from fantasy_jax.prepare import command as prepare
@@ -31,6 +43,7 @@ from fantasy_jax.preprocessing import lip_mask
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'configs/tiny.py'}"
+TINY_PORTRAIT = f"--config={ROOT / 'configs/tiny_portrait.py'}"
 FULL = f"--config={ROOT / 'configs/fantasy_talking_14b.py'}"
 DEBUG = f"{FULL}:debug"
 ACT = f"--config={ROOT / 'configs/fantasy_portrait_14b.py'}:debug"
@@ -73,6 +86,11 @@ COMMANDS = {
     "long_clips": (long_clips.main, [TINY, "--clips=1"]),
     "controls": (controls.main, [TINY, "--clips=2"]),
     "dubbing": (dubbing.main, [TINY, "--clips=2"]),
+    "picture": (picture.main, [TINY, "--clips=1"]),
+    "motion_probe": (motion_probe.main, [TINY]),
+    "detection_probe": (detection_probe.main, [TINY]),
+    "reenactment": (reenactment.main, [TINY_PORTRAIT, "--clips=2", "--workdir=out"]),
+    "ablation": (ablation.main, [TINY_PORTRAIT, "--clips=2", "--workdir=out"]),
     "quantize": (
         convert_weights.main,
         ["quantize", f"--weights={ROOT / 'fantasy_jax/assets/tiny'}", "--output=out/q", "--dtype=int8"],
@@ -93,6 +111,7 @@ def rows():
         "long": 252 * "x",
     }
     places["tiny"] = TINY.removeprefix("--config=")
+    places["tiny_portrait"] = TINY_PORTRAIT.removeprefix("--config=")
     for line in (DATA / "wrong_inputs.txt").read_text().splitlines():
         if line.startswith("["):
             name = line.strip("[]")

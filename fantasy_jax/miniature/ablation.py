@@ -135,18 +135,13 @@ class Ablation:
         """Makes what all arms are trained on, unless it is there.
 
         Args:
-            trainer: The portrait's training.
+            trainer: The portrait's training, on clips of one person among others.
             config: Lengths of the trainings.
             measure: Returns the figures of an arm by the number of people.
 
         Raises:
-            ConfigError: The portrait's training has no clips of one person, or the workdir holds a part that
-                was made with other settings.
+            ConfigError: The workdir holds a part that was made with other settings.
         """
-        if 1 not in trainer.config.people:
-            raise ConfigError(
-                f"train.people is {trainer.config.people}; the base is trained on clips of 1 person"
-            )
         self.trainer, self.config, self._measure = trainer, config, measure
         self.networks, self._encoded = trainer.prepare()
 
@@ -291,6 +286,9 @@ def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
     model = section(ModelConfig, config, "model")
     if "expression_adapter" not in model.networks:
         raise ConfigError("model.expression_adapter: is missing; the ablation is of portraits")
+    training = section(MiniatureConfig, config, "train")
+    if 1 not in training.people:
+        raise ConfigError(f"train.people is {training.people}; the base is trained on clips of 1 person")
     return MiniatureTrainer(
         workdir,
         pipeline=FantasyPortraitPipeline.__name__,
@@ -298,7 +296,7 @@ def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
         video=section(VideoConfig, config, "video"),
         model=model,
         sampling=section(PortraitSampleConfig, config, "sample"),
-        config=section(MiniatureConfig, config, "train"),
+        config=training,
     )
 
 

@@ -39,7 +39,7 @@ from fantasy_jax.system.networks import Networks
 from fantasy_jax.typing import Array, Float, UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_paths
-from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.loading import stored_network, stored_networks
 
 _BATCH_SIZE = 16
 
@@ -255,7 +255,7 @@ def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
     )
 
 
-def check_json(arguments: Namespace, config: ConfigDict, *inputs: str | None) -> None:
+def check_json(arguments: Namespace, config: ConfigDict, *inputs: str | Path | None) -> None:
     """Checks `--json` before any work; `inputs` are read besides the config and the weights.
 
     Raises:
@@ -286,8 +286,7 @@ def run_probe(
     add_store_arguments(parser)
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
-    weights = arguments.weights or config.get("weights", "")
-    network = stored_networks(weights, dtype="float32")[slot]
+    network = stored_network(arguments.weights or config.get("weights", ""), slot)
     figures = probe(network, section(VideoConfig, config, "video").height)
     print(report(figures))
     if arguments.json:

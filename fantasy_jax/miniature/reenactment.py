@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from fantasy_jax import cli
 from fantasy_jax.config import section
 from fantasy_jax.data.records import Record
+from fantasy_jax.disk import full_disk_reported
 from fantasy_jax.evaluation.metrics import correlation, psnr
 from fantasy_jax.miniature.acting import FACTORS
 from fantasy_jax.miniature.clips import SyntheticConfig
@@ -37,10 +38,11 @@ from fantasy_jax.preprocessing.driving import align_face
 from fantasy_jax.sharding import make_mesh
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks
+from fantasy_jax.training.loop import lock_workdir
 from fantasy_jax.typing import Float, UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_paths
-from fantasy_jax.weights.loading import stored_networks
+from fantasy_jax.weights.loading import stored_network, stored_networks
 
 EXAMPLES = """\
 examples:
@@ -289,7 +291,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = arguments.weights or config.get("weights", "")
     networks = stored_networks(weights, model, eight_bit_products=sampling.eight_bit_products)
     keep_compiled_programs()
-    tools = measuring_tools(arguments, config)
+    workdir = Path(arguments.workdir)
+    with full_disk_reported(workdir), lock_workdir(workdir):
+        tools = measuring_tools(arguments, config)
     controls: dict[str, Any] = {}
     for people in arguments.people or (1, 2, 3):
         clips, measured = drive(
@@ -359,7 +363,7 @@ def measuring_tools(arguments: Any, config: Any) -> tuple[Judge, FaceEncoder]:
         ConfigError: A setting is wrong, or the judge reads too few factors.
         WeightsError: The store has no face encoder.
     """
-    face_encoder = stored_networks(arguments.faces, dtype="float32")["face_encoder"]
+    face_encoder = stored_network(arguments.faces, "face_encoder")
     size = section(VideoConfig, config, "video").height
     folder = Path(arguments.workdir) / "judge"
     return train_judge(section(JudgeConfig, config, "judge"), size, folder, make_mesh()), face_encoder

@@ -1,7 +1,7 @@
 """Networks from a store, whole on one device or sharded over a mesh."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,7 @@ def stored_networks(
         if slot in new:
             continue
         if slot not in found:
-            raise WeightsError(
-                f"{directory / slot}: is missing; the store holds {', '.join(found) or 'nothing'}. Import "
-                "it, or take the config that the store was made for"
-            )
+            raise _missing(directory / slot, found)
         _check_sizes(directory / slot, sizes)
     for note in notes(directory, [slot for slot in config.networks if slot not in new]):
         logging.getLogger(__name__).warning("%s", note)
@@ -105,6 +102,25 @@ def stored_networks(
         eight_bit_products=eight_bit_products,
     )
     return Networks(config, loader, partial(_tokenizer, directory))
+
+
+def stored_network(directory: str | Path, slot: str) -> nnx.Module:
+    """One network of a store, in float32.
+
+    Raises:
+        WeightsError: The store does not hold it, or it is damaged.
+    """
+    networks = stored_networks(directory, dtype="float32")
+    if slot not in networks:
+        raise _missing(Path(directory) / slot, networks)
+    return networks[slot]
+
+
+def _missing(folder: Path, found: Iterable[str]) -> WeightsError:
+    return WeightsError(
+        f"{folder}: is missing; the store holds {', '.join(found) or 'nothing'}. Import it, or take the "
+        "config that the store was made for"
+    )
 
 
 def notes(directory: Path, slots: Sequence[str]) -> list[str]:
