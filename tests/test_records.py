@@ -47,8 +47,21 @@ def folder(tmp_path_factory):
 
 def test_records_and_metadata_come_back(folder):
     records = open_split(folder, "train")
-    assert sorted(record["x"][0] for record in records) == [0, 1, 2]
+    assert [record["x"][0] for record in records] == [0, 1, 2]
     assert read_metadata(folder) == {"video": {"height": 64, "size": [1, 2]}, "fps": 25}
+
+
+def test_records_of_several_files_are_written_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr("fantasy_jax.data.records._SHARD_BYTES", 50)
+    folder = write(tmp_path, METADATA, count=8)
+    names = [file.name for file in sorted(folder.glob("*array_record*"))]
+    assert names == [f"numbers-train.array_record-0000{i}-of-00003" for i in range(3)]
+    assert [record["x"][0] for record in open_split(folder, "train")] == list(range(8))
+
+
+def test_a_split_without_records_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no records for the split train"):
+        write(tmp_path, METADATA, count=0)
 
 
 def test_a_dataset_is_not_written_twice(folder):

@@ -1,14 +1,17 @@
 """Datasets of records on disk: TFDS with array records, complete or absent. TensorFlow is not needed."""
 
+import itertools
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from fantasy_jax.config import as_json, differences
 from fantasy_jax.errors import ConfigError
@@ -19,21 +22,29 @@ MAX_UNREADABLE = 10
 """Records of a split that are skipped if they cannot be read."""
 
 
-class _Uncompressed:
-    """Writes TFDS' array records uncompressed: arrays of floats hardly shrink, and take long to decompress.
+_SHARD_BYTES = 2**30
+"""Size from which on a file takes no further record."""
+
+
+def _open_writer(path: str | PathLike) -> ArrayRecordWriter:
+    """Opens a file of uncompressed array records: floats hardly shrink, and take long to decompress.
 
     What does shrink, such as images, is compressed by its own encoding.
     """
+    return ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+
+
+class _Uncompressed:
+    """Writes TFDS' files of records, with their keys."""
 
     def write(self, path: str | PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
-        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        for _, example in examples:
-            writer.write(example)
-        writer.close()
+        with closing(_open_writer(path)) as writer:
+            for _, example in examples:
+                writer.write(example)
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
-    """A TFDS builder for records that the caller generates."""
+    """A TFDS builder; a subclass makes the records."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -42,11 +53,10 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
         name: str,
         directory: Path,
         features: Mapping[str, tfds.features.FeatureConnector],
-        splits: Mapping[str, Iterable[Record]],
         metadata: Mapping[str, Any],
     ):
         self.name = name
-        self._features, self._records, self._metadata = features, splits, metadata
+        self._features, self._metadata = features, metadata
         super().__init__(data_dir=str(directory), file_format="array_record")
 
     def download_and_prepare(self, **arguments: Any) -> None:
@@ -65,11 +75,53 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     def _example_writer(self) -> _Uncompressed:
         return _Uncompressed()
 
-    def _split_generators(self, download_manager: Any) -> dict[str, Iterable[tuple[int, Record]]]:
-        return {split: enumerate(records) for split, records in self._records.items()}
+    def _split_generators(self, *arguments: Any) -> dict[str, Any]:
+        raise NotImplementedError
 
     def _generate_examples(self, *arguments: Any) -> Iterable[tuple[int, Record]]:
         raise NotImplementedError("splits are generators already")
+
+
+class _GivenRecords(RecordsBuilder):
+    """Writes given records in their order, one at a time.
+
+    TFDS' own writer keeps up to 1 GiB of records in memory to shuffle them, and needs TensorFlow for more.
+    The loader shuffles anyway.
+    """
+
+    splits: Mapping[str, Iterable[Record]]
+
+    def _generate_splits(self, download_manager: Any, download_config: Any) -> list[tfds.core.SplitInfo]:
+        return [self._write_split(split, records) for split, records in self.splits.items()]
+
+    def _write_split(self, split: str, records: Iterable[Record]) -> tfds.core.SplitInfo:
+        features, template = self.info.features, self._get_filename_template(split_name=split)
+        serializer = ExampleSerializer(features.get_serialized_info())
+        examples = (serializer.serialize_example(features.encode_example(record)) for record in records)
+        shards = []
+        for first in examples:
+            path = Path(self.data_dir) / f"{split}.{len(shards)}"
+            shards.append((path, *_write_shard(path, itertools.chain([first], examples))))
+        if not shards:
+            raise ConfigError(f"{self.data_dir}: there are no records for the split {split}")
+        for index, (path, _, _) in enumerate(shards):
+            path.rename(template.sharded_filepath(shard_index=index, num_shards=len(shards)))
+        _, lengths, sizes = zip(*shards, strict=True)
+        return tfds.core.SplitInfo(
+            name=split, shard_lengths=list(lengths), num_bytes=sum(sizes), filename_template=template
+        )
+
+
+def _write_shard(path: Path, examples: Iterator[bytes]) -> tuple[int, int]:
+    """Writes examples to a file until it is full; returns their number and size in bytes."""
+    count = size = 0
+    with closing(_open_writer(path)) as writer:
+        for example in examples:
+            writer.write(example)
+            count, size = count + 1, size + len(example)
+            if size >= _SHARD_BYTES:
+                break
+    return count, size
 
 
 def write_dataset(
@@ -98,7 +150,9 @@ def write_dataset(
     folder = dataset_folder(name, directory)
     check_unchanged(folder, metadata)
     if not folder.exists():
-        RecordsBuilder(name, Path(directory), features(), splits, as_json(metadata)).download_and_prepare()
+        builder = _GivenRecords(name, Path(directory), features(), as_json(metadata))
+        builder.splits = splits
+        builder.download_and_prepare()
     return folder
 
 

@@ -106,7 +106,7 @@ class BeamRun:
         Returns:
             The folder of the dataset, and all clips, without their records.
         """
-        builder = PreparedClips(DATASET, self.output, features(self._example()), {}, metadata)
+        builder = PreparedClips(DATASET, self.output, features(self._example()), metadata)
         builder.run = self
         config = tfds.download.DownloadConfig(beam_options=PipelineOptions(list(options)))
         builder.download_and_prepare(download_config=config)
