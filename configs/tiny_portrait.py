@@ -53,6 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
         folder="portrait",
     )
     pairs = {"train_pairs": 512, "test_pairs": 32} if quick else {"train_pairs": 2048, "test_pairs": 64}
+    data = replace(section(SyntheticConfig, talking, "data"), acting=1.0, **pairs)
     # As for the talking miniature, with a text guidance scale of one a step takes two evaluations.
     sample = PortraitSampleConfig(
         num_inference_steps=12,
@@ -71,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "video": talking.video,
             "model": small_model(),
             "sample": sample,
-            "data": replace(section(SyntheticConfig, talking, "data"), **pairs),
+            "data": data,
             "train": train,
             "judge": JudgeConfig(),
             "ablation": AblationConfig(),

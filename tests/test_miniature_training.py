@@ -66,7 +66,7 @@ def test_vae_initialised_by_pca_reconstructs_and_normalising_keeps_reconstructio
     )
     vae = component_of(config).init(config, jnp.float32)
     video, lips = (np.stack([clip[name] for clip in clips]) for name in ("video", "lips"))
-    initialise_from_pca(vae, video[8:], lips[8:], lips_weight=0.0)
+    initialise_from_pca(vae, video[8:], lips[8:], details_weight=0.0)
     pixels = jnp.asarray(video[:8], jnp.float32) / 127.5 - 1
     encode = nnx.jit(lambda vae, x: vae.encode(x))
     decode = nnx.jit(lambda vae, x: vae.decode(x))
@@ -76,7 +76,7 @@ def test_vae_initialised_by_pca_reconstructs_and_normalising_keeps_reconstructio
     latents = encode(vae, pixels)
     noised = latents + 0.3 * latents.std() * jax.random.normal(jax.random.key(0), latents.shape)
     error = jnp.square(decode(vae, noised) - pixels).mean()
-    initialise_from_pca(vae, video[8:], lips[8:], lips_weight=0.0, noise=0.3)
+    initialise_from_pca(vae, video[8:], lips[8:], details_weight=0.0, noise=0.3)
     assert jnp.square(decode(vae, noised) - pixels).mean() < 0.9 * error
     decoded = decode(vae, latents)
     # Latents with another mean and scale than 0 and 1, so that normalising changes them.

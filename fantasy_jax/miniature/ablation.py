@@ -38,6 +38,7 @@ from fantasy_jax.miniature.reenactment import (
     drive,
     measuring_tools,
 )
+from fantasy_jax.miniature.train_transformer import initialise_transformer
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.performance.cache import keep_compiled_programs
@@ -200,8 +201,9 @@ def arm_model(model: ModelConfig, arm: Arm) -> ModelConfig:
 
 
 def initial(model: ModelConfig, base: WanTransformer | None, seed: int) -> WanTransformer:
-    """A transformer with random weights, and with those of the base where that has them."""
+    """A transformer with initial weights, and with those of the base where that has them."""
     transformer = random_networks(model, byte_tokenizer(), seed=seed)["transformer"]
+    initialise_transformer(transformer, seed)
     if base is not None:
         assign(transformer, flat_parameters(transformer) | flat_parameters(base))
     return transformer

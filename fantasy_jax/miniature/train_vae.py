@@ -1,4 +1,4 @@
-"""Training of the VAE on crops of clips, with a higher weight on the lips."""
+"""Training of the VAE on crops of clips, with a higher weight on lips and eyes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from fantasy_jax.video import TEMPORAL_FACTOR, check_num_frames
 
 VAE_PARAMETERS: ParameterRules = (("^shortcut/", "frozen"), ("", "trained"))
 """The linear maps keep their optimal values: steps that suit the other layers would ruin them."""
+_EYE = 0.35
+"""Radius of the disc that holds an eye, as a fraction of the distance of the eyes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class VAEStageConfig(EncoderStageConfig):
         num_frames: Frames of the crops, 4k + 1; those of a clip, since a VAE trained on fewer has never seen
             what its causal convolutions carry into the others.
         mouth_fraction: Fraction of crops around the mouth; the others are anywhere.
-        lips_weight: Additional weight of pixels of the lips in the loss.
+        details_weight: Additional weight of pixels of lips and eyes in the loss.
         gradient_weight: Weight of the error of differences between neighbouring pixels.
         kl_weight: Weight of the KL divergence per latent from the standard normal distribution.
         noise: Largest standard deviation of the noise added to latents before decoding, as a fraction of
@@ -51,7 +53,7 @@ class VAEStageConfig(EncoderStageConfig):
     crop_size: Width = 32
     num_frames: Annotated[int, Range(5, 2**20)] = 17
     mouth_fraction: Fraction = 0.5
-    lips_weight: NonNegativeFloat = 12.0
+    details_weight: NonNegativeFloat = 12.0
     gradient_weight: NonNegativeFloat = 0.5
     kl_weight: NonNegativeFloat = 1e-4
     noise: NonNegativeFloat = 0.3
@@ -63,7 +65,7 @@ class VAEStageConfig(EncoderStageConfig):
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crops video and lip mask of a clip's record to `[num_frames, size, size]`, as bytes."""
+    """Crops video and masks of lips and eyes of a clip's record to `[num_frames, size, size]`, as bytes."""
 
     size: int
     num_frames: int
@@ -82,10 +84,20 @@ class RandomCrop:
         rows, columns = (slice(i, i + self.size) for i in corner)
         crop = (slice(start, start + self.num_frames), rows, columns)
         step = -1 if rng.integers(2) else 1
-        return {
-            name: np.ascontiguousarray(x[crop][:, :, ::step])
-            for name, x in (("video", video), ("lips", lips))
-        }
+        arrays = {"video": video, "lips": lips, "eyes": eye_mask(record)}
+        return {name: np.ascontiguousarray(x[crop][:, :, ::step]) for name, x in arrays.items()}
+
+
+def eye_mask(record: Record) -> UInt8[np.ndarray, "T H W"]:
+    """Discs around the eyes of the person of a clip's record, 255 inside and 0 outside."""
+    eyes = record["tracked_points"][0, :, :2]
+    radius = _EYE * np.linalg.norm(eyes[:, 0] - eyes[:, 1], axis=-1)[:, None, None]
+    frames, height, width = record["lips"].shape
+    rows, columns = np.ogrid[:height, :width]
+    mask = np.zeros((frames, height, width), np.uint8)
+    for x, y in eyes.transpose(1, 2, 0)[..., None, None]:
+        mask[np.square(columns - x) + np.square(rows - y) < np.square(radius)] = 255
+    return mask
 
 
 def vae_loss(
@@ -93,7 +105,7 @@ def vae_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Weighted L1 error of pixels and of their differences, plus the KL divergence."""
     video = from_uint8(batch["video"])
-    lips = batch["lips"].astype(jnp.float32)[..., None] / 255
+    masks = {name: batch[name].astype(jnp.float32)[..., None] / 255 for name in ("lips", "eyes")}
     sample_keys, level_keys, noise_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
     mean, log_variance = vae.encode_moments(video)
     log_variance = log_variance.clip(-20, 10)
@@ -102,7 +114,7 @@ def vae_loss(
     level = config.noise * jax.vmap(partial(jax.random.uniform, shape=(1, 1, 1, 1)))(level_keys)
     scale = jnp.sqrt(jnp.square(latents).mean())
     decoded = vae.decode(latents + scale * level * normal(noise_keys))
-    weight = 1 + config.lips_weight * lips
+    weight = 1 + config.details_weight * jnp.maximum(masks["lips"], masks["eyes"])
     error = weight * jnp.abs(decoded - video)
     gradients = sum(
         (
@@ -113,11 +125,14 @@ def vae_loss(
     divergence = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
     total = error.mean() + config.gradient_weight * gradients + config.kl_weight * divergence
     square = jnp.square((decoded.clip(-1, 1) - video) / 2)
-    psnr, lips_psnr = (
-        -10 * jnp.log10((mask * square).sum() / (3 * mask.sum() + 1e-6))
-        for mask in (jnp.ones_like(lips), lips)
-    )
-    return total, {"psnr": psnr, "lips_psnr": lips_psnr, "divergence": divergence}
+    psnrs = {
+        "psnr": -10 * jnp.log10(square.mean()),
+        **{
+            f"{name}_psnr": -10 * jnp.log10((mask * square).sum() / (3 * mask.sum() + 1e-6))
+            for name, mask in masks.items()
+        },
+    }
+    return total, psnrs | {"divergence": divergence}
 
 
 def _without_first(x: Array, axis: int) -> Array:
@@ -127,9 +142,9 @@ def _without_first(x: Array, axis: int) -> Array:
 def initialise_from_pca(
     vae: MiniatureVAE,
     video: UInt8[np.ndarray, "B T H W 3"],
-    lips: UInt8[np.ndarray, "B T H W"],
+    details: UInt8[np.ndarray, "B T H W"],
     *,
-    lips_weight: float,
+    details_weight: float,
     noise: float = 0.0,
 ) -> None:
     """Sets the linear shortcut to the principal components of pixel blocks, an optimal linear autoencoder.
@@ -141,20 +156,20 @@ def initialise_from_pca(
     Args:
         vae: Changed in place.
         video: Example clips.
-        lips: Their lip masks.
-        lips_weight: Additional weight of a block that lies entirely inside the lips.
+        details: Masks of their lips and eyes.
+        details_weight: Additional weight of a block that lies entirely inside them.
         noise: Standard deviation of the noise, as a fraction of the latents' root mean square.
     """
     shortcut, side, overlap = vae.shortcut, vae.config.spatial_factor, vae.config.overlap
     pixels = from_uint8(video)
-    mask = jnp.asarray(lips, jnp.float32)[..., None] / 255
+    mask = jnp.asarray(details, jnp.float32)[..., None] / 255
     for frames, part, encode, decode in (
         (1, slice(None, 1), shortcut.encode_first, shortcut.decode_first),
         (TEMPORAL_FACTOR, slice(1, None), shortcut.encode_chunk, shortcut.decode_chunk),
     ):
         blocks = np.asarray(to_blocks(pixels[:, part], frames, side))
         *grid, depth = blocks.shape
-        weight = 1 + lips_weight * np.asarray(to_blocks(mask[:, part], frames, side)).mean(axis=-1).ravel()
+        weight = 1 + details_weight * np.asarray(to_blocks(mask[:, part], frames, side)).mean(axis=-1).ravel()
         weight /= weight.sum()
         flat = blocks.reshape(-1, depth)
         mean = weight @ flat

@@ -13,7 +13,7 @@ with the last three in a folder of their own where the config names one (`folder
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from fantasy_jax import cli
-from fantasy_jax.config import Range
+from fantasy_jax.config import Fraction, Range
 from fantasy_jax.data.encoded import encode_dataset, encoded_folder
 from fantasy_jax.data.loader import batches
 from fantasy_jax.data.records import check_unchanged, open_split
@@ -50,10 +50,12 @@ from fantasy_jax.miniature.train_speech_encoder import (
     speech_example,
     speech_loss,
 )
+from fantasy_jax.miniature.train_transformer import initialise_transformer
 from fantasy_jax.miniature.train_vae import (
     VAE_PARAMETERS,
     RandomCrop,
     VAEStageConfig,
+    eye_mask,
     initialise_from_pca,
     normalise_latents,
     vae_loss,
@@ -111,6 +113,8 @@ class MiniatureConfig(StagesConfig):
         motion: Training of the motion encoder.
         detector: Training of the face detector.
         vae: Training of the VAE.
+        acting: Strength of acting in the clips of which encoders are trained; `data.acting` is that of the
+            transformer's. Encoders that have seen people act serve both.
         people: People in the clips of each dataset of the transformer's training.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
     """
@@ -120,6 +124,7 @@ class MiniatureConfig(StagesConfig):
     motion: MotionStageConfig = MotionStageConfig()
     detector: FaceDetectorStageConfig = FaceDetectorStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
+    acting: Fraction = 1.0
     people: tuple[Annotated[int, Range(1, 2)], ...] = (1,)
     folder: str = ""
 
@@ -175,6 +180,7 @@ class MiniatureTrainer:
         check_shares(config, len(config.people))
         _check_crops(config.vae, video, model)
         self.workdir, self.folder, self.data, self.video = workdir, workdir / config.folder, data, video
+        self.encoder_data = replace(data, acting=config.acting)
         self.pipeline, self.model, self.sampling, self.config = pipeline, model, sampling, config
         self.encoders = {name: slot for name, slot in ENCODERS.items() if slot in model.networks}
         self.mesh = make_mesh(**config.mesh.axes)
@@ -219,11 +225,11 @@ class MiniatureTrainer:
         for people in self.config.people:
             check_unchanged(encoded_folder(self._encoded(people)), self.settings(people))
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
+        initialise_transformer(networks["transformer"], self.config.loop.seed)
+        write = partial(write_clips, video=self.video, directory=self.workdir / "data")
         with cli.timed("Clips"):
-            clips = {
-                people: write_clips(self.data, self.video, self.workdir / "data", people=people)
-                for people in sorted({1, *self.config.people})
-            }
+            shown = write(self.encoder_data)
+            clips = {people: write(self.data, people=people) for people in self.config.people}
         trained = {
             "speech": ("Speech encoder", self._train_speech_encoder),
             "face": ("Face encoder", self._train_face_encoder),
@@ -234,7 +240,7 @@ class MiniatureTrainer:
         for name in self.encoders:
             title, train_encoder = trained[name]
             with cli.timed(title):
-                networks = train_encoder(networks, clips[1])
+                networks = train_encoder(networks, shown)
         with cli.timed("Encoded clips"):
             encoded = {people: self._encode(networks, clips[people], people) for people in self.config.people}
         return networks, encoded
@@ -260,13 +266,14 @@ class MiniatureTrainer:
 
     def settings(self, *people: int) -> dict[str, Any]:
         """The settings that decide the encoded clips of these numbers of people, by their config names."""
-        train = {name: getattr(self.config, name) for name in self.encoders} | {"people": people}
+        names = (*self.encoders, "acting")
+        train = {name: getattr(self.config, name) for name in names} | {"people": people}
         data = {name: x for count in people for name, x in clip_settings(self.data, count).items()}
         return self._deciding(self.model, train) | {"data": data}
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}
-        data = clip_settings(self.data, 1)  # encoders are trained on clips of one person
+        data = clip_settings(self.encoder_data, 1)  # encoders are trained on clips of one person
         return {"data": data, "video": self.video, "model": model, "train": seed | train}
 
     def _train_speech_encoder(self, networks: Networks, clips: Path) -> Networks:
@@ -315,8 +322,13 @@ class MiniatureTrainer:
 
         vae = networks["vae"]
         initial = [records[i] for i in range(min(_INITIALISATION_CLIPS, len(records)))]
-        video, lips = (np.stack([record[name] for record in initial]) for name in ("video", "lips"))
-        initialise_from_pca(vae, video, lips, lips_weight=config.lips_weight, noise=config.noise / 3**0.5)
+        initialise_from_pca(
+            vae,
+            np.stack([record["video"] for record in initial]),
+            np.stack([np.maximum(record["lips"], eye_mask(record)) for record in initial]),
+            details_weight=config.details_weight,
+            noise=config.noise / 3**0.5,
+        )
         crop = RandomCrop(config.crop_size, config.num_frames, config.mouth_fraction)
         loss = partial(vae_loss, config=config)
         examples = partial(batches, [records], crop)
