@@ -18,16 +18,20 @@ from xla_flags import quick_flags
 
 from fantasy_jax.config import build, load_config, section
 from fantasy_jax.errors import ConfigError
+from fantasy_jax.miniature.acting import FACTORS
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.synthetic import clip_settings, records
+from fantasy_jax.miniature.train_transformer import initialise_transformer
 from fantasy_jax.miniature.train_vae import (
     RandomCrop,
     VAEStageConfig,
+    eye_mask,
     initialise_from_pca,
     normalise_latents,
 )
 from fantasy_jax.miniature.trainer import TRAININGS, MiniatureConfig, MiniatureTrainer
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
+from fantasy_jax.models.wan import WanConfig, WanTransformer
 from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
@@ -45,10 +49,58 @@ def clips():
 def test_crops_contain_the_mouth_at_the_configured_rate(clips):
     rng = np.random.default_rng(0)
     crops = [RandomCrop(32, 9, 1.0)(clips[i % 48], rng) for i in range(96)]
-    assert all(crop["video"].shape == (9, 32, 32, 3) and crop["lips"].shape == (9, 32, 32) for crop in crops)
+    for crop in crops:
+        assert crop["video"].shape == (9, 32, 32, 3)
+        assert crop["lips"].shape == crop["eyes"].shape == (9, 32, 32)
     assert np.mean([crop["lips"].max() > 127 for crop in crops]) > 0.95
     anywhere = [RandomCrop(32, 9, 0.0)(clips[i % 48], rng) for i in range(96)]
     assert np.mean([crop["lips"].max() > 127 for crop in anywhere]) < 0.9
+
+
+def test_the_mask_of_the_eyes_holds_what_blinks(clips):
+    for clip in clips[:8]:
+        mask = eye_mask(clip) > 127
+        assert 0.005 < mask.mean() < 0.1
+        assert not (mask & (clip["lips"] > 127)).any()
+        columns = np.nonzero(mask[0].any(axis=0))[0]
+        left, _, right, _ = clip["face_box"][0]
+        assert left < columns.min() < columns.max() < right
+    # The lids move, and hardly anything around the eyes.
+    blinks = [clip for clip in clips if clip["acts"][0, :, FACTORS.index("blink")].max() > 0.9]
+    clip = blinks[0]
+    closed = clip["acts"][0, :, FACTORS.index("blink")].argmax()
+    change = np.abs(clip["video"][closed].astype(int) - clip["video"][0]).sum(axis=-1)
+    mask = eye_mask(clip)[[0, closed]].max(axis=0) > 127
+    assert change[mask].mean() > 4 * change[~mask].mean()
+
+
+@pytest.mark.parametrize(("dim", "least"), [(96, 0.85), (24, 0.4)])  # a width of 24 cannot hold 32 numbers
+def test_a_new_transformer_knows_the_velocity_of_the_first_frame(dim, least):
+    config = WanConfig(
+        latent_channels=8,
+        condition_channels=12,
+        dim=dim,
+        ffn_dim=2 * dim,
+        frequency_dim=16,
+        text_dim=8,
+        text_length=4,
+        image_dim=8,
+        num_heads=2,
+        num_layers=2,
+    )
+    transformer = WanTransformer(config, rngs=nnx.Rngs(0))
+    initialise_transformer(transformer, seed=0)
+    keys = jax.random.split(jax.random.key(1))
+    latents, noise = (jax.random.normal(key, (4, 3, 4, 4, 8)) for key in keys)
+    mask = jnp.zeros((4, 3, 4, 4, 4)).at[:, 0].set(1)
+    first_frame = jnp.concatenate([mask, latents.at[:, 1:].set(0)], axis=-1)
+    conditions = transformer.conditions(jnp.zeros((4, 4, 8)), jnp.zeros((4, 4, 8)))
+    for sigma in (0.3, 0.6, 0.9):
+        noisy = (1 - sigma) * latents + sigma * noise
+        found = transformer(noisy, first_frame, jnp.full(4, 1000 * sigma), conditions)[:, 0]
+        true = (noise - latents)[:, 0]
+        assert np.corrcoef(found.ravel(), true.ravel())[0, 1] > least
+        assert 0.5 < float(jnp.std(found) / jnp.std(true)) < 1
 
 
 @pytest.mark.slow
@@ -194,7 +246,7 @@ def test_miniature_config_builds():
     assert frame_stage.lip_mask_probability == 0.8
 
 
-def test_talking_and_portrait_share_clips_and_the_vae(tmp_path):
+def test_talking_and_portrait_share_the_vae_of_people_who_act(tmp_path):
     def make(name):
         config = load_config(str(ROOT / f"configs/{name}"))
         pipeline = pipeline_of(config)
@@ -214,7 +266,8 @@ def test_talking_and_portrait_share_clips_and_the_vae(tmp_path):
         ["motion", "detector", "vae"],
     )
     assert talking.encoder_settings("vae") == portrait.encoder_settings("vae")
-    assert clip_settings(talking.data, 1) == clip_settings(portrait.data, 1)
+    assert (talking.data.acting, portrait.data.acting) == (0, 1)
+    assert clip_settings(talking.encoder_data, 1) == clip_settings(portrait.data, 1)
     assert portrait.config.people == (1, 2)
     assert portrait.folder == talking.folder / "portrait"
     stage = portrait.config.stages[0]
