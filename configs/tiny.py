@@ -1,7 +1,7 @@
 """The miniature: everything that the 14B system has, small enough for two CPU cores.
 
-96 x 96 pixels, 17 frames at 25 frames per second. Sampling takes seconds, with the weights that come with the
-project. Training them from scratch takes two hours on two cores:
+64 x 64 pixels, 17 frames at 25 frames per second. Sampling takes seconds, with the weights that come with the
+project. Training them from scratch takes an hour on two cores:
 
     .venv/bin/python train.py --config=configs/tiny.py --workdir=out/tiny
 
@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     quick = variant == "quick"
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=200)
     train = MiniatureConfig(
-        vae=VAEStageConfig(num_steps=600 if quick else 2500),
+        vae=VAEStageConfig(num_steps=600 if quick else 2000),
         stages=(
             StageConfig(audio_attention="clip", num_steps=1200 if quick else 2000, optimizer=optimizer),
             # A hard lip mask degrades what is outside of the lips.
@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "task": "miniature",
             "weights": str(BUNDLED),
-            "video": VideoConfig(height=96, width=96, num_frames=17, fps=25),
+            "video": VideoConfig(height=64, width=64, num_frames=17, fps=25),
             "model": small_model(),
             "sample": sample,
             "data": SyntheticConfig(train_clips=2048) if quick else SyntheticConfig(),
@@ -95,7 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def small_model() -> ModelConfig:
     """Networks of the same kinds as at full size."""
-    width, heads, layers, text_width, image_width, channels = 192, 4, 5, 64, 64, 32
+    width, heads, layers, text_width, image_width, channels = 160, 4, 5, 64, 64, 32
     return ModelConfig(
         transformer=WanConfig(
             latent_channels=channels,
@@ -132,7 +132,7 @@ def small_model() -> ModelConfig:
         face_encoder=FaceEncoderConfig(
             depths=(1, 1, 1), widths=(24, 48, FACE_WIDTH), embedding=FACE_WIDTH, image_size=32
         ),
-        # Twice Wan2.1's channels: a small VAE is nearly linear, and each of its channels holds less.
+        # Twice the channels of Wan2.1's: a small VAE is nearly linear, and each of its channels holds less.
         vae=MiniatureVAEConfig(
             dim=16,
             latent_channels=channels,
@@ -140,8 +140,6 @@ def small_model() -> ModelConfig:
             num_res_blocks=1,
             temporal_downsample=(True, True),
             patch=2,
-            overlap=1,
-            refiner=64,
             latent_mean=(0.0,) * channels,
             latent_std=(1.0,) * channels,
         ),

@@ -49,7 +49,7 @@ examples:
 
   write a picture of two people, and two driving videos that act for 2.6 seconds, too:
   python -m fantasy_jax.miniature.synthetic --config=configs/tiny_portrait.py --output=out/example \\
-      --example=7 --config.data.acting=1 --config.video.num_frames=65
+      --example=7 --config.video.num_frames=65
 """
 
 _BATCH_SIZE = 16
