@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from helpers import TINY_WAN
 from xla_flags import quick_flags
 
 from fantasy_jax.config import build, load_config, section
@@ -31,7 +33,7 @@ from fantasy_jax.miniature.train_vae import (
 )
 from fantasy_jax.miniature.trainer import TRAININGS, MiniatureConfig, MiniatureTrainer
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
-from fantasy_jax.models.wan import WanConfig, WanTransformer
+from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
@@ -76,25 +78,14 @@ def test_the_mask_of_the_eyes_holds_what_blinks(clips):
 
 @pytest.mark.parametrize(("dim", "least"), [(96, 0.85), (24, 0.4)])  # a width of 24 cannot hold 32 numbers
 def test_a_new_transformer_knows_the_velocity_of_the_first_frame(dim, least):
-    config = WanConfig(
-        latent_channels=8,
-        condition_channels=12,
-        dim=dim,
-        ffn_dim=2 * dim,
-        frequency_dim=16,
-        text_dim=8,
-        text_length=4,
-        image_dim=8,
-        num_heads=2,
-        num_layers=2,
-    )
+    config = replace(TINY_WAN, latent_channels=8, condition_channels=12, dim=dim)
     transformer = WanTransformer(config, rngs=nnx.Rngs(0))
     initialise_transformer(transformer, seed=0)
     keys = jax.random.split(jax.random.key(1))
     latents, noise = (jax.random.normal(key, (4, 3, 4, 4, 8)) for key in keys)
     mask = jnp.zeros((4, 3, 4, 4, 4)).at[:, 0].set(1)
     first_frame = jnp.concatenate([mask, latents.at[:, 1:].set(0)], axis=-1)
-    conditions = transformer.conditions(jnp.zeros((4, 4, 8)), jnp.zeros((4, 4, 8)))
+    conditions = transformer.conditions(jnp.zeros((4, 4, 24)), jnp.zeros((4, 4, 20)))
     for sigma in (0.3, 0.6, 0.9):
         noisy = (1 - sigma) * latents + sigma * noise
         found = transformer(noisy, first_frame, jnp.full(4, 1000 * sigma), conditions)[:, 0]

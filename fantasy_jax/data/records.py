@@ -3,7 +3,7 @@
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from os import PathLike
 from pathlib import Path
@@ -20,27 +20,15 @@ Record = dict[str, Any]
 METADATA_FILE = "metadata.json"
 MAX_UNREADABLE = 10
 """Records of a split that are skipped if they cannot be read."""
-
-
 _SHARD_BYTES = 2**30
 """Size from which on a file takes no further record."""
 
 
-def _open_writer(path: str | PathLike) -> ArrayRecordWriter:
-    """Opens a file of uncompressed array records: floats hardly shrink, and take long to decompress.
-
-    What does shrink, such as images, is compressed by its own encoding.
-    """
-    return ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-
-
 class _Uncompressed:
-    """Writes TFDS' files of records, with their keys."""
+    """How TFDS' own writer, which Beam uses, writes a file of records."""
 
     def write(self, path: str | PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
-        with closing(_open_writer(path)) as writer:
-            for _, example in examples:
-                writer.write(example)
+        _write_file(path, (example for _, example in examples))
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
@@ -101,7 +89,7 @@ class _GivenRecords(RecordsBuilder):
         shards = []
         for first in examples:
             path = Path(self.data_dir) / f"{split}.{len(shards)}"
-            shards.append((path, *_write_shard(path, itertools.chain([first], examples))))
+            shards.append((path, *_write_file(path, itertools.chain([first], examples), _SHARD_BYTES)))
         if not shards:
             raise ConfigError(f"{self.data_dir}: there are no records for the split {split}")
         for index, (path, _, _) in enumerate(shards):
@@ -112,14 +100,18 @@ class _GivenRecords(RecordsBuilder):
         )
 
 
-def _write_shard(path: Path, examples: Iterator[bytes]) -> tuple[int, int]:
-    """Writes examples to a file until it is full; returns their number and size in bytes."""
+def _write_file(path: str | PathLike, examples: Iterable[bytes], full: int | None = None) -> tuple[int, int]:
+    """Writes uncompressed array records, at most about `full` bytes; returns their number and size.
+
+    Arrays of floats hardly shrink, and take long to decompress. What does shrink, such as images, is
+    compressed by its own encoding.
+    """
     count = size = 0
-    with closing(_open_writer(path)) as writer:
+    with closing(ArrayRecordWriter(str(path), "group_size:1,uncompressed")) as writer:
         for example in examples:
             writer.write(example)
             count, size = count + 1, size + len(example)
-            if size >= _SHARD_BYTES:
+            if full and size >= full:
                 break
     return count, size
 

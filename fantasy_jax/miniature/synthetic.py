@@ -214,8 +214,9 @@ def write_clips(
         name.partition("_")[0]: records(config, video, name.partition("_")[0], count, people=people)
         for name, count in counts.items()
     }
-    single = "synthetic_actors" if config.acting else "synthetic_talking_heads"
-    name = (single, "synthetic_pairs", "synthetic_trios")[people - 1]
+    name = ("synthetic_talking_heads", "synthetic_pairs", "synthetic_trios")[people - 1]
+    if config.acting:  # clips of several strengths can be in one folder
+        name += f"_acting_{100 * config.acting:.0f}"
     schema = partial(features, video) if people == 1 else partial(group_features, video, people)
     settings = clip_settings(config, people) | {"video": asdict(video)}
     return write_dataset(name, directory, schema, splits, settings)
