@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     quick = variant == "quick"
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=200)
     train = MiniatureConfig(
-        vae=VAEStageConfig(num_steps=600 if quick else 2000),
+        vae=VAEStageConfig(num_steps=600 if quick else 1500),
         stages=(
             StageConfig(audio_attention="clip", num_steps=1200 if quick else 2000, optimizer=optimizer),
             # A hard lip mask degrades what is outside of the lips.

@@ -19,7 +19,8 @@ from helpers import TINY_WAN
 from xla_flags import quick_flags
 
 from fantasy_jax.config import build, load_config, section
-from fantasy_jax.errors import ConfigError
+from fantasy_jax.data.records import open_split
+from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.miniature.acting import FACTORS
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.synthetic import clip_settings, records
@@ -38,8 +39,10 @@ from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_network
 
 ROOT = Path(__file__).parent.parent
+ENCODERS = ROOT / "fantasy_jax/assets/tiny_encoders"
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
 
 
@@ -237,32 +240,55 @@ def test_miniature_config_builds():
     assert frame_stage.lip_mask_probability == 0.8
 
 
-def test_talking_and_portrait_share_the_vae_of_people_who_act(tmp_path):
-    def make(name):
-        config = load_config(str(ROOT / f"configs/{name}"))
-        pipeline = pipeline_of(config)
-        return MiniatureTrainer(
-            tmp_path,
-            pipeline=pipeline.__name__,
-            data=section(SyntheticConfig, config, "data"),
-            video=section(VideoConfig, config, "video"),
-            model=section(ModelConfig, config, "model"),
-            sampling=section(pipeline.config_type, config, "sample"),
-            config=section(TRAININGS[config.task], config, "train"),
-        )
+def make_trainer(workdir, name, **changes):
+    config = load_config(str(ROOT / f"configs/{name}"))
+    config.train.update(changes)
+    pipeline = pipeline_of(config)
+    return MiniatureTrainer(
+        workdir,
+        pipeline=pipeline.__name__,
+        data=replace(section(SyntheticConfig, config, "data"), train_clips=2, test_clips=1, train_pairs=0),
+        video=section(VideoConfig, config, "video"),
+        model=section(ModelConfig, config, "model"),
+        sampling=section(pipeline.config_type, config, "sample"),
+        config=section(TRAININGS[config.task], config, "train"),
+    )
 
-    talking, portrait = map(make, ("tiny.py:quick", "tiny_portrait.py:quick"))
+
+def test_talking_and_portrait_learn_their_vae_from_people_who_act(tmp_path):
+    talking, portrait = (make_trainer(tmp_path, name) for name in ("tiny.py:quick", "tiny_portrait.py:quick"))
     assert (list(talking.encoders), list(portrait.encoders)) == (
         ["speech", "face", "vae"],
         ["motion", "detector", "vae"],
     )
-    assert talking.encoder_settings("vae") == portrait.encoder_settings("vae")
+    own, others = (x.encoder_settings("vae") for x in (talking, portrait))
+    assert own | {"model": others["model"]} == others
     assert (talking.data.acting, portrait.data.acting) == (0, 1)
     assert clip_settings(talking.encoder_data, 1) == clip_settings(portrait.data, 1)
     assert portrait.config.people == (1, 2)
     assert portrait.folder == talking.folder / "portrait"
     stage = portrait.config.stages[0]
     assert (stage.dropout, stage.timesteps, stage.lip_mask_probability) == (0.2, "logit_normal", 0)
+
+
+def test_sizes_of_stored_encoders_must_be_those_of_the_config(tmp_path):
+    with pytest.raises(WeightsError, match=r"^[^\n]*tiny_encoders[^\n]*vae[^\n]*$"):
+        make_trainer(tmp_path, "tiny.py", encoders=str(ENCODERS))
+
+
+@pytest.mark.slow
+def test_stored_encoders_are_taken_over_and_decide_what_is_encoded(tmp_path):
+    stored = {"encoders": str(ENCODERS), "people": (1,), "shares": ()}
+    trainer = make_trainer(tmp_path, "tiny_portrait.py", **stored)
+    assert not trainer.encoders
+    networks, encoded = trainer.prepare()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "portrait"]
+    for slot in ("vae", "motion_encoder", "face_detector"):
+        found, wanted = (nnx.state(x) for x in (networks[slot], stored_network(ENCODERS, slot)))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert len(open_split(encoded[1], "train")) == 2
+    with pytest.raises(ConfigError, match=r"train\.encoders|train\.motion"):
+        make_trainer(tmp_path, "tiny_portrait.py", **stored | {"encoders": ""}).prepare()
 
 
 def test_vae_stage_config_error():

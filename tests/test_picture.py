@@ -8,8 +8,11 @@ import pytest
 
 from fantasy_jax.evaluation.metrics import border_step
 from fantasy_jax.miniature import picture
+from fantasy_jax.miniature.driven import draw_own
 from fantasy_jax.miniature.vae import windows
 from fantasy_jax.models.halo import Rows
+from fantasy_jax.preprocessing.text import byte_tokenizer
+from fantasy_jax.system.networks import random_networks
 
 
 def test_steps_across_borders_stand_out_in_blocks_and_not_in_a_ramp():
@@ -47,3 +50,23 @@ def test_noise_on_latents_costs_quality_and_the_figures_are_printed_and_written(
         1 < rows["rendered clips"]["grid"]["mean"] < 1.2 < rows["VAE, latents with noise 0.3"]["grid"]["mean"]
     )
     assert f"| samples | {rows['samples']['first_frame']['mean']:.2f} | " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_people_of_the_portrait_miniature_drive_themselves(tmp_path, monkeypatch):
+    def networks(weights, model, **settings):
+        return random_networks(model, byte_tokenizer())
+
+    def draw(*args, **settings):
+        drawn.append(draw_own(*args, **settings))
+        return drawn[-1]
+
+    drawn = []
+    monkeypatch.setattr(picture, "stored_networks", networks)
+    monkeypatch.setattr(picture, "draw_own", draw)
+    path = tmp_path / "picture.json"
+    options = ["--clips=1", "--config.sample.num_inference_steps=1", f"--json={path}"]
+    picture.main(["--config=configs/tiny_portrait.py", *options])
+    assert {"VAE", "samples"} < set(json.loads(path.read_text()))
+    (own,) = drawn
+    assert own.truths[0] is own.pictures[0] is own.drivers[0][0]

@@ -1,4 +1,4 @@
-"""FantasyPortrait's table 3 in small: what the parts of its method give.
+r"""FantasyPortrait's table 3 in small: what the parts of its method give.
 
 Source: arXiv 2507.12956, section 4 (the arms) and section 3 (the parts).
 
@@ -6,7 +6,8 @@ All arms start from one checkpoint, the base, of what they have in common: the p
 clips of one person. So no arm has ever been trained with what it is said to lack. In the workdir of the
 portrait's training, clips, encoders and VAE are taken over:
 
-    .venv/bin/python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/tiny
+    .venv/bin/python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py \
+        --workdir=out/portrait
 
 Below the folder of the transformer's training, `ablation/seed_N/` has the folders of base and arms, each with
 checkpoints and logs. The same command resumes.
@@ -54,9 +55,9 @@ from fantasy_jax.weights.inspect import store_paths
 
 EXAMPLES = """\
 examples:
-  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/tiny
+  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/portrait
   three seeds, and the table of two arms only:
-  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/tiny \\
+  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/portrait \\
       --seed=0 --seed=1 --seed=2 --only=full --only=no-mca --json=out/ablation.json
 """
 

@@ -87,6 +87,18 @@ def draw_driven(video: VideoConfig, data: SyntheticConfig, *, people: int, count
     )
 
 
+def draw_own(video: VideoConfig, data: SyntheticConfig, *, count: int) -> Driven:
+    """Draws and renders held-out clips of one person that drive themselves: each is its own true answer.
+
+    Args:
+        video: Size, length and frame rate of the clips.
+        data: The dataset; its seed and `acting` are used.
+        count: Number of clips.
+    """
+    clips = _render(video, [_plan(data, video, i, 1) for i in range(count)])
+    return Driven(clips, clips, [*clips[1:], clips[0]], [[clip] for clip in clips])
+
+
 class DrivenClips(HeldOutClips):
     """Driven people, encoded; `latents` are those of the true answers.
 

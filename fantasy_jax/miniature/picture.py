@@ -1,15 +1,19 @@
-"""Image quality on held-out synthetic speakers: of the VAE, of the VAE with noised latents, and of samples.
+"""Image quality on held-out synthetic people: of the VAE, of the VAE with noised latents, and of samples.
 
-Each clip is reconstructed, and generated from its first frame, prompt and audio. Frames are compared with the
-rendered ones:
+Each clip is reconstructed, and generated from its first frame, prompt and audio or, by the portrait
+miniature, with the clip itself as driver. Frames are compared with the rendered ones:
 
     .venv/bin/python -m fantasy_jax.miniature.picture --config=configs/tiny.py --json=out/picture.json
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from fantasy_jax import cli
+from fantasy_jax.config import section
 from fantasy_jax.evaluation.metrics import border_step, psnr
+from fantasy_jax.miniature.clips import SyntheticConfig
+from fantasy_jax.miniature.driven import DrivenClips, draw_own
 from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
@@ -19,12 +23,19 @@ from fantasy_jax.miniature.held_out import (
     load_held_out,
     write_figures,
 )
+from fantasy_jax.pipelines.config import PortraitSampleConfig
+from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.typing import UInt8
+from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.loading import stored_networks
 
 EXAMPLES = """\
 examples:
   with the weights that come with the project:
   python -m fantasy_jax.miniature.picture --config=configs/tiny.py --clips=16
+
+  the portrait miniature:
+  python -m fantasy_jax.miniature.picture --config=configs/tiny_portrait.py --clips=16
 
   with other weights:
   python -m fantasy_jax.miniature.picture --config=configs/tiny.py --weights=out/tiny/weights
@@ -83,6 +94,19 @@ def _grid(held_out: HeldOutClips, videos: UInt8[np.ndarray, "N T H W 3"]) -> Fig
     return figure([border_step(video, side) for video in videos])
 
 
+def _load(config: ConfigDict, weights: str | None, *, num_clips: int, seed: int) -> HeldOutClips:
+    """Test clips of speakers or, for a config of the portrait miniature, of people who drive themselves."""
+    model = section(ModelConfig, config, "model")
+    if model.expression_adapter is None:
+        return load_held_out(config, weights, num_clips=num_clips, seed=seed)
+    video, data = section(VideoConfig, config, "video"), section(SyntheticConfig, config, "data")
+    sampling = section(PortraitSampleConfig, config, "sample")
+    networks = stored_networks(
+        weights or config.get("weights", ""), model, eight_bit_products=sampling.eight_bit_products
+    )
+    return DrivenClips(networks, video, sampling, draw_own(video, data, count=num_clips), seed=seed)
+
+
 def table(rows: dict[str, Row]) -> str:
     """Formats the figures as a table."""
     columns = tuple(COLUMNS.values())
@@ -97,13 +121,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = cli.ArgumentParser(
         prog="python -m fantasy_jax.miniature.picture",
-        description="Measures image quality on held-out synthetic speakers.",
+        description="Measures image quality on held-out synthetic people.",
         epilog=EXAMPLES,
     )
     add_arguments(parser)
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
-    rows = measure(load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed))
+    rows = measure(_load(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed))
     print(table(rows))
     if arguments.json:
         write_figures(rows, arguments.json)

@@ -1,9 +1,10 @@
-"""How well people follow the acts of others: synthetic cross-reenactment, which has a true answer.
+r"""How well people follow the acts of others: synthetic cross-reenactment, which has a true answer.
 
 Held-out faces are driven by held-out acts of other people, and compared with the same faces drawn with these
 acts, in the readings of a judge that nothing is conditioned on:
 
-    .venv/bin/python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py --workdir=out/tiny
+    .venv/bin/python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py \
+        --workdir=out/portrait
 
 The judge is trained in minutes, in the folder `judge` of the workdir, unless it is there. Distances are
 shares of chance: of that between the acts of two drivers, by the same face.
@@ -46,8 +47,8 @@ from fantasy_jax.weights.loading import stored_network, stored_networks
 
 EXAMPLES = """\
 examples:
-  python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py --workdir=out/tiny \\
-      --weights=out/tiny/portrait/weights --json=out/reenactment.json
+  python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py --workdir=out/portrait \\
+      --json=out/reenactment.json
 """
 
 _STILL = 2

@@ -83,6 +83,8 @@ from fantasy_jax.training.stages import (
 from fantasy_jax.training.state import Batch, Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_origins
+from fantasy_jax.weights.loading import stored_network
 from fantasy_jax.weights.store import check_writable_store, save_network
 
 ENCODERS = {
@@ -116,6 +118,8 @@ class MiniatureConfig(StagesConfig):
         acting: Strength of acting in the clips of which encoders are trained; `data.acting` is that of the
             transformer's. Encoders that have seen people act serve both.
         people: People in the clips of each dataset of the transformer's training.
+        encoders: Weight store whose encoders, VAE and face detector are taken over; those that it lacks are
+            trained. Empty: all are trained.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
     """
 
@@ -126,6 +130,7 @@ class MiniatureConfig(StagesConfig):
     vae: VAEStageConfig = VAEStageConfig()
     acting: Fraction = 1.0
     people: tuple[Annotated[int, Range(1, 2)], ...] = (1,)
+    encoders: str = ""
     folder: str = ""
 
     def __post_init__(self):
@@ -175,6 +180,7 @@ class MiniatureTrainer:
         Raises:
             ConfigError: Clips of this size cannot be rendered, the VAE's crops do not fit them, the mesh does
                 not fit the devices or batch sizes, or there is another number of shares than of datasets.
+            WeightsError: The store of encoders is damaged, or has encoders of other sizes.
         """
         check_video(video)
         check_shares(config, len(config.people))
@@ -182,7 +188,13 @@ class MiniatureTrainer:
         self.workdir, self.folder, self.data, self.video = workdir, workdir / config.folder, data, video
         self.encoder_data = replace(data, acting=config.acting)
         self.pipeline, self.model, self.sampling, self.config = pipeline, model, sampling, config
-        self.encoders = {name: slot for name, slot in ENCODERS.items() if slot in model.networks}
+        origins = store_origins(config.encoders) if config.encoders else {}
+        slots = {name: slot for name, slot in ENCODERS.items() if slot in model.networks}
+        self.taken = {slot: origins[slot] for slot in slots.values() if slot in origins}
+        self.stored = {
+            slot: stored_network(config.encoders, slot, model.networks[slot]) for slot in self.taken
+        }
+        self.encoders = {name: slot for name, slot in slots.items() if slot not in self.taken}
         self.mesh = make_mesh(**config.mesh.axes)
         for stage in (*(getattr(config, name) for name in self.encoders), *config.stages):
             process_rows(stage.batch_size // stage.optimizer.grad_accum_steps, self.mesh)
@@ -226,9 +238,10 @@ class MiniatureTrainer:
             check_unchanged(encoded_folder(self._encoded(people)), self.settings(people))
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         initialise_transformer(networks["transformer"], self.config.loop.seed)
+        networks = networks.replace(**self.stored)
         write = partial(write_clips, video=self.video, directory=self.workdir / "data")
         with cli.timed("Clips"):
-            shown = write(self.encoder_data)
+            shown = write(self.encoder_data) if self.encoders else None
             clips = {people: write(self.data, people=people) for people in self.config.people}
         trained = {
             "speech": ("Speech encoder", self._train_speech_encoder),
@@ -268,6 +281,8 @@ class MiniatureTrainer:
         """The settings that decide the encoded clips of these numbers of people, by their config names."""
         names = (*self.encoders, "acting")
         train = {name: getattr(self.config, name) for name in names} | {"people": people}
+        if self.taken:
+            train["encoders"] = self.taken
         data = {name: x for count in people for name, x in clip_settings(self.data, count).items()}
         return self._deciding(self.model, train) | {"data": data}
 
