@@ -274,6 +274,8 @@ def test_talking_and_portrait_learn_their_vae_from_people_who_act(tmp_path):
 def test_sizes_of_stored_encoders_must_be_those_of_the_config(tmp_path):
     with pytest.raises(WeightsError, match=r"^[^\n]*tiny_encoders[^\n]*vae[^\n]*$"):
         make_trainer(tmp_path, "tiny.py", encoders=str(ENCODERS))
+    with pytest.raises(ConfigError, match=r"^train.encoders: [^\n]*none of motion_encoder[^\n]*$"):
+        make_trainer(tmp_path, "tiny_portrait.py", encoders=str(tmp_path))
 
 
 @pytest.mark.slow

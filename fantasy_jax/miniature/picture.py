@@ -35,7 +35,8 @@ examples:
   python -m fantasy_jax.miniature.picture --config=configs/tiny.py --clips=16
 
   the portrait miniature:
-  python -m fantasy_jax.miniature.picture --config=configs/tiny_portrait.py --clips=16
+  python -m fantasy_jax.miniature.picture --config=configs/tiny_portrait.py --clips=16 \\
+      --weights=out/portrait/portrait/weights
 
   with other weights:
   python -m fantasy_jax.miniature.picture --config=configs/tiny.py --weights=out/tiny/weights

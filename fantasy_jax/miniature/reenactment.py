@@ -48,7 +48,7 @@ from fantasy_jax.weights.loading import stored_network, stored_networks
 EXAMPLES = """\
 examples:
   python -m fantasy_jax.miniature.reenactment --config=configs/tiny_portrait.py --workdir=out/portrait \\
-      --json=out/reenactment.json
+      --weights=out/portrait/portrait/weights --json=out/reenactment.json
 """
 
 _STILL = 2
