@@ -179,7 +179,8 @@ class MiniatureTrainer:
 
         Raises:
             ConfigError: Clips of this size cannot be rendered, the VAE's crops do not fit them, the mesh does
-                not fit the devices or batch sizes, or there is another number of shares than of datasets.
+                not fit the devices or batch sizes, there is another number of shares than of datasets, or the
+                store of encoders has none.
             WeightsError: The store of encoders is damaged, or has encoders of other sizes.
         """
         check_video(video)
@@ -191,6 +192,8 @@ class MiniatureTrainer:
         origins = store_origins(config.encoders) if config.encoders else {}
         slots = {name: slot for name, slot in ENCODERS.items() if slot in model.networks}
         self.taken = {slot: origins[slot] for slot in slots.values() if slot in origins}
+        if config.encoders and not self.taken:
+            raise ConfigError(f"train.encoders: {config.encoders} holds none of {', '.join(slots.values())}")
         self.stored = {
             slot: stored_network(config.encoders, slot, model.networks[slot]) for slot in self.taken
         }
