@@ -222,11 +222,25 @@ def load_held_out(
     video = section(VideoConfig, config, "video")
     data = section(SyntheticConfig, config, "data")
     sampling = section(SampleConfig, config, "sample")
-    model = section(ModelConfig, config, "model")
-    networks = stored_networks(
-        weights or config.get("weights", ""), model, eight_bit_products=sampling.eight_bit_products
-    )
+    networks = load_networks(config, weights, sampling)
     return HeldOutClips(networks, video, sampling, list(records(data, video, "test", num_clips)), seed=seed)
+
+
+def load_networks(config: ConfigDict, weights: str | Path | None, sampling: PipelineConfig) -> Networks:
+    """Opens the networks of a store, whose sizes must be those of the config.
+
+    Args:
+        config: Settings of the miniature.
+        weights: Weight store; None: the config's.
+        sampling: Sampling settings.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        WeightsError: The store does not hold these networks.
+    """
+    model = section(ModelConfig, config, "model")
+    directory = weights or config.get("weights", "")
+    return stored_networks(directory, model, eight_bit_products=sampling.eight_bit_products)
 
 
 def add_store_arguments(parser: cli.ArgumentParser) -> None:

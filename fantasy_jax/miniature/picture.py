@@ -21,13 +21,12 @@ from fantasy_jax.miniature.held_out import (
     check_json,
     figure,
     load_held_out,
+    load_networks,
     write_figures,
 )
 from fantasy_jax.pipelines.config import PortraitSampleConfig
-from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.loading import stored_networks
 
 EXAMPLES = """\
 examples:
@@ -97,14 +96,11 @@ def _grid(held_out: HeldOutClips, videos: UInt8[np.ndarray, "N T H W 3"]) -> Fig
 
 def _load(config: ConfigDict, weights: str | None, *, num_clips: int, seed: int) -> HeldOutClips:
     """Test clips of speakers or, for a config of the portrait miniature, of people who drive themselves."""
-    model = section(ModelConfig, config, "model")
-    if model.expression_adapter is None:
+    if config.model.get("expression_adapter") is None:
         return load_held_out(config, weights, num_clips=num_clips, seed=seed)
     video, data = section(VideoConfig, config, "video"), section(SyntheticConfig, config, "data")
     sampling = section(PortraitSampleConfig, config, "sample")
-    networks = stored_networks(
-        weights or config.get("weights", ""), model, eight_bit_products=sampling.eight_bit_products
-    )
+    networks = load_networks(config, weights, sampling)
     return DrivenClips(networks, video, sampling, draw_own(video, data, count=num_clips), seed=seed)
 
 

@@ -28,7 +28,14 @@ from fantasy_jax.miniature.acting import FACTORS
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.controls import embed_faces
 from fantasy_jax.miniature.driven import Driven, DrivenClips, draw_driven
-from fantasy_jax.miniature.held_out import Figure, add_arguments, check_json, figure, write_figures
+from fantasy_jax.miniature.held_out import (
+    Figure,
+    add_arguments,
+    check_json,
+    figure,
+    load_networks,
+    write_figures,
+)
 from fantasy_jax.miniature.judge import FOLLOWED, GROUPS, Judge, JudgeConfig, train_judge
 from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.performance.cache import keep_compiled_programs
@@ -37,13 +44,12 @@ from fantasy_jax.pipelines.talking import BUNDLED
 from fantasy_jax.preprocessing.alignment import apply_affine
 from fantasy_jax.preprocessing.driving import align_face
 from fantasy_jax.sharding import make_mesh
-from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks
 from fantasy_jax.training.loop import lock_workdir
 from fantasy_jax.typing import Float, UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_paths
-from fantasy_jax.weights.loading import stored_network, stored_networks
+from fantasy_jax.weights.loading import stored_network
 
 EXAMPLES = """\
 examples:
@@ -288,9 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config, *store_paths(arguments.faces))
     sampling = section(PortraitSampleConfig, config, "sample")
-    model = section(ModelConfig, config, "model")
-    weights = arguments.weights or config.get("weights", "")
-    networks = stored_networks(weights, model, eight_bit_products=sampling.eight_bit_products)
+    networks = load_networks(config, arguments.weights, sampling)
     keep_compiled_programs()
     workdir = Path(arguments.workdir)
     with full_disk_reported(workdir), lock_workdir(workdir):

@@ -84,7 +84,7 @@ from fantasy_jax.training.state import Batch, Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_origins
-from fantasy_jax.weights.loading import stored_network
+from fantasy_jax.weights.loading import stored_networks
 from fantasy_jax.weights.store import check_writable_store, save_network
 
 ENCODERS = {
@@ -194,9 +194,9 @@ class MiniatureTrainer:
         self.taken = {slot: origins[slot] for slot in slots.values() if slot in origins}
         if config.encoders and not self.taken:
             raise ConfigError(f"train.encoders: {config.encoders} holds none of {', '.join(slots.values())}")
-        self.stored = {
-            slot: stored_network(config.encoders, slot, model.networks[slot]) for slot in self.taken
-        }
+        if self.taken:
+            sizes = {slot: model.networks[slot] for slot in self.taken}
+            self.stored = stored_networks(config.encoders, ModelConfig(dtype=model.dtype, **sizes))
         self.encoders = {name: slot for name, slot in slots.items() if slot not in self.taken}
         self.mesh = make_mesh(**config.mesh.axes)
         for stage in (*(getattr(config, name) for name in self.encoders), *config.stages):
@@ -241,7 +241,7 @@ class MiniatureTrainer:
             check_unchanged(encoded_folder(self._encoded(people)), self.settings(people))
         networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
         initialise_transformer(networks["transformer"], self.config.loop.seed)
-        networks = networks.replace(**self.stored)
+        networks = networks.replace(**{slot: self.stored[slot] for slot in self.taken})
         write = partial(write_clips, video=self.video, directory=self.workdir / "data")
         with cli.timed("Clips"):
             shown = write(self.encoder_data) if self.encoders else None

@@ -104,21 +104,16 @@ def stored_networks(
     return Networks(config, loader, partial(_tokenizer, directory))
 
 
-def stored_network(directory: str | Path, slot: str, sizes: Any = None) -> nnx.Module:
+def stored_network(directory: str | Path, slot: str) -> nnx.Module:
     """One network of a store, in float32.
 
-    Args:
-        directory: The store.
-        slot: The network's slot.
-        sizes: Sizes that it must have; None takes the store's.
-
     Raises:
-        WeightsError: The store does not hold it, or it is damaged or of other sizes.
+        WeightsError: The store does not hold it, or it is damaged.
     """
-    found = stored_networks_of(Path(directory))
-    if slot not in found:
-        raise _missing(Path(directory) / slot, found)
-    return load_network(Path(directory) / slot, sizes or found[slot][1], dtype=jnp.float32)
+    networks = stored_networks(directory, dtype="float32")
+    if slot not in networks:
+        raise _missing(Path(directory) / slot, networks)
+    return networks[slot]
 
 
 def _missing(folder: Path, found: Iterable[str]) -> WeightsError:

@@ -111,19 +111,21 @@ class OpenLoRA:
         add_products(network, stacks)
 
 
-def open_loras(files: Sequence[LoRAFile], config: WanConfig) -> list[OpenLoRA]:
+def open_loras(files: Sequence[LoRAFile], config: WanConfig | None) -> list[OpenLoRA]:
     """Opens LoRA files for a transformer; reads no values.
 
     Args:
         files: The files.
-        config: Sizes of the transformer.
+        config: Sizes of the transformer; None if there is none.
 
     Raises:
-        WeightsError: A file is missing, damaged, no LoRA, or for another transformer.
+        WeightsError: A file is missing, damaged, no LoRA, or for another transformer or none.
     """
     check_exist(files)
     if not files:
         return []
+    if config is None:
+        raise WeightsError(f"{files[0].path}: there is no transformer to add it to")
     target = flat_parameters(component_of(config).abstract(config))
     opened = []
     for file in files:
