@@ -24,7 +24,7 @@ from fantasy_jax.errors import ConfigError, WeightsError
 from fantasy_jax.miniature.acting import FACTORS
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.synthetic import clip_settings, records
-from fantasy_jax.miniature.train_transformer import initialise_transformer
+from fantasy_jax.miniature.train_transformer import initial_networks, initialise_transformer
 from fantasy_jax.miniature.train_vae import (
     RandomCrop,
     VAEStageConfig,
@@ -35,6 +35,7 @@ from fantasy_jax.miniature.train_vae import (
 from fantasy_jax.miniature.trainer import TRAININGS, MiniatureConfig, MiniatureTrainer
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.pipelines.talking import BUNDLED
 from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
@@ -274,25 +275,49 @@ def test_talking_and_portrait_learn_their_vae_from_people_who_act(tmp_path):
 
 def test_sizes_of_stored_encoders_must_be_those_of_the_config(tmp_path):
     with pytest.raises(WeightsError, match=r"^[^\n]*tiny_encoders[^\n]*vae[^\n]*$"):
-        make_trainer(tmp_path, "tiny.py", encoders=str(ENCODERS))
-    with pytest.raises(ConfigError, match=r"^train.encoders: [^\n]*none of motion_encoder[^\n]*$"):
-        make_trainer(tmp_path, "tiny_portrait.py", encoders=str(tmp_path))
+        make_trainer(tmp_path, "tiny.py", initial=str(ENCODERS))
+    with pytest.raises(ConfigError, match=r"^train.initial: [^\n]*none of face_detector, [^\n]*$"):
+        make_trainer(tmp_path, "tiny_portrait.py", initial=str(tmp_path))
+
+
+def test_training_begins_with_the_maps_of_the_first_frame_or_with_a_stored_transformer(tmp_path):
+    trainer = make_trainer(tmp_path, "tiny.py", initial=str(BUNDLED))
+    drawn, taken = (
+        initial_networks(trainer.model, seed=1, stored=stored)["transformer"]
+        for stored in (None, trainer.stored)
+    )
+    channels = drawn.config.latent_channels
+    latents, condition = (
+        drawn.patch_in.kernel[:channels],
+        drawn.patch_in.kernel[channels + 4 : 2 * channels + 4],
+    )
+    np.testing.assert_array_equal(latents, -condition)
+    stored = stored_network(BUNDLED, "transformer")
+    for name in ("patch_in", "blocks", "patch_out"):
+        assert_equal(getattr(taken, name), getattr(stored, name))
+    for name, adapter in taken.adapters.items():
+        assert_equal(adapter, drawn.adapters[name])
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(other))
 
 
 @pytest.mark.slow
 def test_stored_encoders_are_taken_over_and_decide_what_is_encoded(tmp_path):
     few = {"train_clips": 2, "test_clips": 1}
-    stored = {"data": few, "encoders": str(ENCODERS), "people": (1,), "shares": ()}
+    stored = {"data": few, "initial": str(ENCODERS), "people": (1,), "shares": ()}
     trainer = make_trainer(tmp_path, "tiny_portrait.py", **stored)
     assert not trainer.encoders
     networks, encoded = trainer.prepare()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "portrait"]
     for slot in ("vae", "motion_encoder", "face_detector"):
-        found, wanted = (nnx.state(x) for x in (networks[slot], stored_network(ENCODERS, slot)))
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert_equal(networks[slot], stored_network(ENCODERS, slot))
     assert len(open_split(encoded[1], "train")) == 2
-    with pytest.raises(ConfigError, match=r"train\.encoders"):
-        make_trainer(tmp_path, "tiny_portrait.py", **stored | {"encoders": ""}).prepare()
+    wanted = initial_networks(trainer.model, seed=0)["transformer"].patch_in.kernel[...]
+    np.testing.assert_array_equal(networks["transformer"].patch_in.kernel[...], wanted)
+    with pytest.raises(ConfigError, match=r"train\.initial"):
+        make_trainer(tmp_path, "tiny_portrait.py", **stored | {"initial": ""}).prepare()
 
 
 def test_vae_stage_config_error():

@@ -155,10 +155,10 @@ def test_arms_add_to_the_base():
         transformer=replace(model.transformer, num_layers=1),
         expression_adapter=replace(model.expression_adapter, num_layers=1),
     )
-    base = initial(arm_model(small, BASE), None, 0)
+    base = initial(arm_model(small, BASE), 0)
     frames = normal(1, 1, 5, model.expression_adapter.feature_width)
     for name, tokens in {"eal-all": 32, "no-mca": 24}.items():
-        arm = initial(arm_model(small, ARMS[name]), base, 1)
+        arm = initial(arm_model(small, ARMS[name]), 1, base=base)
         adapter = arm.adapters["expression"]
         assert adapter.tokens(frames).shape[2] == 5 * tokens
         assert adapter.masked == (name != "no-mca")

@@ -157,13 +157,17 @@ def test_devices_can_share_the_work(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = [*common(inputs), "--config.sample.num_inference_steps=2"]
     main([*settings, "--save_latents=one.safetensors"])
-    video, _ = read_video(tmp_path / "out/first.mp4")
+    sheet = read_sheet("out/first.png")
     mesh = ["--config.sample.mesh.context=2", "--config.sample.mesh.tensor=4"]
     main([*settings, *mesh, "--save_latents=eight.safetensors"])
     one, eight = (load_file(f"{name}.safetensors")["latents"] for name in ("one", "eight"))
     assert np.abs(one - eight).max() < 1e-4
-    shared, _ = read_video(tmp_path / "out/first.mp4")
-    assert np.abs(video.astype(int) - shared).mean() < 0.5  # of 255; what is left is the codec's
+    # Frames of the contact sheet, since the encoder of videos amplifies differences of rounding.
+    assert np.abs(sheet - read_sheet("out/first.png")).max() <= 1
+
+
+def read_sheet(path):
+    return np.asarray(Image.open(path).convert("RGB"), int)
 
 
 def refused(folder, monkeypatch, capsys, arguments):

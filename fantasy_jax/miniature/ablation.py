@@ -39,15 +39,14 @@ from fantasy_jax.miniature.reenactment import (
     drive,
     measuring_tools,
 )
-from fantasy_jax.miniature.train_transformer import initialise_transformer
+from fantasy_jax.miniature.train_transformer import initial_networks
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.pipelines.config import PortraitSampleConfig
 from fantasy_jax.pipelines.portrait import FantasyPortraitPipeline
-from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Networks, random_networks
+from fantasy_jax.system.networks import Networks
 from fantasy_jax.training.loop import lock_workdir
 from fantasy_jax.training.stages import train_stages
 from fantasy_jax.video import VideoConfig
@@ -179,7 +178,7 @@ class Ablation:
         shares = config.shares if people == config.people else ()
         decided = {"base_steps": self.config.base_steps} if base is not None else {}
         stages = train_stages(
-            self.networks.replace(transformer=initial(model, base, seed)),
+            self.networks.replace(transformer=initial(model, seed, base=base, stored=trainer.stored)),
             [self._encoded[count] for count in people],
             trainer.folder / "ablation" / f"seed_{seed}" / name,
             mesh=trainer.mesh,
@@ -187,7 +186,7 @@ class Ablation:
             sampling=trainer.sampling,
             config=replace(config, stages=(stage,), shares=shares, loop=loop),
             settings={
-                **{str(count): trainer.settings(count) for count in people},
+                **{str(count): trainer.transformer_settings(count) for count in people},
                 "model": {"expression_adapter": model.expression_adapter},
                 "ablation": decided,
             },
@@ -201,10 +200,11 @@ def arm_model(model: ModelConfig, arm: Arm) -> ModelConfig:
     return model.replace(expression_adapter=replace(model.expression_adapter, **arm.adapter))
 
 
-def initial(model: ModelConfig, base: WanTransformer | None, seed: int) -> WanTransformer:
+def initial(
+    model: ModelConfig, seed: int, *, base: WanTransformer | None = None, stored: Networks | None = None
+) -> WanTransformer:
     """A transformer with initial weights, and with those of the base where that has them."""
-    transformer = random_networks(model, byte_tokenizer(), seed=seed)["transformer"]
-    initialise_transformer(transformer, seed)
+    transformer = initial_networks(model, seed=seed, stored=stored)["transformer"]
     if base is not None:
         assign(transformer, flat_parameters(transformer) | flat_parameters(base))
     return transformer

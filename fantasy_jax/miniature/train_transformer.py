@@ -1,9 +1,45 @@
-"""Initial weights of the small transformer."""
+"""Initial weights of the small system, drawn or taken from a store."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 
 from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.preprocessing.text import byte_tokenizer
+from fantasy_jax.system.model import ModelConfig
+from fantasy_jax.system.networks import Networks, RandomLoader
+from fantasy_jax.system.registry import Component
+
+
+def initial_networks(model: ModelConfig, *, seed: int, stored: Networks | None = None) -> Networks:
+    """Networks as training begins with them: those that are stored, and random ones.
+
+    A random transformer has the maps of `initialise_transformer`.
+
+    Args:
+        model: All sizes.
+        seed: Seed of random weights.
+        stored: Networks that are taken over.
+    """
+    return Networks(model, _InitialLoader(seed, stored), byte_tokenizer)
+
+
+class _InitialLoader:
+    """Takes a network over, or draws its weights (a `system.networks.Loader`)."""
+
+    def __init__(self, seed: int, stored: Networks | None):
+        self.seed, self.stored = seed, stored
+
+    def __call__(self, component: Component, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> nnx.Module:
+        if self.stored is not None and component.slot in self.stored:
+            return self.stored[component.slot]
+        network = RandomLoader(self.seed)(component, config, dtype, mesh)
+        if component.slot == "transformer":
+            initialise_transformer(network, self.seed)
+        return network
 
 
 def initialise_transformer(transformer: WanTransformer, seed: int) -> None:

@@ -50,7 +50,7 @@ from fantasy_jax.miniature.train_speech_encoder import (
     speech_example,
     speech_loss,
 )
-from fantasy_jax.miniature.train_transformer import initialise_transformer
+from fantasy_jax.miniature.train_transformer import initial_networks
 from fantasy_jax.miniature.train_vae import (
     VAE_PARAMETERS,
     RandomCrop,
@@ -63,10 +63,9 @@ from fantasy_jax.miniature.train_vae import (
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.pipelines.config import PipelineConfig, write_pipeline
 from fantasy_jax.preprocessing.images import from_uint8, to_uint8
-from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import make_mesh, process_rows
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Networks, random_networks
+from fantasy_jax.system.networks import Networks
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.training.checkpoint import check_resumable
 from fantasy_jax.training.loop import TrainingTask, checkpoint_folder, train
@@ -118,8 +117,9 @@ class MiniatureConfig(StagesConfig):
         acting: Strength of acting in the clips of which encoders are trained; `data.acting` is that of the
             transformer's. Encoders that have seen people act serve both.
         people: People in the clips of each dataset of the transformer's training.
-        encoders: Weight store whose encoders, VAE and face detector are taken over; those that it lacks are
-            trained. Empty: all are trained.
+        initial: Weight store that training begins with. Its encoders, VAE and face detector are taken over;
+            those that it lacks are trained. Its transformer, if it has one, is trained on with new adapters.
+            Empty: everything is trained from scratch.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
     """
 
@@ -130,7 +130,7 @@ class MiniatureConfig(StagesConfig):
     vae: VAEStageConfig = VAEStageConfig()
     acting: Fraction = 1.0
     people: tuple[Annotated[int, Range(1, 2)], ...] = (1,)
-    encoders: str = ""
+    initial: str = ""
     folder: str = ""
 
     def __post_init__(self):
@@ -180,8 +180,8 @@ class MiniatureTrainer:
         Raises:
             ConfigError: Clips of this size cannot be rendered, the VAE's crops do not fit them, the mesh does
                 not fit the devices or batch sizes, there is another number of shares than of datasets, or the
-                store of encoders has none.
-            WeightsError: The store of encoders is damaged, or has encoders of other sizes.
+                initial store has nothing to take over.
+            WeightsError: The initial store is damaged, or has networks of other sizes.
         """
         check_video(video)
         check_shares(config, len(config.people))
@@ -189,14 +189,8 @@ class MiniatureTrainer:
         self.workdir, self.folder, self.data, self.video = workdir, workdir / config.folder, data, video
         self.encoder_data = replace(data, acting=config.acting)
         self.pipeline, self.model, self.sampling, self.config = pipeline, model, sampling, config
-        origins = store_origins(config.encoders) if config.encoders else {}
+        self.taken, self.stored = _initial_store(config.initial, model)
         slots = {name: slot for name, slot in ENCODERS.items() if slot in model.networks}
-        self.taken = {slot: origins[slot] for slot in slots.values() if slot in origins}
-        if config.encoders and not self.taken:
-            raise ConfigError(f"train.encoders: {config.encoders} holds none of {', '.join(slots.values())}")
-        if self.taken:
-            sizes = {slot: model.networks[slot] for slot in self.taken}
-            self.stored = stored_networks(config.encoders, ModelConfig(dtype=model.dtype, **sizes))
         self.encoders = {name: slot for name, slot in slots.items() if slot not in self.taken}
         self.mesh = make_mesh(**config.mesh.axes)
         for stage in (*(getattr(config, name) for name in self.encoders), *config.stages):
@@ -219,7 +213,7 @@ class MiniatureTrainer:
             fps=self.video.fps,
             sampling=self.sampling,
             config=self.config,
-            settings=self.settings(*self.config.people),
+            settings=self.transformer_settings(*self.config.people),
         )
         for index, transformer in stages:
             self._save(self._stores()[index], networks, transformer)
@@ -239,9 +233,7 @@ class MiniatureTrainer:
             check_resumable(checkpoint_folder(self.workdir / name), self.encoder_settings(name))
         for people in self.config.people:
             check_unchanged(encoded_folder(self._encoded(people)), self.settings(people))
-        networks = random_networks(self.model, byte_tokenizer(), seed=self.config.loop.seed)
-        initialise_transformer(networks["transformer"], self.config.loop.seed)
-        networks = networks.replace(**{slot: self.stored[slot] for slot in self.taken})
+        networks = initial_networks(self.model, seed=self.config.loop.seed, stored=self.stored)
         write = partial(write_clips, video=self.video, directory=self.workdir / "data")
         with cli.timed("Clips"):
             shown = write(self.encoder_data) if self.encoders else None
@@ -284,10 +276,15 @@ class MiniatureTrainer:
         """The settings that decide the encoded clips of these numbers of people, by their config names."""
         names = (*self.encoders, "acting")
         train = {name: getattr(self.config, name) for name in names} | {"people": people}
-        if self.taken:
-            train["encoders"] = self.taken
+        if taken := {slot: found for slot, found in self.taken.items() if slot != "transformer"}:
+            train["initial"] = taken
         data = {name: x for count in people for name, x in clip_settings(self.data, count).items()}
         return self._deciding(self.model, train) | {"data": data}
+
+    def transformer_settings(self, *people: int) -> dict[str, Any]:
+        """The settings, but for those of the stages, that decide a transformer trained on such clips."""
+        settings = self.settings(*people)
+        return settings | {"train": settings["train"] | ({"initial": self.taken} if self.taken else {})}
 
     def _deciding(self, model: Any, train: dict[str, Any]) -> dict[str, Any]:
         seed = {"loop": {"seed": self.config.loop.seed}}
@@ -390,6 +387,23 @@ class MiniatureTrainer:
             component = component_of(network.config).name
             save_network(store / slot, cast_parameters(network, jnp.bfloat16), component=component)
         write_pipeline(store, self.pipeline, self.video, self.sampling)
+
+
+def _initial_store(directory: str, model: ModelConfig) -> tuple[dict[str, str], Networks | None]:
+    """What a store has of a model, except for adapters: where it comes from by slot, and the networks.
+
+    Raises:
+        ConfigError: The store has none of the networks.
+        WeightsError: The store is damaged, or has networks of other sizes.
+    """
+    if not directory:
+        return {}, None
+    slots = model.networks.keys() - {row.slot for row in model.adapters.values()}
+    taken = {slot: found for slot, found in store_origins(directory).items() if slot in slots}
+    if not taken:
+        raise ConfigError(f"train.initial: {directory} holds none of {', '.join(sorted(slots))}")
+    sizes = {slot: model.networks[slot] for slot in taken}
+    return taken, stored_networks(directory, ModelConfig(dtype=model.dtype, **sizes))
 
 
 def _check_crops(config: VAEStageConfig, video: VideoConfig, model: ModelConfig) -> None:
