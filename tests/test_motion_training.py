@@ -15,6 +15,7 @@ from fantasy_jax.miniature.train_motion_encoder import (
     READ,
     MotionRegressor,
     MotionStageConfig,
+    correlations,
     finish_norms,
     motion_batches,
     motion_loss,
@@ -48,13 +49,14 @@ def test_examples_follow_from_the_step_training_lowers_the_loss_and_norms_are_th
 
     encoder = MotionEncoder(ENCODER, rngs=nnx.Rngs(0))
     regressor = MotionRegressor(encoder, rngs=nnx.Rngs(1))
-    task = TrainingTask("motion", regressor, motion_loss, examples, 64, 8, CONFIG.optimizer)
+    loss = partial(motion_loss, person_weight=CONFIG.person_weight)
+    task = TrainingTask("motion", regressor, loss, examples, 64, 8, CONFIG.optimizer)
     loop = LoopConfig(num_workers=0, log_every=4, save_every=100)
     trained = train(task, loop, tmp_path, make_mesh(devices=jax.devices()[:1]))
-    measure = nnx.jit(lambda model, batch: motion_loss(model, batch, jnp.zeros(())))
+    measure = nnx.jit(lambda model, batch: loss(model, batch, jnp.zeros(())))
     before, after = (measure(model, second) for model in (regressor, trained))
     assert float(after[0]) < 0.9 * float(before[0])
-    assert set(after[1]) == {f"{head}/{name}" for head, names in HEADS.items() for name in names}
+    assert set(after[1]) == {f"{head}/{name}" for head, names in HEADS.items() for name in names} | {"person"}
 
     finish_norms(trained.encoder, SIZE, seed=0)
     pixels = jnp.asarray(second["faces"], jnp.float32) / 127.5 - 1
@@ -72,3 +74,10 @@ def test_linear_r2_tells_what_is_in_features_from_what_is_not():
     values[:, 1] += rng.normal(size=600)  # half of its variance
     shares = linear_r2(features[:400], values[:400], features[400:], values[400:])
     np.testing.assert_allclose(shares, (1, 0.5, 0), atol=0.12)
+
+
+def test_correlations_of_a_batch():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(500, 2)).astype(np.float32)
+    found = correlations(jnp.asarray(values[:, :1] + values[:, 1:]), jnp.asarray(3 * values + 1))
+    np.testing.assert_allclose(found, np.corrcoef(values.sum(axis=1), values.T)[:1, 1:], atol=2e-3)

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fantasy_jax import cli
-from fantasy_jax.miniature.faces import SyntheticFace
 from fantasy_jax.miniature.held_out import run_probe
-from fantasy_jax.miniature.train_motion_encoder import READ, Stills, draw_stills
+from fantasy_jax.miniature.train_motion_encoder import READ, draw_stills
 from fantasy_jax.models.motion_encoder import MotionEncoder
 from fantasy_jax.system.encoders import encode_motion
 from fantasy_jax.typing import Float
@@ -24,11 +23,6 @@ examples:
   python -m fantasy_jax.miniature.motion_probe --config=configs/tiny_portrait.py --weights=out/weights
 """
 
-PERSON = (
-    *("size", "jaw", "skin", "hair", "hair_shape", "eyes", "iris", "brows", "nose", "mouth", "lips", "beard"),
-    "glasses",
-)
-"""The numbers of a face that tell who it is."""
 _SEED = (4, 0)
 """Part of the seeds, apart from those of clips and of training."""
 _BATCH = 64
@@ -95,17 +89,8 @@ def _features(
         generators = [np.random.default_rng([seed, *_SEED, start + i]) for i in range(_BATCH)]
         stills = draw_stills(generators, size=size, crop_size=encoder.config.image_size, unseen=unseen)
         features.append(np.asarray(encode_motion(encoder, [stills.crops]))[0, :, 0])
-        values.append(np.concatenate([stills.factors(), person_numbers(stills)], axis=1))
+        values.append(np.concatenate([stills.factors(), stills.numbers()], axis=1))
     return np.concatenate(features), np.concatenate(values)
-
-
-def person_numbers(stills: Stills) -> Float[np.ndarray, "N I"]:
-    """The numbers `PERSON` of every face."""
-
-    def numbers(face: SyntheticFace) -> Float[np.ndarray, " I"]:
-        return np.concatenate([np.ravel(getattr(face, name)) for name in PERSON])
-
-    return np.stack([numbers(face) for face in stills.people])
 
 
 def report(results: dict[str, dict[str, float]]) -> str:

@@ -2,7 +2,8 @@
 
 PD-FGC's encoder is trained to drive a generator of faces (arXiv 2211.14506). The small one is trained to
 predict the factors of synthetic faces instead, by a linear read-out of each of its heads. Every example shows
-another face, so that what distinguishes people does not help.
+another face, so that what distinguishes people does not help, and features that correlate with numbers of the
+face are penalised.
 """
 
 import itertools
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.config import Fraction, PositiveInt
+from fantasy_jax.config import Fraction, NonNegativeFloat, PositiveInt
 from fantasy_jax.miniature.acting import Performance, draw_still
 from fantasy_jax.miniature.faces import SyntheticFace, acting_face, draw_face, stack_faces
 from fantasy_jax.miniature.rendering import face_points, render_batch
 from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
-from fantasy_jax.models.motion_encoder import MotionEncoder
+from fantasy_jax.models.motion_encoder import MotionEncoder, MotionParts
 from fantasy_jax.preprocessing.driving import align_face
 from fantasy_jax.preprocessing.images import from_uint8
 from fantasy_jax.training.optim import OptimizerConfig
@@ -35,6 +36,11 @@ HEADS = {
 """The factors that are read from each head. Alignment hides the place of the head and its roll."""
 READ = tuple(dict.fromkeys(name for names in HEADS.values() for name in names))
 """All factors that are read."""
+PERSON = (
+    *("size", "jaw", "skin", "hair", "hair_shape", "eyes", "iris", "brows", "nose", "mouth", "lips", "beard"),
+    "glasses",
+)
+"""The numbers of a face that tell who it is."""
 _TRAINING, _NORMS, _SCALES = (3, 0), (3, 1), (3, 2)
 """Parts of the seeds, apart from those of clips, of what is drawn: examples, and faces for statistics."""
 _OPEN = 2.0
@@ -52,6 +58,8 @@ class MotionStageConfig(EncoderStageConfig):
         optimizer: The optimizer.
         jitter: Standard deviation of random errors of the points, as a fraction of the distance of the eyes.
         light: Standard deviation of the relative brightness.
+        color: Standard deviation of the relative brightness of each color channel, beside that of all.
+        person_weight: Weight of the penalty on features that correlate with numbers of the face.
     """
 
     num_steps: PositiveInt = 2500
@@ -59,6 +67,8 @@ class MotionStageConfig(EncoderStageConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
     jitter: Fraction = 0.03
     light: Fraction = 0.12
+    color: Fraction = 0.15
+    person_weight: NonNegativeFloat = 0.1
 
 
 class MotionRegressor(nnx.Module):
@@ -79,7 +89,14 @@ class MotionRegressor(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B _"]]:
         """The factors that are read from each head, in the order of `HEADS`, in deviations."""
-        parts = self.encoder.parts(self.encoder.face_feature(pixels))
+        return self.read(self.parts(pixels))
+
+    def parts(self, pixels: Float[Array, "B H W 3"]) -> MotionParts:
+        """The features of the heads."""
+        return self.encoder.parts(self.encoder.face_feature(pixels))
+
+    def read(self, parts: MotionParts) -> dict[str, Float[Array, "B _"]]:
+        """The factors that are read from the features of each head."""
         return {head: readout(getattr(parts, head)) for head, readout in self.readouts.items()}
 
 
@@ -101,6 +118,11 @@ class Stills:
         """The factors `READ`."""
         return np.stack([[getattr(act, name)[0] for name in READ] for act in self.acts]).astype(np.float32)
 
+    def numbers(self) -> Float32[np.ndarray, "B I"]:
+        """The numbers `PERSON` of every face."""
+        rows = [[np.ravel(getattr(face, name)) for name in PERSON] for face in self.people]
+        return np.stack([np.concatenate(row) for row in rows]).astype(np.float32)
+
 
 def draw_stills(
     generators: Sequence[np.random.Generator],
@@ -109,6 +131,7 @@ def draw_stills(
     crop_size: int,
     jitter: float = 0.0,
     light: float = 0.0,
+    color: float = 0.0,
     unseen: bool = False,
 ) -> Stills:
     """Draws and renders a person for each random generator.
@@ -119,6 +142,7 @@ def draw_stills(
         crop_size: Height and width of the aligned faces.
         jitter: As in `MotionStageConfig`.
         light: As in `MotionStageConfig`.
+        color: As in `MotionStageConfig`.
         unseen: Whether faces are from just outside the usual ranges.
     """
     people = [acting_face(draw_face(rng, unseen=unseen)) for rng in generators]
@@ -132,7 +156,8 @@ def draw_stills(
         points = (face_points(face, act)[0].astype(np.float64) + 1) * size / 2
         points += jitter * np.linalg.norm(points[0] - points[1]) * rng.normal(size=points.shape)
         crop = align_face(frame, points, crop_size)
-        crops.append(np.clip(crop * (1 + light * rng.normal()), 0, 255).astype(np.uint8))
+        gains = 1 + light * rng.normal() + color * rng.normal(size=3)
+        crops.append(np.clip(crop * gains, 0, 255).astype(np.uint8))
     return Stills(people, acts, np.stack(crops))
 
 
@@ -167,9 +192,15 @@ def motion_batches(
     for step in itertools.count(start):
         generators = [np.random.default_rng([seed, *_TRAINING, step, row]) for row in needed]
         stills = draw_stills(
-            generators, size=size, crop_size=crop_size, jitter=config.jitter, light=config.light
+            generators,
+            size=size,
+            crop_size=crop_size,
+            jitter=config.jitter,
+            light=config.light,
+            color=config.color,
         )
-        yield {"faces": stills.crops, "factors": (stills.factors() - means) / deviations}
+        factors = (stills.factors() - means) / deviations
+        yield {"faces": stills.crops, "factors": factors, "person": stills.numbers()}
 
 
 def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, " R"]]:
@@ -179,18 +210,33 @@ def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, 
     return values.mean(axis=0).astype(np.float32), values.std(axis=0).astype(np.float32)
 
 
-def motion_loss(regressor: MotionRegressor, batch: Batch, keys: Array) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the factors, in deviations. The norms use the statistics of the batch."""
+def motion_loss(
+    regressor: MotionRegressor, batch: Batch, keys: Array, *, person_weight: float
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean squared error of the factors, in deviations, and the penalty on features of the person.
+
+    The penalty is the sum over features, and mean over the numbers of the face, of squared correlations in
+    the batch. The norms use the statistics of the batch.
+    """
     regressor = nnx.clone(regressor)  # the norms of the copy note statistics, which are not used
     regressor.train()
     target = dict(zip(READ, jnp.asarray(batch["factors"]).T, strict=True))
-    predicted = regressor(from_uint8(batch["faces"]))
+    parts = regressor.parts(from_uint8(batch["faces"]))
     errors = {
         f"{head}/{name}": jnp.square(values[:, i] - target[name]).mean()
-        for head, values in predicted.items()
+        for head, values in regressor.read(parts).items()
         for i, name in enumerate(HEADS[head])
     }
-    return jnp.stack(list(errors.values())).mean(), errors
+    features = jnp.concatenate([getattr(parts, head) for head in HEADS], axis=-1)
+    person = jnp.square(correlations(features, jnp.asarray(batch["person"]))).sum(axis=0).mean()
+    loss = jnp.stack(list(errors.values())).mean() + person_weight * person
+    return loss, errors | {"person": person}
+
+
+def correlations(one: Float[Array, "B M"], other: Float[Array, "B I"]) -> Float[Array, "M I"]:
+    """Correlations over a batch of each column of one array with each of another."""
+    one, other = ((x - x.mean(axis=0)) * jax.lax.rsqrt(x.var(axis=0) + 1e-6) for x in (one, other))
+    return one.T @ other / len(one)
 
 
 def finish_norms(encoder: MotionEncoder, size: int, seed: int) -> None:

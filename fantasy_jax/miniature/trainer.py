@@ -316,7 +316,8 @@ class MiniatureTrainer:
         encoder = networks["motion_encoder"]
         regressor = MotionRegressor(encoder, rngs=nnx.Rngs(seed))
         examples = partial(motion_batches, size, encoder.config.image_size, config)
-        trained = self._train("motion", regressor, motion_loss, examples, config).encoder
+        loss = partial(motion_loss, person_weight=config.person_weight)
+        trained = self._train("motion", regressor, loss, examples, config).encoder
         finish_norms(trained, size, seed)
         return networks.replace(motion_encoder=trained)
 
