@@ -1,11 +1,12 @@
 """The portrait miniature: the networks of FantasyPortrait's 14B system, small enough for two CPU cores.
 
-Clips of one person have the size of those of `configs/tiny.py`, clips of two are twice as wide. Training from
-scratch, on both, in a workdir of its own, since its VAE is not that of `configs/tiny.py`:
+Clips of one person have the size of those of `configs/tiny.py`, clips of two are twice as wide. Training on
+both, from scratch:
 
-    .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/portrait
+    .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/tiny
 
-The weights are in `portrait/weights`.
+The weights are in `portrait/weights`. With `--config.train.initial=DIR` it begins with the VAE and the transformer
+of the talking miniature.
 
 `configs/tiny_portrait.py:quick` is the same with fewer clips and steps.
 """
@@ -80,22 +81,15 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def small_model() -> ModelConfig:
-    """The talking miniature's networks, with expressions in place of audio, identity and motion.
-
-    The transformer is wider, since 160 hardly hold a token's latents of noise and of the picture, and the VAE
-    decodes a block from the latents around it and refines the frames.
-    """
+    """The talking miniature's networks, with expressions in place of audio, identity and motion."""
     talking = tiny.small_model()
-    width = 192
-    sizes = replace(talking.transformer, dim=width, ffn_dim=4 * width)
+    sizes = talking.transformer
     motion = MotionEncoderConfig(
         width=32, feature_dim=96, emotion_dim=12, landmarks=16, depth=3, image_size=64
     )
     removed = ("audio_adapter", "motion_adapter", "identity_adapter", "speech_encoder", "face_encoder")
     return talking.replace(
         **dict.fromkeys(removed),
-        transformer=sizes,
-        vae=replace(talking.vae, overlap=1, refiner=64),
         expression_adapter=ExpressionAdapterConfig(
             head_width=motion.pose_dim,
             eye_width=motion.eye_dim,

@@ -36,6 +36,11 @@ from fantasy_jax.weights.quantize import quantize_store
 from fantasy_jax.weights.store import network_hash, read_record, record_hashes
 
 NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.3, 0.5)])
+AGREEING = {
+    "vae": record_hashes(WEIGHTS)["vae"],
+    "model": {"still_condition": True},
+    "motion": NORMALISER,
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def encoded(tmp_path_factory, settings):
     folder, video = tmp_path_factory.mktemp("records"), settings["video"]
     clips = write_clips(SyntheticConfig(train_clips=8, test_clips=8), video, folder)
     NORMALISER.save(folder / MOTION_FILE)
-    metadata = {"video": video, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
+    metadata = {"video": video, **AGREEING}
     return encode_dataset(stored_networks(WEIGHTS, settings["model"]), clips, folder, metadata)
 
 
@@ -207,6 +212,7 @@ OTHER_NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.4, 0.5)])
     [
         ({"video": replace(VIDEO, height=96)}, ("video.height", "96", "64")),
         ({"video": replace(VIDEO, num_frames=21)}, ("video.num_frames", "21", "17")),
+        ({"model": {}}, ("still_condition", "False", "True")),
         ({"video": replace(VIDEO, fps=23)}, ("video.fps", "23", "25")),
         ({"vae": "0123abcd"}, ("vae", "0123abcd", record_hashes(WEIGHTS)["vae"])),
         ({"motion": OTHER_NORMALISER}, ("motion.low", str(OTHER_NORMALISER.low[0]), str(NORMALISER.low[0]))),
@@ -215,8 +221,7 @@ OTHER_NORMALISER = MotionNormaliser.fit([(0.1, 0.2), (0.4, 0.5)])
 def test_config_error_for_records_that_were_made_otherwise(tmp_path, settings, metadata, named):
     weights = linked_store(tmp_path / "weights", "motion_adapter")
     NORMALISER.save(weights / "motion_adapter" / MOTION_FILE)
-    agreeing = {"video": VIDEO, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
-    records = write_records(tmp_path, agreeing | metadata)
+    records = write_records(tmp_path, {"video": VIDEO, **AGREEING, **metadata})
     with pytest.raises(ConfigError) as caught:
         finetune(weights, [records], tmp_path / "run", **settings)
     assert all(part in str(caught.value) for part in (str(records), *named))
@@ -228,7 +233,7 @@ def test_config_error_for_records_without_the_inputs_of_an_adapter(tmp_path, set
     """Records whose metadata agree are refused only for what they lack."""
     weights = linked_store(tmp_path / "weights", "motion_adapter")
     NORMALISER.save(weights / "motion_adapter" / MOTION_FILE)
-    metadata = {"video": VIDEO, "vae": record_hashes(WEIGHTS)["vae"], "motion": NORMALISER}
+    metadata = {"video": VIDEO, **AGREEING}
     with pytest.raises(ConfigError, match="audio"):
         finetune(weights, [write_records(tmp_path, metadata)], tmp_path / "run", **settings)
 

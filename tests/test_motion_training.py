@@ -16,6 +16,7 @@ from fantasy_jax.miniature.train_motion_encoder import (
     MotionRegressor,
     MotionStageConfig,
     correlations,
+    draw_stills,
     finish_norms,
     motion_batches,
     motion_loss,
@@ -56,6 +57,9 @@ def test_examples_follow_from_the_step_training_lowers_the_loss_and_norms_are_th
     measure = nnx.jit(lambda model, batch: loss(model, batch, jnp.zeros(())))
     before, after = (measure(model, second) for model in (regressor, trained))
     assert float(after[0]) < 0.9 * float(before[0])
+    person = after[1]["person"]
+    unweighted = nnx.jit(partial(motion_loss, person_weight=0.0))(trained, second, jnp.zeros(()))
+    assert float(after[0] - unweighted[0]) == pytest.approx(CONFIG.person_weight * float(person), rel=1e-3)
     assert set(after[1]) == {f"{head}/{name}" for head, names in HEADS.items() for name in names} | {"person"}
 
     finish_norms(trained.encoder, SIZE, seed=0)
@@ -74,6 +78,17 @@ def test_linear_r2_tells_what_is_in_features_from_what_is_not():
     values[:, 1] += rng.normal(size=600)  # half of its variance
     shares = linear_r2(features[:400], values[:400], features[400:], values[400:])
     np.testing.assert_allclose(shares, (1, 0.5, 0), atol=0.12)
+
+
+def test_colors_vary_from_face_to_face():
+    generators = [[np.random.default_rng([i]) for i in range(4)] for _ in range(2)]
+    plain, colored = (
+        draw_stills(given, size=SIZE, crop_size=SIZE, color=color).crops.mean(axis=(1, 2))
+        for given, color in zip(generators, (0.0, 0.1), strict=True)
+    )
+    gains = colored / plain
+    assert 0.03 < np.std(gains, axis=1).mean() < 0.3
+    assert 0.03 < np.std(gains, axis=0).mean() < 0.3
 
 
 def test_correlations_of_a_batch():

@@ -48,9 +48,8 @@ def test_noise_on_latents_costs_quality_and_the_figures_are_printed_and_written(
     quality = [row["first_quarter"]["mean"] for name, row in rows.items() if name.startswith("VAE")]
     assert quality[0] > 30
     assert quality == sorted(quality, reverse=True)
-    assert (
-        1 < rows["rendered clips"]["grid"]["mean"] < 1.2 < rows["VAE, latents with noise 0.3"]["grid"]["mean"]
-    )
+    grids = [rows[name]["grid"]["mean"] for name in ("rendered clips", "VAE, latents with noise 0.3")]
+    assert 1 < grids[0] < grids[1] < 1.3
     assert f"| samples | {rows['samples']['first_frame']['mean']:.2f} | " in capsys.readouterr().out
 
 

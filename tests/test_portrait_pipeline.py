@@ -100,7 +100,7 @@ def sampled(monkeypatch):
         calls.append((inputs, options))
         return noise
 
-    def encode_first_frame(vae, pixels, num_frames):
+    def encode_first_frame(networks, pixels, num_frames):
         size = pixels.shape[1:3]
         return jnp.zeros(replace(VIDEO, num_frames=num_frames).for_size(*size).latent_shape(1, 16))
 

@@ -14,13 +14,15 @@ from systems import full_model
 from configs.fantasy_talking_14b import small_model
 from fantasy_jax.config import as_json, build, to_config_dict
 from fantasy_jax.convert.rules import flat_parameters
-from fantasy_jax.data.encoded import batch_spec
+from fantasy_jax.data.encoded import batch_spec, encode_records
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.models.wan import WanConfig
 from fantasy_jax.pipelines.base import Pipeline
 from fantasy_jax.pipelines.config import PipelineConfig
+from fantasy_jax.preprocessing.images import from_uint8
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.sharding import MeshConfig, make_mesh
+from fantasy_jax.system.encoders import encode_first_frame
 from fantasy_jax.system.inputs import ClipInputs, first_frame_condition
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.networks import Networks, abstract_networks, random_networks
@@ -348,3 +350,20 @@ def test_the_first_frame_condition_is_a_mask_and_latents():
     np.testing.assert_array_equal(both[..., 4:], latents)
     assert np.all(both[:, 0, ..., :4] == 1)
     assert not both[:, 1:, ..., :4].any()
+
+
+@pytest.mark.slow
+def test_the_image_itself_follows_the_first_frame_of_a_still_condition():
+    model = small_model()
+    model = model.replace(transformer=replace(model.transformer, still_condition=True))
+    networks = random_networks(model, byte_tokenizer())
+    record = {
+        "video": np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3)).astype(np.uint8),
+        "waveform": np.zeros(9 * 640, np.int16),
+        "prompt": "A person talks.",
+    }
+    (encoded,) = encode_records(networks, [record])
+    image = from_uint8(record["video"][:1])
+    wanted = networks["vae"].encode(jnp.stack(9 * [image], axis=1))
+    for found in (encoded["first_frame"][None], encode_first_frame(networks, image, 9)):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)

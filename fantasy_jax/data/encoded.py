@@ -1,6 +1,6 @@
 """Encoded clips: precomputed latents and embeddings, the frozen encoders' outputs, computed once.
 
-A record holds the latents of the video, the latents of its first frame followed by grey frames, and the
+A record holds the latents of the video, those of the first-frame condition, and the
 tokens of image and prompt. A lip mask, on the latent grid, and the waveform, for the audio of samples, are
 there where the clip has them, and so are intensities of motion. The rest follows from the model's encoders:
 speech features; features of the first frame's face; and for portraits `expression` `[N, T, M]`, the motion
@@ -9,7 +9,7 @@ background), and `owners` `[N]`, the label of the person that each belongs to (n
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,8 @@ class ClipEncoder:
             for slot in ("vae", "image_encoder", "speech_encoder", "face_encoder", "motion_encoder")
         )
         self._text = texts or cache(lambda prompt: np.asarray(encode_text(networks, [prompt])[0][0]))
-        self._encode = nnx.jit(_encode)
+        still = networks.config.transformer.still_condition
+        self._encode = nnx.jit(partial(_encode, still=still))
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
         """Encodes at most a batch of clips, all of one size."""
@@ -238,10 +239,12 @@ def _encode(
     image_encoder: CLIPVisionModel,
     video: UInt8[Array, "B T H W 3"],
     lips: UInt8[Array, "B T H W"] | None,
+    *,
+    still: bool,
 ) -> dict[str, jax.Array]:
     pixels = from_uint8(video)
     latents = vae.encode(pixels)
-    first = first_frame_latents(vae, pixels[:, 0], pixels.shape[1])
+    first = first_frame_latents(vae, pixels[:, 0], pixels.shape[1], still=still)
     image = image_encoder(clip_image_preprocess(pixels[:, 0], image_encoder.config.image_size))
     encoded = {"latents": latents, "first_frame": first, "image": image}
     if lips is not None:

@@ -3,8 +3,9 @@ r"""FantasyPortrait's table 3 in small: what the parts of its method give.
 Source: arXiv 2507.12956, section 4 (the arms) and section 3 (the parts).
 
 All arms start from one checkpoint, the base, of what they have in common: the projected tokens alone, and
-clips of one person. So no arm has ever been trained with what it is said to lack. In the workdir of the
-portrait's training, clips, encoders and VAE are taken over:
+clips of one person. So no arm has ever been trained with what it is said to lack. The base, of all seeds, can
+begin with the talking miniature's transformer (`train.initial`). In the workdir of the portrait's training,
+clips, encoders and VAE are taken over:
 
     .venv/bin/python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py \
         --workdir=out/portrait
@@ -50,7 +51,7 @@ from fantasy_jax.system.networks import Networks
 from fantasy_jax.training.loop import lock_workdir
 from fantasy_jax.training.stages import train_stages
 from fantasy_jax.video import VideoConfig
-from fantasy_jax.weights.inspect import store_paths
+from fantasy_jax.weights.inspect import store_origins, store_paths
 
 EXAMPLES = """\
 examples:
@@ -203,7 +204,14 @@ def arm_model(model: ModelConfig, arm: Arm) -> ModelConfig:
 def initial(
     model: ModelConfig, seed: int, *, base: WanTransformer | None = None, stored: Networks | None = None
 ) -> WanTransformer:
-    """A transformer with initial weights, and with those of the base where that has them."""
+    """A transformer as an arm's training begins with it.
+
+    Args:
+        model: Sizes.
+        seed: Seed of random weights.
+        base: Transformer whose weights it has where their names and shapes are equal.
+        stored: Networks of the initial store.
+    """
     transformer = initial_networks(model, seed=seed, stored=stored)["transformer"]
     if base is not None:
         assign(transformer, flat_parameters(transformer) | flat_parameters(base))
@@ -292,6 +300,11 @@ def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
     training = section(MiniatureConfig, config, "train")
     if 1 not in training.people:
         raise ConfigError(f"train.people is {training.people}; the base is trained on clips of 1 person")
+    if training.initial and "expression_adapter" in store_origins(training.initial):
+        raise ConfigError(
+            f"train.initial: the transformer in {training.initial} was trained with what arms are without; "
+            "name a store of the talking miniature"
+        )
     return MiniatureTrainer(
         workdir,
         pipeline=FantasyPortraitPipeline.__name__,

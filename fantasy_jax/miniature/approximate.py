@@ -26,6 +26,7 @@ from fantasy_jax.miniature.held_out import (
     check_json,
     figure,
     load_held_out,
+    store_of,
     write_figures,
 )
 from fantasy_jax.models.eight_bit import EightBit
@@ -202,8 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)
-    weights = arguments.weights or config.weights
-    rows = measure(held_out, weights, arguments.only or list(METHODS))
+    rows = measure(held_out, store_of(config, arguments.weights), arguments.only or list(METHODS))
     print(table(rows))
     if arguments.json:
         write_figures(rows, arguments.json)

@@ -24,6 +24,7 @@ from fantasy_jax.data.records import Record
 from fantasy_jax.diffusion.held import HeldLatents
 from fantasy_jax.diffusion.sampler import sample
 from fantasy_jax.diffusion.windows import Residuals
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.metrics import correlation
 from fantasy_jax.evaluation.mouth import mouth_opening
 from fantasy_jax.files import atomic_write, check_outputs
@@ -216,7 +217,7 @@ def load_held_out(
         seed: Seed of the initial noise.
 
     Raises:
-        ConfigError: A setting is wrong.
+        ConfigError: A setting is wrong, or no store is named.
         WeightsError: The store does not hold these networks.
     """
     video = section(VideoConfig, config, "video")
@@ -224,6 +225,21 @@ def load_held_out(
     sampling = section(SampleConfig, config, "sample")
     networks = load_networks(config, weights, sampling)
     return HeldOutClips(networks, video, sampling, list(records(data, video, "test", num_clips)), seed=seed)
+
+
+def store_of(config: ConfigDict, weights: str | Path | None) -> str | Path:
+    """The weight store of a measurement.
+
+    Args:
+        config: Settings of the miniature.
+        weights: Weight store; None: the config's.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if directory := weights or config.get("weights", ""):
+        return directory
+    raise ConfigError("the config has no weights; name a weight store with --weights")
 
 
 def load_networks(config: ConfigDict, weights: str | Path | None, sampling: PipelineConfig) -> Networks:
@@ -235,11 +251,10 @@ def load_networks(config: ConfigDict, weights: str | Path | None, sampling: Pipe
         sampling: Sampling settings.
 
     Raises:
-        ConfigError: A setting is wrong.
+        ConfigError: A setting is wrong, or no store is named.
         WeightsError: The store does not hold these networks.
     """
-    model = section(ModelConfig, config, "model")
-    directory = weights or config.get("weights", "")
+    model, directory = section(ModelConfig, config, "model"), store_of(config, weights)
     return stored_networks(directory, model, eight_bit_products=sampling.eight_bit_products)
 
 
@@ -300,7 +315,7 @@ def run_probe(
     add_store_arguments(parser)
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
-    network = stored_network(arguments.weights or config.get("weights", ""), slot)
+    network = stored_network(store_of(config, arguments.weights), slot)
     figures = probe(network, section(VideoConfig, config, "video").height)
     print(report(figures))
     if arguments.json:

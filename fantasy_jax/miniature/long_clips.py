@@ -117,7 +117,7 @@ def from_last_frames(clip: LongClip, schedule: WindowSchedule) -> Video:
         given = replace(clip.inputs, adapters=clip.inputs.adapters | {"audio": part_audio})
         if videos:
             picture = from_uint8(videos[-1][-1])
-            encoded = encode_first_frame(networks["vae"], picture[None], video_frames(window))
+            encoded = encode_first_frame(networks, picture[None], video_frames(window))
             given = replace(
                 given, first_frame=first_frame_condition(encoded), image=encode_image(networks, picture)
             )

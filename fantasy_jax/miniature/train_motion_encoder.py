@@ -68,7 +68,7 @@ class MotionStageConfig(EncoderStageConfig):
     jitter: Fraction = 0.03
     light: Fraction = 0.12
     color: Fraction = 0.15
-    person_weight: NonNegativeFloat = 0.1
+    person_weight: NonNegativeFloat = 12.0
 
 
 class MotionRegressor(nnx.Module):
@@ -213,10 +213,10 @@ def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, 
 def motion_loss(
     regressor: MotionRegressor, batch: Batch, keys: Array, *, person_weight: float
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the factors, in deviations, and the penalty on features of the person.
+    """Mean squared error of the factors, in deviations, and the penalty on features that tell who it is.
 
-    The penalty is the sum over features, and mean over the numbers of the face, of squared correlations in
-    the batch. The norms use the statistics of the batch.
+    The penalty is the mean over features and numbers of the face of squared correlations in the batch, or in
+    its part where gradients are accumulated. The norms use the same statistics.
     """
     regressor = nnx.clone(regressor)  # the norms of the copy note statistics, which are not used
     regressor.train()
@@ -228,14 +228,14 @@ def motion_loss(
         for i, name in enumerate(HEADS[head])
     }
     features = jnp.concatenate([getattr(parts, head) for head in HEADS], axis=-1)
-    person = jnp.square(correlations(features, jnp.asarray(batch["person"]))).sum(axis=0).mean()
+    person = jnp.square(correlations(features, jnp.asarray(batch["person"]))).mean()
     loss = jnp.stack(list(errors.values())).mean() + person_weight * person
     return loss, errors | {"person": person}
 
 
 def correlations(one: Float[Array, "B M"], other: Float[Array, "B I"]) -> Float[Array, "M I"]:
-    """Correlations over a batch of each column of one array with each of another."""
-    one, other = ((x - x.mean(axis=0)) * jax.lax.rsqrt(x.var(axis=0) + 1e-6) for x in (one, other))
+    """Pearson correlations over a batch of each column of one array with each column of another."""
+    one, other = ((x - x.mean(axis=0)) * jax.lax.rsqrt(x.var(axis=0) + 1e-8) for x in (one, other))
     return one.T @ other / len(one)
 
 

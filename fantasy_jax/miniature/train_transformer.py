@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.preprocessing.text import byte_tokenizer
 from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import Networks, RandomLoader
+from fantasy_jax.system.networks import Networks, RandomLoader, check_vocabulary
 from fantasy_jax.system.registry import Component
 
 
@@ -22,13 +22,17 @@ def initial_networks(model: ModelConfig, *, seed: int, stored: Networks | None =
     Args:
         model: All sizes.
         seed: Seed of random weights.
-        stored: Networks that are taken over.
+        stored: Networks that are taken over, on one device.
+
+    Raises:
+        ConfigError: The tokenizer has more tokens than the text encoder.
     """
-    return Networks(model, _InitialLoader(seed, stored), byte_tokenizer)
+    check_vocabulary(model, tokenizer := byte_tokenizer())
+    return Networks(model, _InitialLoader(seed, stored), lambda: tokenizer)
 
 
 class _InitialLoader:
-    """Takes a network over, or draws its weights (a `system.networks.Loader`)."""
+    """Takes a network over as it is, or draws its weights (a `system.networks.Loader`)."""
 
     def __init__(self, seed: int, stored: Networks | None):
         self.seed, self.stored = seed, stored
@@ -47,8 +51,9 @@ def initialise_transformer(transformer: WanTransformer, seed: int) -> None:
 
     The first and the last layer become an orthogonal map and its transpose, and the first layer subtracts the
     latents of the first-frame condition from the noisy ones. In the first frame this difference is the
-    velocity times the noise level, which the last norm divides out. A transformer that is not wide beside its
-    latents takes long to find these maps by itself, and leaves the first frame grainy.
+    velocity times the noise level, which the last norm divides out. With `WanConfig.still_condition` the same
+    nearly holds in later frames, where nothing moves. A transformer that is not wide beside its latents takes
+    long to find these maps by itself, and leaves the first frame grainy.
 
     Args:
         transformer: Changed in place.

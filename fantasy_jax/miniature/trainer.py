@@ -1,4 +1,4 @@
-"""Training of the miniature from scratch: clips, the encoders that a config has, VAE, transformer.
+"""Training of the miniature: clips, the encoders that a config has, VAE, transformer.
 
 Each part is done once: complete parts are reused, an interrupted part resumes. Configs whose settings of a
 part are equal can share it in one workdir, which holds
@@ -83,8 +83,8 @@ from fantasy_jax.training.state import Batch, Loss, cast_parameters
 from fantasy_jax.typing import UInt8
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_origins
-from fantasy_jax.weights.loading import stored_networks
-from fantasy_jax.weights.store import check_writable_store, save_network
+from fantasy_jax.weights.loading import stored_eight_bit, stored_networks
+from fantasy_jax.weights.store import LORA, check_writable_store, save_network
 
 ENCODERS = {
     "speech": "speech_encoder",
@@ -118,8 +118,8 @@ class MiniatureConfig(StagesConfig):
             transformer's. Encoders that have seen people act serve both.
         people: People in the clips of each dataset of the transformer's training.
         initial: Weight store that training begins with. Its encoders, VAE and face detector are taken over;
-            those that it lacks are trained. Its transformer, if it has one, is trained on with new adapters.
-            Empty: everything is trained from scratch.
+            those of speech, face and motion, VAE and face detector are trained where it lacks them. Its
+            transformer, if it has one, is trained on with new adapters. Empty: all are trained from scratch.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
     """
 
@@ -149,10 +149,10 @@ TRAININGS: dict[str, type[StagesConfig]] = {
 
 
 class MiniatureTrainer:
-    """Trains a small system from scratch on synthetic clips.
+    """Trains a small system on synthetic clips, from scratch or from a store (`MiniatureConfig.initial`).
 
-    Text and image encoder keep their random weights: tokens of random networks distinguish prompts and images
-    well enough for a small transformer.
+    Text and image encoder keep their initial weights, which are random: tokens of random networks distinguish
+    prompts and images well enough for a small transformer.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class MiniatureTrainer:
         """The settings that decide the encoded clips of these numbers of people, by their config names."""
         names = (*self.encoders, "acting")
         train = {name: getattr(self.config, name) for name in names} | {"people": people}
-        if taken := {slot: found for slot, found in self.taken.items() if slot != "transformer"}:
+        if taken := {slot: found for slot, found in self.taken.items() if slot not in ("transformer", LORA)}:
             train["initial"] = taken
         data = {name: x for count in people for name, x in clip_settings(self.data, count).items()}
         return self._deciding(self.model, train) | {"data": data}
@@ -393,17 +393,28 @@ class MiniatureTrainer:
 def _initial_store(directory: str, model: ModelConfig) -> tuple[dict[str, str], Networks | None]:
     """What a store has of a model, except for adapters: where it comes from by slot, and the networks.
 
+    A LoRA of the store is merged into its transformer.
+
     Raises:
-        ConfigError: The store has none of the networks.
+        ConfigError: The store has none of the networks, or a transformer that cannot be trained on.
         WeightsError: The store is damaged, or has networks of other sizes.
     """
     if not directory:
         return {}, None
     slots = model.networks.keys() - {row.slot for row in model.adapters.values()}
-    taken = {slot: found for slot, found in store_origins(directory).items() if slot in slots}
+    origins = store_origins(directory)
+    taken = {slot: found for slot, found in origins.items() if slot in slots}
     if not taken:
         raise ConfigError(f"train.initial: {directory} holds none of {', '.join(sorted(slots))}")
+    if "transformer" in taken:
+        if missing := {"text_encoder", "image_encoder", "vae"} - taken.keys():
+            names = ", ".join(sorted(missing))
+            raise ConfigError(f"train.initial: {directory} has a transformer, but not its {names}")
+        if stored_eight_bit(Path(directory) / "transformer"):
+            raise ConfigError(f"train.initial: the transformer in {directory} has 8-bit weights")
     sizes = {slot: model.networks[slot] for slot in taken}
+    if "transformer" in taken and LORA in origins:
+        taken[LORA] = origins[LORA]
     return taken, stored_networks(directory, ModelConfig(dtype=model.dtype, **sizes))
 
 

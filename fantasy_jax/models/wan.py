@@ -45,6 +45,9 @@ class WanConfig(Settings):
         num_layers: Blocks.
         patch: Rows and columns of latents that make one token.
         epsilon: Epsilon of all norms except those of the image projection.
+        still_condition: Whether the first-frame condition repeats the image in every frame, as Stable Video
+            Diffusion repeats its latents (arXiv 2311.15127); otherwise mid-grey frames follow it, as in
+            Wan2.1.
     """
 
     latent_channels: Width = 16
@@ -59,6 +62,7 @@ class WanConfig(Settings):
     num_layers: Depth = 40
     patch: tuple[Width, Width] = (2, 2)
     epsilon: NonNegativeFloat = 1e-6
+    still_condition: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -308,7 +312,7 @@ class WanTransformer(nnx.Module):
 
         Args:
             latents: Noisy latents.
-            first_frame: The first-frame condition: mask, then latents of the image followed by grey frames.
+            first_frame: The first-frame condition (`system.inputs.first_frame_condition`).
             timestep: In [0, 1000], fractional.
             conditions: From `conditions` and from adapters.
             time_offset: Added to the timestep embedding.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -134,7 +135,7 @@ def sampling_programs(
 
 
 def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh, *, free: int | float) -> Program:
-    """Encoding of the first frame, followed by grey frames.
+    """Encoding of the first-frame condition.
 
     Args:
         networks: Abstract networks on the mesh.
@@ -143,8 +144,15 @@ def vae_encode_program(networks: Networks, video: VideoConfig, mesh: Mesh, *, fr
         free: Bytes of a device that it may take, which decide how many latent frames it encodes at once.
     """
     vae, pixels = networks["vae"], _replicated((1, *video.size, 3), mesh)
-    static = video.num_frames, encoded_at_once(vae, video.latent_size, video.latent_frames, free)
-    return _network_program("first frame to latents", vae, first_frame_program, pixels, static=static)
+    return _network_program(
+        "first frame to latents",
+        vae,
+        first_frame_program,
+        pixels,
+        num_frames=video.num_frames,
+        still=networks.config.transformer.still_condition,
+        at_once=encoded_at_once(vae, video.latent_size, video.latent_frames, free),
+    )
 
 
 def vae_decode_program(
@@ -257,18 +265,18 @@ def _program(name: str, function: Callable, static: tuple, arguments: tuple) -> 
 
 
 def _network_program(
-    name: str, network: nnx.Module, function: Callable, *inputs: Leaf, static: tuple = ()
+    name: str, network: nnx.Module, function: Callable, *inputs: Leaf, **static: Any
 ) -> Program:
     """A jitted function of a network, trees of arrays, and static arguments."""
     graphdef, state = nnx.split(network)
 
     def plain(state: nnx.State, *inputs: Leaf) -> Leaf:
-        return function.__wrapped__(nnx.merge(graphdef, state), *inputs, *static)
+        return function.__wrapped__(nnx.merge(graphdef, state), *inputs, **static)
 
     def call(state: nnx.State, *inputs: Leaf) -> Leaf:
-        return function(nnx.merge(graphdef, state), *inputs, *static)
+        return function(nnx.merge(graphdef, state), *inputs, **static)
 
-    lower = partial(function.lower, network, *inputs, *static)
+    lower = partial(function.lower, network, *inputs, **static)
     arguments = (state, *inputs)
     counts = model_flops(plain, *arguments), hardware_flops(plain, *arguments)
     return Program(name, lower, arguments, *counts, call)

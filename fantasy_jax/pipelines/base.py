@@ -246,8 +246,7 @@ class Pipeline:
         given = dict(adapters())
         with timed("First frame to latents"):
             num_frames = min(video.num_frames, self.video.num_frames)  # those of a window
-            vae = networks["vae"]
-            latents = [encoders.encode_first_frame(vae, x[None], num_frames) for x in pixels]
+            latents = [encoders.encode_first_frame(networks, x[None], num_frames) for x in pixels]
             first_frame = first_frame_condition(jnp.concatenate(latents)).block_until_ready()
         return ClipInputs(first_frame, text, negative[0] if negative else text, encoded, given)
 

@@ -47,7 +47,8 @@ class Encoders:
     """The encoders' identity, as part of the dataset's metadata.
 
     Attributes:
-        model: `dtype`, `text_length`, and the sizes of each encoder by slot.
+        model: `dtype`, `text_length`, `still_condition` where it is set, and the sizes of each encoder by
+            slot.
         hashes: Hash of each encoder's record in the weight store by slot, or "random".
     """
 
@@ -64,10 +65,13 @@ class Encoders:
         """
         slots = [slot for slot in ENCODERS if slot in model.networks]
         hashes = {} if weights is None else record_hashes(weights)
-        sizes = model.to_config()
+        sizes, transformer = model.to_config(), model.transformer
+        # Metadata of earlier records lack this setting.
+        still = {"still_condition": True} if transformer.still_condition else {}
         return cls(
             as_json(
-                {"dtype": model.dtype, "text_length": model.transformer.text_length}
+                {"dtype": model.dtype, "text_length": transformer.text_length}
+                | still
                 | {slot: sizes[slot] for slot in slots}
             ),
             {slot: hashes[slot] if hashes else "random" for slot in slots},

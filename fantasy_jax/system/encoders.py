@@ -139,9 +139,9 @@ def encode_motion(
 
 
 def first_frame_latents(
-    vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int, at_once: int = 1
+    vae: WanVAE, pixels: Float[Array, "B H W 3"], num_frames: int, *, still: bool, at_once: int = 1
 ) -> Float[Array, "B F h w C"]:
-    """Latents of images followed by mid-grey frames, which are not zero latents.
+    """Latents of each image followed by mid-grey frames, which are not zero latents, or by itself.
 
     They are replicated over the mesh axes that share a clip, as the transformer takes them.
 
@@ -149,22 +149,24 @@ def first_frame_latents(
         vae: The VAE.
         pixels: The images, in [-1, 1].
         num_frames: Frames with the image.
+        still: Whether each image is repeated in all frames (`WanConfig.still_condition`).
         at_once: As of `WanVAE.encode`.
     """
-    batch, *image = pixels.shape
-    grey = jnp.zeros((batch, num_frames - 1, *image), pixels.dtype)
-    video = jnp.concatenate([pixels[:, None], grey], axis=1)
+    first = pixels[:, None]
+    after = jnp.repeat(first if still else jnp.zeros_like(first), num_frames - 1, axis=1)
+    video = jnp.concatenate([first, after], axis=1)
     return constrain(vae.encode(video, at_once).astype(jnp.float32), "batch", None, None, None, None)
 
 
-first_frame_program = jax.jit(first_frame_latents, static_argnums=(2, 3))
+first_frame_program = jax.jit(first_frame_latents, static_argnames=("num_frames", "still", "at_once"))
 """`first_frame_latents` as one compiled program."""
 
 
 def encode_first_frame(
-    vae: WanVAE, pixels: Float[Array, "1 H W 3"], num_frames: int
+    networks: Networks, pixels: Float[Array, "1 H W 3"], num_frames: int
 ) -> Float[Array, "1 F h w C"]:
     """Runs `first_frame_program` on as many latent frames at once as memory allows."""
+    vae, still = networks["vae"], networks.config.transformer.still_condition
     latent_size = [side // vae.config.spatial_factor for side in pixels.shape[1:3]]
     at_once = encoded_at_once(vae, latent_size, latent_frames(num_frames), free_bytes())
-    return first_frame_program(vae, pixels, num_frames, at_once)
+    return first_frame_program(vae, pixels, num_frames=num_frames, still=still, at_once=at_once)

@@ -163,7 +163,7 @@ def first_frame_condition(latents: Float[Array, "B F h w C"]) -> Float[Array, "B
     """The transformer's first-frame condition: four channels of mask, then the latents.
 
     Args:
-        latents: Latents of the first frame followed by grey frames (`system.encoders.first_frame_latents`).
+        latents: Those of `system.encoders.first_frame_latents`.
 
     Returns:
         E = 4 + C channels; the mask is one in the first latent frame and zero after it.

@@ -189,12 +189,17 @@ def random_networks(config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0)
     Raises:
         ConfigError: The tokenizer has more tokens than the text encoder.
     """
+    check_vocabulary(config, tokenizer)
+    return Networks(config, RandomLoader(seed), lambda: tokenizer)
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises a ConfigError if a tokenizer has more tokens than the text encoder."""
     if config.text_encoder is not None and len(tokenizer) > config.text_encoder.vocab_size:
         raise ConfigError(
             f"model.text_encoder.vocab_size ({config.text_encoder.vocab_size}) must be at least the "
             f"tokenizer's {len(tokenizer)} tokens; set --config.model.text_encoder.vocab_size"
         )
-    return Networks(config, RandomLoader(seed), lambda: tokenizer)
 
 
 class RandomLoader:

@@ -61,8 +61,9 @@ def finetune(
         The trained store.
 
     Raises:
-        ConfigError: The records were made with another VAE, motion encoder, size, length, frame rate or
-            motion normaliser; or a stage trains a transformer whose weights have 8 bits.
+        ConfigError: The records were made with another VAE, motion encoder, first-frame condition, size,
+            length, frame rate or motion normaliser; or a stage trains a transformer whose weights have 8
+            bits.
         WeightsError: The store is missing, damaged, or of another model or pipeline.
     """
     check_writable_store(store := workdir / "weights")
@@ -71,7 +72,7 @@ def finetune(
     mesh = make_mesh(**config.mesh.axes)
     _check_base(weights, model, config, mesh)
     hashes = record_hashes(weights)
-    _check_records(records, weights, hashes, video)
+    _check_records(records, weights, hashes, video, model)
     stages = train_stages(
         networks,
         records,
@@ -112,9 +113,9 @@ def _check_base(weights: Path, model: ModelConfig, config: StagesConfig, mesh: M
 
 
 def _check_records(
-    records: Sequence[Path], weights: Path, hashes: dict[str, str], video: VideoConfig
+    records: Sequence[Path], weights: Path, hashes: dict[str, str], video: VideoConfig, model: ModelConfig
 ) -> None:
-    """Raises a ConfigError if records' metadata disagree with the store, the clips or each other."""
+    """Raises a ConfigError if records' metadata disagree with the store, the config or each other."""
     wanted = {"video": as_json(video), "vae": hashes["vae"]}
     if "motion_encoder" in hashes:
         wanted["hashes"] = {"motion_encoder": hashes["motion_encoder"]}
@@ -122,6 +123,12 @@ def _check_records(
         wanted["motion"] = MotionNormaliser.load(normaliser)
     for folder in records:
         check_metadata(folder, wanted)
+        still = read_metadata(folder).get("model", {}).get("still_condition", False)
+        if still != model.transformer.still_condition:
+            raise ConfigError(
+                f"{folder}: still_condition of these records is {still}, but model.transformer."
+                f"still_condition is {not still}; change the config, or remake the records"
+            )
         # The datasets that follow may have another size, and must have the meaning of the first one's motion.
         wanted["video"] = {name: wanted["video"][name] for name in ("num_frames", "fps")}
         wanted.setdefault("motion", read_metadata(folder).get("motion", {}))

@@ -79,7 +79,8 @@ def export_weights(
 
     write_safetensors(output, specs, tensors())
     kind = f"{chosen.name} keys, {total:,} bytes of {record['dtype']}"
-    return f"{output}: {len(specs)} tensors of {component.name}, {kind}"
+    lost = "; the keys do not hold still_condition" if getattr(config, "still_condition", False) else ""
+    return f"{output}: {len(specs)} tensors of {component.name}, {kind}{lost}"
 
 
 def _item(entry: Entry) -> str:
