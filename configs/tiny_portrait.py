@@ -5,8 +5,8 @@ both, from scratch:
 
     .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/tiny
 
-The weights are in `portrait/weights`. With `--config.train.initial=DIR` it begins with the VAE and the transformer
-of the talking miniature.
+The weights are in `portrait/weights`. With `--config.train.initial=DIR` it begins with the VAE and the
+transformer of the talking miniature.
 
 `configs/tiny_portrait.py:quick` is the same with fewer clips and steps.
 """
