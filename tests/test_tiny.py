@@ -125,7 +125,7 @@ def generating_once(held_out):
 @pytest.mark.slow
 def test_controls_keep_identity_and_scale_motion(pipeline, optimized_steps, monkeypatch):
     monkeypatch.setattr(controls, "SETTINGS", (0.0, 0.5, 1.0))
-    held_out = generating_once(held_out_clips(pipeline, 32))
+    held_out = generating_once(held_out_clips(pipeline, 64))
     # The picture in every frame of the condition keeps the identity, and leaves the adapter nothing to add.
     found = controls.identity(held_out)
     assert found["identity"].mean > 0.97
