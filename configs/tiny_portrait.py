@@ -3,7 +3,7 @@
 Clips of one person have the size of those of `configs/tiny.py`, clips of two are twice as wide. Training on
 both, from scratch:
 
-    .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/tiny
+    .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/portrait
 
 The weights are in `portrait/weights`. With `--config.train.initial=DIR` it begins with the VAE and the
 transformer of the talking miniature.

@@ -1,9 +1,9 @@
 """Encoded clips: precomputed latents and embeddings, the frozen encoders' outputs, computed once.
 
-A record holds the latents of the video, those of the first-frame condition, and the
-tokens of image and prompt. A lip mask, on the latent grid, and the waveform, for the audio of samples, are
-there where the clip has them, and so are intensities of motion. The rest follows from the model's encoders:
-speech features; features of the first frame's face; and for portraits `expression` `[N, T, M]`, the motion
+A record holds the latents of the video, those of the first-frame condition, and the tokens of image and
+prompt. A lip mask, on the latent grid, and the waveform, for the audio of samples, are there where the
+clip has them, and so are intensities of motion. The rest follows from the model's encoders: speech
+features; features of the first frame's face; and for portraits `expression` `[N, T, M]`, the motion
 features of N people, `labels` `[F, S]`, the person that each video token shows (1, 2, ..., or 0 for the
 background), and `owners` `[N]`, the label of the person that each belongs to (n + 1, or -1 for padding).
 """

@@ -234,6 +234,8 @@ class MiniatureTrainer:
         for people in self.config.people:
             check_unchanged(encoded_folder(self._encoded(people)), self.settings(people))
         networks = initial_networks(self.model, seed=self.config.loop.seed, stored=self.stored)
+        # Read once; the transformer is read for each training that begins with it.
+        networks = networks.replace(**{x: networks[x] for x in ENCODERS.values() if x in self.taken})
         write = partial(write_clips, video=self.video, directory=self.workdir / "data")
         with cli.timed("Clips"):
             shown = write(self.encoder_data) if self.encoders else None
