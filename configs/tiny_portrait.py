@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ConfigError(f"tiny_portrait.py:{variant}: no such variant; there is quick")
     quick, talking = variant == "quick", tiny.get_config(variant)
     stage = StageConfig(
-        num_steps=2000 if quick else 6000,
+        num_steps=1500 if quick else 3500,
         dropout=0.2,
         timesteps="logit_normal",
         shift=3.0,

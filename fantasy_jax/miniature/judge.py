@@ -142,7 +142,7 @@ def train_judge(config: JudgeConfig, size: int, folder: Path, mesh: Mesh) -> Jud
     task = TrainingTask(
         "judge",
         MotionRegressor(encoder, rngs=nnx.Rngs(config.seed)),
-        partial(motion_loss, person_weight=config.stage.person_weight),
+        motion_loss,
         partial(motion_batches, size, crop_size, config.stage),
         config.stage.batch_size,
         config.stage.num_steps,

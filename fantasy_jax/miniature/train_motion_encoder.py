@@ -2,8 +2,8 @@
 
 PD-FGC's encoder is trained to drive a generator of faces (arXiv 2211.14506). The small one is trained to
 predict the factors of synthetic faces instead, by a linear read-out of each of its heads. Every example shows
-another face, so that what distinguishes people does not help, and features that correlate with numbers of the
-face are penalised.
+another face, so that what distinguishes people does not help. What the mouth's features still hold of it is
+erased after the training.
 """
 
 import itertools
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fantasy_jax.config import Fraction, NonNegativeFloat, PositiveInt
+from fantasy_jax.config import Fraction, PositiveInt
 from fantasy_jax.miniature.acting import Performance, draw_still
+from fantasy_jax.miniature.erasure import erasing_projection
 from fantasy_jax.miniature.faces import SyntheticFace, acting_face, draw_face, stack_faces
 from fantasy_jax.miniature.rendering import face_points, render_batch
 from fantasy_jax.miniature.stage import EncoderStageConfig, initialise_norms
-from fantasy_jax.models.motion_encoder import MotionEncoder, MotionParts
+from fantasy_jax.models.motion_encoder import MotionEncoder
 from fantasy_jax.preprocessing.driving import align_face
 from fantasy_jax.preprocessing.images import from_uint8
 from fantasy_jax.training.optim import OptimizerConfig
@@ -41,11 +42,11 @@ PERSON = (
     "glasses",
 )
 """The numbers of a face that tell who it is."""
-_TRAINING, _NORMS, _SCALES = (3, 0), (3, 1), (3, 2)
+_TRAINING, _NORMS, _SCALES, _ERASED = (3, 0), (3, 1), (3, 2), (3, 3)
 """Parts of the seeds, apart from those of clips, of what is drawn: examples, and faces for statistics."""
 _OPEN = 2.0
 """Initial bias before the ReLU of the encoder's single channel, which is about normal: few are below 0."""
-_NORM_FACES, _SCALE_ACTS = 256, 4096
+_NORM_FACES, _SCALE_ACTS, _ERASED_BATCHES, _ERASED_BATCH = 256, 4096, 16, 64
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,6 @@ class MotionStageConfig(EncoderStageConfig):
         optimizer: The optimizer.
         jitter: Standard deviation of random errors of the points, as a fraction of the distance of the eyes.
         light: Standard deviation of the relative brightness.
-        color: Standard deviation of the relative brightness of each color channel, beside that of all.
-        person_weight: Weight of the penalty on features that correlate with numbers of the face.
     """
 
     num_steps: PositiveInt = 2500
@@ -67,8 +66,6 @@ class MotionStageConfig(EncoderStageConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=100)
     jitter: Fraction = 0.03
     light: Fraction = 0.12
-    color: Fraction = 0.15
-    person_weight: NonNegativeFloat = 12.0
 
 
 class MotionRegressor(nnx.Module):
@@ -89,14 +86,7 @@ class MotionRegressor(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B _"]]:
         """The factors that are read from each head, in the order of `HEADS`, in deviations."""
-        return self.read(self.parts(pixels))
-
-    def parts(self, pixels: Float[Array, "B H W 3"]) -> MotionParts:
-        """The features of the heads."""
-        return self.encoder.parts(self.encoder.face_feature(pixels))
-
-    def read(self, parts: MotionParts) -> dict[str, Float[Array, "B _"]]:
-        """The factors that are read from the features of each head."""
+        parts = self.encoder.parts(self.encoder.face_feature(pixels))
         return {head: readout(getattr(parts, head)) for head, readout in self.readouts.items()}
 
 
@@ -131,7 +121,6 @@ def draw_stills(
     crop_size: int,
     jitter: float = 0.0,
     light: float = 0.0,
-    color: float = 0.0,
     unseen: bool = False,
 ) -> Stills:
     """Draws and renders a person for each random generator.
@@ -142,7 +131,6 @@ def draw_stills(
         crop_size: Height and width of the aligned faces.
         jitter: As in `MotionStageConfig`.
         light: As in `MotionStageConfig`.
-        color: As in `MotionStageConfig`.
         unseen: Whether faces are from just outside the usual ranges.
     """
     people = [acting_face(draw_face(rng, unseen=unseen)) for rng in generators]
@@ -156,8 +144,7 @@ def draw_stills(
         points = (face_points(face, act)[0].astype(np.float64) + 1) * size / 2
         points += jitter * np.linalg.norm(points[0] - points[1]) * rng.normal(size=points.shape)
         crop = align_face(frame, points, crop_size)
-        gains = 1 + light * rng.normal() + color * rng.normal(size=3)
-        crops.append(np.clip(crop * gains, 0, 255).astype(np.uint8))
+        crops.append(np.clip(crop * (1 + light * rng.normal()), 0, 255).astype(np.uint8))
     return Stills(people, acts, np.stack(crops))
 
 
@@ -192,15 +179,9 @@ def motion_batches(
     for step in itertools.count(start):
         generators = [np.random.default_rng([seed, *_TRAINING, step, row]) for row in needed]
         stills = draw_stills(
-            generators,
-            size=size,
-            crop_size=crop_size,
-            jitter=config.jitter,
-            light=config.light,
-            color=config.color,
+            generators, size=size, crop_size=crop_size, jitter=config.jitter, light=config.light
         )
-        factors = (stills.factors() - means) / deviations
-        yield {"faces": stills.crops, "factors": factors, "person": stills.numbers()}
+        yield {"faces": stills.crops, "factors": (stills.factors() - means) / deviations}
 
 
 def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, " R"]]:
@@ -210,33 +191,18 @@ def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, 
     return values.mean(axis=0).astype(np.float32), values.std(axis=0).astype(np.float32)
 
 
-def motion_loss(
-    regressor: MotionRegressor, batch: Batch, keys: Array, *, person_weight: float
-) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the factors, in deviations, and the penalty on features that tell who it is.
-
-    The penalty is the mean over features and numbers of the face of squared correlations in the batch, or in
-    its part where gradients are accumulated. The norms use the same statistics.
-    """
+def motion_loss(regressor: MotionRegressor, batch: Batch, keys: Array) -> tuple[Float[Array, ""], Metrics]:
+    """Mean squared error of the factors, in deviations. The norms use the statistics of the batch."""
     regressor = nnx.clone(regressor)  # the norms of the copy note statistics, which are not used
     regressor.train()
+    predicted = regressor(from_uint8(batch["faces"]))
     target = dict(zip(READ, jnp.asarray(batch["factors"]).T, strict=True))
-    parts = regressor.parts(from_uint8(batch["faces"]))
     errors = {
         f"{head}/{name}": jnp.square(values[:, i] - target[name]).mean()
-        for head, values in regressor.read(parts).items()
+        for head, values in predicted.items()
         for i, name in enumerate(HEADS[head])
     }
-    features = jnp.concatenate([getattr(parts, head) for head in HEADS], axis=-1)
-    person = jnp.square(correlations(features, jnp.asarray(batch["person"]))).mean()
-    loss = jnp.stack(list(errors.values())).mean() + person_weight * person
-    return loss, errors | {"person": person}
-
-
-def correlations(one: Float[Array, "B M"], other: Float[Array, "B I"]) -> Float[Array, "M I"]:
-    """Pearson correlations over a batch of each column of one array with each column of another."""
-    one, other = ((x - x.mean(axis=0)) * jax.lax.rsqrt(x.var(axis=0) + 1e-8) for x in (one, other))
-    return one.T @ other / len(one)
+    return jnp.stack(list(errors.values())).mean(), errors
 
 
 def finish_norms(encoder: MotionEncoder, size: int, seed: int) -> None:
@@ -250,3 +216,31 @@ def finish_norms(encoder: MotionEncoder, size: int, seed: int) -> None:
     generators = [np.random.default_rng([seed, *_NORMS, i]) for i in range(_NORM_FACES)]
     faces = draw_stills(generators, size=size, crop_size=encoder.config.image_size).crops
     initialise_norms(encoder, faces)
+
+
+def erase_person(encoder: MotionEncoder, size: int, seed: int) -> None:
+    """Takes out of the mouth's features what tells who it is, beside the factors that are read from them.
+
+    No output of a loss asks for it, yet the wide head of the mouth lets through the size of the face and its
+    colors. The features are projected (`erasing_projection`), by the last layer of the head.
+
+    Args:
+        encoder: The trained encoder, whose norms are set.
+        size: Height and width of the pictures.
+        seed: Seed of the people.
+    """
+    features, factors, numbers = [], [], []
+    wanted = [READ.index(name) for name in HEADS["mouth"]]
+    encode = nnx.jit(lambda encoder, faces: encoder.parts(encoder.face_feature(from_uint8(faces))).mouth)
+    for start in range(0, _ERASED_BATCHES * _ERASED_BATCH, _ERASED_BATCH):
+        generators = [np.random.default_rng([seed, *_ERASED, start + i]) for i in range(_ERASED_BATCH)]
+        stills = draw_stills(generators, size=size, crop_size=encoder.config.image_size)
+        features.append(np.asarray(encode(encoder, stills.crops)))
+        factors.append(stills.factors()[:, wanted])
+        numbers.append(stills.numbers())
+    shown = np.concatenate(features).astype(np.float64)
+    projection = erasing_projection(shown, np.concatenate(numbers), kept=np.concatenate(factors))
+    mean, layer = shown.mean(axis=0), encoder.heads["mouth"].dense2
+    layer.kernel[...] = jnp.asarray(np.asarray(layer.kernel[...]) @ projection, layer.kernel.dtype)
+    moved = (np.asarray(layer.bias[...]) - mean) @ projection + mean
+    layer.bias[...] = jnp.asarray(moved, layer.bias.dtype)

@@ -40,6 +40,7 @@ from fantasy_jax.miniature.train_face_encoder import FacePairs, FaceStageConfig,
 from fantasy_jax.miniature.train_motion_encoder import (
     MotionRegressor,
     MotionStageConfig,
+    erase_person,
     finish_norms,
     motion_batches,
     motion_loss,
@@ -318,9 +319,9 @@ class MiniatureTrainer:
         encoder = networks["motion_encoder"]
         regressor = MotionRegressor(encoder, rngs=nnx.Rngs(seed))
         examples = partial(motion_batches, size, encoder.config.image_size, config)
-        loss = partial(motion_loss, person_weight=config.person_weight)
-        trained = self._train("motion", regressor, loss, examples, config).encoder
+        trained = self._train("motion", regressor, motion_loss, examples, config).encoder
         finish_norms(trained, size, seed)
+        erase_person(trained, size, seed)
         return networks.replace(motion_encoder=trained)
 
     def _train_face_detector(self, networks: Networks, clips: Path) -> Networks:
