@@ -19,6 +19,7 @@ from fantasy_jax import cli, media
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import atomic_write, check_outputs
 from fantasy_jax.typing import Float, UInt8
+from fantasy_jax.video import SAMPLE_RATE
 
 EXAMPLES = """\
 examples:
@@ -82,6 +83,8 @@ def _draw_row(row: Row) -> UInt8[np.ndarray, "H 1000 3"]:
         above = _driving_frames(row.drivers, fps, chosen, step - _GAP)
     else:
         sound = media.read_audio(row.result, seconds=len(video) / fps)
+        lasting = round(len(video) / fps * SAMPLE_RATE)  # of the frames below
+        sound = np.pad(sound[:lasting], (0, max(lasting - len(sound), 0)))
         above = [waveform(sound, count * step - _GAP, _WAVEFORM)]
     below = [_fit(video[i], step - _GAP) for i in chosen]
     middle = _TITLE + len(above[0]) + _GAP
@@ -168,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     rows = [parse_row(text) for text in arguments.row]
+    if Path(arguments.output).suffix.lower() != ".png":
+        raise ConfigError(f"{arguments.output}: the picture is a PNG; give a name that ends with .png")
     check_outputs([arguments.output], [path for row in rows for path in (row.result, *row.drivers)])
     drawn = draw(rows)
     with atomic_write(arguments.output) as partial:

@@ -1,17 +1,17 @@
-r"""FantasyPortrait's table 3 in small: what the parts of its method give.
+r"""Ablation of FantasyPortrait's method in the miniature, as in table 3 of the paper.
 
 Source: arXiv 2507.12956, section 4 (the arms) and section 3 (the parts).
 
 All arms start from one checkpoint, the base, of what they have in common: the projected tokens alone, and
-clips of one person. So no arm has ever been trained with what it is said to lack. The base, of all seeds, can
-begin with the talking miniature's transformer (`train.initial`). In the workdir of the portrait's training,
-clips, encoders and VAE are taken over:
+clips of one person. So no arm has ever been trained with what it is said to lack. For every seed, the base
+can begin with the talking miniature's transformer (`train.initial`). In the workdir of the portrait's
+training, and with the same initial store, clips, encoders and VAE are taken over:
 
     .venv/bin/python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py \
-        --workdir=out/portrait
+        --workdir=out/portrait --config.train.initial=fantasy_jax/assets/tiny
 
 Below the folder of the transformer's training, `ablation/seed_N/` has the folders of base and arms, each with
-checkpoints and logs. The same command resumes.
+checkpoints and logs. The same command resumes trainings, and measures all arms again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +31,7 @@ from fantasy_jax.files import check_outputs
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.driven import DrivenClips
 from fantasy_jax.miniature.held_out import Figure, write_figures
+from fantasy_jax.miniature.judge import Judge
 from fantasy_jax.miniature.reenactment import (
     COLUMNS,
     Control,
@@ -38,10 +39,11 @@ from fantasy_jax.miniature.reenactment import (
     add_measuring_arguments,
     cells,
     drive,
-    measuring_tools,
+    trained_judge,
 )
 from fantasy_jax.miniature.train_transformer import initial_networks
 from fantasy_jax.miniature.trainer import MiniatureConfig, MiniatureTrainer
+from fantasy_jax.models.face_encoder import FaceEncoder
 from fantasy_jax.models.wan import WanTransformer
 from fantasy_jax.performance.cache import keep_compiled_programs
 from fantasy_jax.pipelines.config import PortraitSampleConfig
@@ -52,13 +54,15 @@ from fantasy_jax.training.loop import lock_workdir
 from fantasy_jax.training.stages import train_stages
 from fantasy_jax.video import VideoConfig
 from fantasy_jax.weights.inspect import store_origins, store_paths
+from fantasy_jax.weights.loading import stored_network
 
 EXAMPLES = """\
 examples:
-  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/portrait
+  python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/portrait \\
+      --config.train.initial=fantasy_jax/assets/tiny --json=out/ablation.json
   three seeds, and the table of two arms only:
   python -m fantasy_jax.miniature.ablation --config=configs/tiny_portrait.py --workdir=out/portrait \\
-      --seed=0 --seed=1 --seed=2 --only=full --only=no-mca --json=out/ablation.json
+      --config.train.initial=fantasy_jax/assets/tiny --seed=0 --seed=1 --seed=2 --only=full --only=no-mca
 """
 
 Measured = dict[int, list[Control]]
@@ -128,31 +132,34 @@ ARMS = {
 class Ablation:
     """Trains and measures arms, for one seed after another."""
 
-    def __init__(
-        self,
-        trainer: MiniatureTrainer,
-        config: AblationConfig,
-        measure: Callable[[Arm, Networks, WanTransformer], dict[int, Control]],
-    ):
+    def __init__(self, trainer: MiniatureTrainer, config: AblationConfig):
         """Makes what all arms are trained on, unless it is there.
 
         Args:
             trainer: The portrait's training, on clips of one person among others.
             config: Lengths of the trainings.
-            measure: Returns the figures of an arm by the number of people.
 
         Raises:
             ConfigError: The workdir holds a part that was made with other settings.
         """
-        self.trainer, self.config, self._measure = trainer, config, measure
+        self.trainer, self.config = trainer, config
         self.networks, self._encoded = trainer.prepare()
 
-    def run(self, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Measured]:
+    def run(
+        self,
+        names: Sequence[str],
+        seeds: Sequence[int],
+        measure: Callable[[Arm, Networks, WanTransformer], dict[int, Control]],
+    ) -> Iterator[dict[str, Measured]]:
         """Trains and measures arms, or takes over what has been trained.
 
         Args:
             names: Which of `ARMS`.
             seeds: Seeds of initial weights and training; clips and encoders remain.
+            measure: Returns the figures of an arm by the number of people.
+
+        Yields:
+            The figures so far, after each arm.
         """
         results: dict[str, Measured] = {name: {} for name in names}
         for seed in seeds:
@@ -163,9 +170,9 @@ class Ablation:
                 if source not in trained:
                     trained[source] = self._train(ARMS[source], source, seed, self.config.arm_steps, base)
                 with cli.timed(f"{name}, seed {seed}"):
-                    for people, control in self._measure(ARMS[name], self.networks, trained[source]).items():
+                    for people, control in measure(ARMS[name], self.networks, trained[source]).items():
                         results[name].setdefault(people, []).append(control)
-        return results
+                yield results
 
     def _train(
         self, arm: Arm, name: str, seed: int, steps: int, base: WanTransformer | None = None
@@ -175,9 +182,13 @@ class Ablation:
         config, model = trainer.config, arm_model(trainer.model, arm)
         people = arm.people or config.people
         stage = replace(config.stages[0], num_steps=steps)
-        loop = replace(config.loop, seed=seed, sample_every=0)
+        # An arm does not see the batches and the noise of the base again.
+        drawn = seed if base is None else int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+        loop = replace(config.loop, seed=drawn, sample_every=0)
         shares = config.shares if people == config.people else ()
-        decided = {"base_steps": self.config.base_steps} if base is not None else {}
+        lengths = {"base_steps": self.config.base_steps}
+        if base is not None:
+            lengths["arm_steps"] = steps
         stages = train_stages(
             self.networks.replace(transformer=initial(model, seed, base=base, stored=trainer.stored)),
             [self._encoded[count] for count in people],
@@ -186,11 +197,7 @@ class Ablation:
             fps=trainer.video.fps,
             sampling=trainer.sampling,
             config=replace(config, stages=(stage,), shares=shares, loop=loop),
-            settings={
-                **{str(count): trainer.transformer_settings(count) for count in people},
-                "model": {"expression_adapter": model.expression_adapter},
-                "ablation": decided,
-            },
+            settings=trainer.transformer_settings(*people) | {"model": model, "ablation": lengths},
         )
         ((_, transformer),) = stages
         return transformer
@@ -209,7 +216,7 @@ def initial(
     Args:
         model: Sizes.
         seed: Seed of random weights.
-        base: Transformer whose weights it has where their names and shapes are equal.
+        base: Transformer whose parameters it has where their names are equal.
         stored: Networks of the initial store.
     """
     transformer = initial_networks(model, seed=seed, stored=stored)["transformer"]
@@ -265,7 +272,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_argument(parser)
     add_measuring_arguments(parser)
     parser.add_argument(
-        "--only", action="append", choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (default: all)"
+        "--only",
+        action="append",
+        choices=ARMS,
+        metavar="ARM",
+        help=f"arm that is trained and measured, of {', '.join(ARMS)}; may be repeated (default: all)",
     )
     parser.add_argument(
         "--clips", type=cli.integer(2), default=64, metavar="N", help="clips that are measured (default: 64)"
@@ -279,18 +290,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments, config = cli.parse(parser, argv)
-    read = [*cli.config_files(arguments.config, config), *store_paths(arguments.faces)]
-    check_outputs([arguments.json], read)
+    names = list(dict.fromkeys(arguments.only or _measured_arms(arguments.people)))
+    if unmeasured := set(names) - set(_measured_arms(arguments.people)):
+        raise ConfigError(
+            f"--only={sorted(unmeasured)[0]}: is not measured with the numbers of people of --people"
+        )
+    seeds = list(dict.fromkeys(arguments.seed or [0]))
     workdir = Path(arguments.workdir)
     trainer = _trainer(workdir, config)
+    stores = [arguments.faces, *filter(None, [trainer.config.initial])]
+    read = [*cli.config_files(arguments.config, config), *(x for store in stores for x in store_paths(store))]
+    check_outputs([arguments.json], read)
+    if "no-med" in names and trainer.config.people == ARMS["no-med"].people:
+        raise ConfigError("train.people: no clips have several people; leave out the arm no-med (--only)")
+    face_encoder = stored_network(arguments.faces, "face_encoder")
     keep_compiled_programs()
+    results: dict[str, Measured] = {}
     with full_disk_reported(workdir), lock_workdir(workdir):
-        measure = _Measurement(arguments, config)
-        ablation = Ablation(trainer, section(AblationConfig, config, "ablation"), measure)
-        results = ablation.run(arguments.only or list(ARMS), arguments.seed or [0])
+        ablation = Ablation(trainer, section(AblationConfig, config, "ablation"))
+        measure = _Measurement(arguments, config, (trained_judge(workdir, config), face_encoder))
+        for results in ablation.run(names, seeds, measure):
+            if arguments.json:
+                write_figures(results, arguments.json)
     print(table(results))
-    if arguments.json:
-        write_figures(results, arguments.json)
+    print("After +-: the standard error over clips" + (", and that over seeds" if len(seeds) > 1 else ""))
+
+
+def _measured_arms(people: Sequence[int] | None) -> list[str]:
+    """The arms of which any of these numbers of people, or of all, is measured."""
+    return [name for name, arm in ARMS.items() if set(arm.measured) & set(people or arm.measured)]
 
 
 def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
@@ -300,6 +328,8 @@ def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
     training = section(MiniatureConfig, config, "train")
     if 1 not in training.people:
         raise ConfigError(f"train.people is {training.people}; the base is trained on clips of 1 person")
+    if len(training.stages) != 1:
+        raise ConfigError(f"train.stages: there are {len(training.stages)}; arms are trained in one")
     if training.initial and "expression_adapter" in store_origins(training.initial):
         raise ConfigError(
             f"train.initial: the transformer in {training.initial} was trained with what arms are without; "
@@ -317,11 +347,10 @@ def _trainer(workdir: Path, config: Any) -> MiniatureTrainer:
 
 
 class _Measurement:
-    """Measures arms; clips and the judge are made for the first and kept for all."""
+    """Measures arms; clips are made for the first and kept for all."""
 
-    def __init__(self, arguments: Any, config: Any):
-        self._arguments, self._config = arguments, config
-        self._tools = measuring_tools(arguments, config)
+    def __init__(self, arguments: Any, config: Any, tools: tuple[Judge, FaceEncoder]):
+        self._arguments, self._config, self._tools = arguments, config, tools
         self._made: dict[int, tuple[DrivenClips, Reenactment]] = {}
 
     def __call__(self, arm: Arm, networks: Networks, transformer: WanTransformer) -> dict[int, Control]:

@@ -1,6 +1,8 @@
 """How well the miniature's face detector finds people who were never seen, alone and beside others.
 
-.venv/bin/python -m fantasy_jax.miniature.detection_probe --config=configs/tiny_portrait.py
+Pictures show one, two and three people, and one with a face from outside the range of the training:
+
+    .venv/bin/python -m fantasy_jax.miniature.detection_probe --config=configs/tiny_portrait.py
 """
 
 from collections.abc import Sequence

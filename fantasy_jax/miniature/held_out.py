@@ -1,6 +1,6 @@
-"""Held-out synthetic clips, generated again from their first frame, prompt and audio.
+"""Held-out synthetic clips, generated again from their first frame, prompt and audio or expressions.
 
-Shared by `lip_sync` and `controls`, which compare what is generated with the ground truth.
+Measurements of the miniature compare them with the rendered clips.
 """
 
 import json

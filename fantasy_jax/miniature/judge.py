@@ -20,11 +20,11 @@ from fantasy_jax.miniature.train_motion_encoder import (
     READ,
     MotionRegressor,
     MotionStageConfig,
-    draw_stills,
     factor_statistics,
     finish_norms,
     motion_batches,
     motion_loss,
+    still_batches,
 )
 from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.preprocessing.images import from_uint8
@@ -100,13 +100,13 @@ class Judge:
         return [self.factors.index(name) for name in names if name in self.factors]
 
     def __call__(self, faces: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N K"]:
-        """The factors of aligned faces, in deviations (`train_motion_encoder.factor_statistics`)."""
+        """The factors of aligned faces, in standard deviations (`train_motion_encoder.factor_statistics`)."""
         readings = read_factors(self._regressor, faces)
         return readings[:, [READ.index(name) for name in self.factors]]
 
 
 def read_factors(regressor: MotionRegressor, faces: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N R"]:
-    """The factors `READ` in deviations, each the mean of what is read from the heads that have it."""
+    """The factors `READ` in standard deviations, each the mean of what the heads that have it read."""
     found = []
     for start in range(0, len(faces), _BATCH):
         batch = faces[start : start + _BATCH]
@@ -166,9 +166,7 @@ def explained(regressor: MotionRegressor, size: int) -> dict[str, float]:
     """
     crop_size, (means, deviations) = regressor.encoder.config.image_size, factor_statistics()
     read, known = [], []
-    for start in range(0, _NUM_PEOPLE, _BATCH):
-        generators = [np.random.default_rng([*_PEOPLE, start + i]) for i in range(_BATCH)]
-        stills = draw_stills(generators, size=size, crop_size=crop_size)
+    for stills in still_batches(_PEOPLE, range(_NUM_PEOPLE), "Judge", size=size, crop_size=crop_size):
         read.append(read_factors(regressor, stills.crops))
         known.append((stills.factors() - means) / deviations)
     error = np.square(np.concatenate(read) - np.concatenate(known)).mean(axis=0)

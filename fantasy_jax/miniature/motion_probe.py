@@ -12,7 +12,7 @@ import numpy as np
 
 from fantasy_jax import cli
 from fantasy_jax.miniature.held_out import run_probe
-from fantasy_jax.miniature.train_motion_encoder import READ, draw_stills
+from fantasy_jax.miniature.train_motion_encoder import READ, still_batches
 from fantasy_jax.models.motion_encoder import MotionEncoder
 from fantasy_jax.system.encoders import encode_motion
 from fantasy_jax.typing import Float
@@ -25,7 +25,6 @@ examples:
 
 _SEED = (4, 0)
 """Part of the seeds, apart from those of clips and of training."""
-_BATCH = 64
 
 
 def probe(
@@ -41,8 +40,8 @@ def probe(
         seed: Seed of the people.
 
     Returns:
-        By factor, and by name of the numbers of the face with their mean as `person`: `usual`, of other
-        people from the same ranges, and `unseen`, of people with faces from just outside.
+        By factor, and as `person` the mean over the numbers of the face: `usual`, of other people from the
+        same ranges, and `unseen`, of people with faces from just outside.
     """
     features, known = _features(encoder, size, seed, 0, fitted)
     results: dict[str, dict[str, float]] = {}
@@ -85,9 +84,10 @@ def _features(
 ) -> tuple[Float[np.ndarray, "N M"], Float[np.ndarray, "N R"]]:
     """Features of people, and their factors and numbers; the people are those from number `first` on."""
     features, values = [], []
-    for start in range(first, first + count, _BATCH):
-        generators = [np.random.default_rng([seed, *_SEED, start + i]) for i in range(_BATCH)]
-        stills = draw_stills(generators, size=size, crop_size=encoder.config.image_size, unseen=unseen)
+    people, crop_size = range(first, first + count), encoder.config.image_size
+    for stills in still_batches(
+        (seed, *_SEED), people, "Faces", size=size, crop_size=crop_size, unseen=unseen
+    ):
         features.append(np.asarray(encode_motion(encoder, [stills.crops]))[0, :, 0])
         values.append(np.concatenate([stills.factors(), stills.numbers()], axis=1))
     return np.concatenate(features), np.concatenate(values)

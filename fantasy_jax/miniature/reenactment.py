@@ -7,7 +7,7 @@ acts, in the readings of a judge that nothing is conditioned on:
         --workdir=out/portrait
 
 The judge is trained in minutes, in the folder `judge` of the workdir, unless it is there. Distances are
-shares of chance: of that between the acts of two drivers, by the same face.
+fractions of that between the acts of two drivers, by the same face.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,13 @@ from typing import Any
 import cv2
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fantasy_jax import cli
 from fantasy_jax.config import section
 from fantasy_jax.data.records import Record
 from fantasy_jax.disk import full_disk_reported
+from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.metrics import correlation, psnr
 from fantasy_jax.miniature.acting import FACTORS
 from fantasy_jax.miniature.clips import SyntheticConfig
@@ -70,7 +72,7 @@ class Control:
 
     Attributes:
         expression: Mean absolute difference between the judge's readings of expression of the clip and those
-            of the true answer (AED), as a share of chance.
+            of the true answer (AED), as a fraction of the distance between the acts of two drivers.
         pose: The same of turn and nod (APD).
         gaze: The same of gaze (MAE).
         own: Correlation of opening and smile with those of a person's own driver.
@@ -136,6 +138,11 @@ class Reenactment:
         """The figures of the VAE's reconstruction of the true answers."""
         return self.measure(self._reconstruction)
 
+    def still(self) -> Control:
+        """The figures of the pictures, held still."""
+        pictures = np.stack([picture["video"][:1] for picture in self._driven.pictures])
+        return self.measure(np.repeat(pictures, self._reconstruction.shape[1], axis=1))
+
     def measure(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> Control:
         """The figures of videos of all clips."""
         readings = self._readings(list(videos))
@@ -154,13 +161,9 @@ class Reenactment:
     def _readings(self, videos: Sequence[UInt8[np.ndarray, "T H W 3"]]) -> Float[np.ndarray, "N P T-1 K"]:
         """The judge's readings of every person and frame but the first."""
         size, people = self._judge.image_size, self._driven.people
+        clips = zip(tqdm(videos, desc="Faces", unit="clip"), self._driven.truths, strict=True)
         faces = np.stack(
-            [
-                face
-                for video, truth in zip(videos, self._driven.truths, strict=True)
-                for n in range(people)
-                for face in aligned(video, truth, n, size)
-            ]
+            [face for video, truth in clips for n in range(people) for face in aligned(video, truth, n, size)]
         )
         return self._judge(faces).reshape(len(videos), people, -1, len(self._judge.factors))
 
@@ -247,15 +250,16 @@ def head_motion(
         An affine matrix; that of no motion where nothing fits.
     """
     still = np.eye(2, 3, dtype=np.float32)
+    # The mask is of the picture that is warped, OpenCV's `inputImage`; so the motion is the inverse.
     first, second = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (one, other))
     mask = np.zeros_like(first)
     left, top, right, bottom = np.clip(box, 0, None).astype(int)
     mask[top:bottom, left:right] = 255
     try:
-        _, matrix = cv2.findTransformECC(first, second, still.copy(), cv2.MOTION_EUCLIDEAN, _FIT, mask, 5)
+        _, back = cv2.findTransformECC(second, first, still.copy(), cv2.MOTION_EUCLIDEAN, _FIT, mask, 5)
     except cv2.error:  # it does not converge
         return still.astype(np.float64)
-    centre = (box[:2] + box[2:]) / 2
+    matrix, centre = cv2.invertAffineTransform(back), (box[:2] + box[2:]) / 2
     far = np.linalg.norm(apply_affine(matrix.astype(np.float64), centre[None])[0] - centre)
     return (still if far > _FARTHEST * (box[2] - box[0]) else matrix).astype(np.float64)
 
@@ -295,10 +299,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_json(arguments, config, *store_paths(arguments.faces))
     sampling = section(PortraitSampleConfig, config, "sample")
     networks = load_networks(config, arguments.weights, sampling)
+    face_encoder = stored_network(arguments.faces, "face_encoder")
     keep_compiled_programs()
     workdir = Path(arguments.workdir)
     with full_disk_reported(workdir), lock_workdir(workdir):
-        tools = measuring_tools(arguments, config)
+        tools = trained_judge(workdir, config), face_encoder
     controls: dict[str, Any] = {}
     for people in arguments.people or (1, 2, 3):
         clips, measured = drive(
@@ -307,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"{people} {'person' if people == 1 else 'people'}"
         controls[name] = measured.measure(clips.generate(clips.encoded, name))
         controls[f"{name}, reconstruction"] = measured.floor()
+        controls[f"{name}, still picture"] = measured.still()
     print(table(controls))
     if arguments.json:
         write_figures(controls, arguments.json)
@@ -326,7 +332,7 @@ def drive(
     Args:
         networks: Networks with trained weights.
         config: All settings.
-        tools: What `measuring_tools` returns.
+        tools: The judge, and the face encoder that tells faces apart.
         people: People in each clip.
         count: Number of clips.
         seed: Seed of the initial noise.
@@ -344,7 +350,10 @@ def drive(
 def add_measuring_arguments(parser: cli.ArgumentParser) -> None:
     """Adds the arguments of what measures driven clips."""
     parser.add_argument(
-        "--workdir", metavar="DIR", required=True, help="folder in which the judge is trained"
+        "--workdir",
+        metavar="DIR",
+        required=True,
+        help="workdir, in whose folder `judge` the judge is trained unless it is there",
     )
     parser.add_argument(
         "--faces",
@@ -361,17 +370,20 @@ def add_measuring_arguments(parser: cli.ArgumentParser) -> None:
     )
 
 
-def measuring_tools(arguments: Any, config: Any) -> tuple[Judge, FaceEncoder]:
-    """The judge, which is trained unless it has been, and the face encoder.
+def trained_judge(workdir: Path, config: ConfigDict) -> Judge:
+    """The judge, which is trained unless it has been.
+
+    Args:
+        workdir: Gets the folder of the judge.
+        config: All settings.
 
     Raises:
         ConfigError: A setting is wrong, or the judge reads too few factors.
-        WeightsError: The store has no face encoder.
     """
-    face_encoder = stored_network(arguments.faces, "face_encoder")
-    size = section(VideoConfig, config, "video").height
-    folder = Path(arguments.workdir) / "judge"
-    return train_judge(section(JudgeConfig, config, "judge"), size, folder, make_mesh()), face_encoder
+    judge, size = section(JudgeConfig, config, "judge"), section(VideoConfig, config, "video").height
+    if judge.seed == config.train.loop.seed:
+        raise ConfigError(f"judge.seed is {judge.seed}, that of the motion encoder (train.loop.seed)")
+    return train_judge(judge, size, workdir / "judge", make_mesh())
 
 
 if __name__ == "__main__":

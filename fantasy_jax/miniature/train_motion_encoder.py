@@ -2,8 +2,8 @@
 
 PD-FGC's encoder is trained to drive a generator of faces (arXiv 2211.14506). The small one is trained to
 predict the factors of synthetic faces instead, by a linear read-out of each of its heads. Every example shows
-another face, so that what distinguishes people does not help. What the mouth's features still hold of it is
-erased after the training.
+another face, so that what distinguishes people does not help. After the training, what the mouth's features
+still tell of the person is erased.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from fantasy_jax.config import Fraction, PositiveInt
 from fantasy_jax.miniature.acting import Performance, draw_still
@@ -46,7 +47,9 @@ _TRAINING, _NORMS, _SCALES, _ERASED = (3, 0), (3, 1), (3, 2), (3, 3)
 """Parts of the seeds, apart from those of clips, of what is drawn: examples, and faces for statistics."""
 _OPEN = 2.0
 """Initial bias before the ReLU of the encoder's single channel, which is about normal: few are below 0."""
-_NORM_FACES, _SCALE_ACTS, _ERASED_BATCHES, _ERASED_BATCH = 256, 4096, 16, 64
+_NORM_FACES, _SCALE_ACTS, _ERASED_FACES = 256, 4096, 1024
+_BATCH = 64
+"""Pictures that are drawn and encoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class MotionRegressor(nnx.Module):
         )
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B _"]]:
-        """The factors that are read from each head, in the order of `HEADS`, in deviations."""
+        """The factors that are read from each head, in the order of `HEADS`, in standard deviations."""
         parts = self.encoder.parts(self.encoder.face_feature(pixels))
         return {head: readout(getattr(parts, head)) for head, readout in self.readouts.items()}
 
@@ -148,6 +151,30 @@ def draw_stills(
     return Stills(people, acts, np.stack(crops))
 
 
+def still_batches(
+    seed: Sequence[int],
+    numbers: range,
+    description: str,
+    *,
+    size: int,
+    crop_size: int,
+    unseen: bool = False,
+) -> Iterator[Stills]:
+    """Yields pictures of people, a batch at a time, with a progress bar.
+
+    Args:
+        seed: Seed of the people.
+        numbers: Their numbers, each the last part of a person's seed.
+        description: Label of the progress bar.
+        size: Height and width of the pictures.
+        crop_size: Height and width of the aligned faces.
+        unseen: Whether faces are from just outside the usual ranges.
+    """
+    for start in tqdm(range(0, len(numbers), _BATCH), desc=description, unit="batch"):
+        generators = [np.random.default_rng([*seed, i]) for i in numbers[start : start + _BATCH]]
+        yield draw_stills(generators, size=size, crop_size=crop_size, unseen=unseen)
+
+
 def motion_batches(
     size: int,
     crop_size: int,
@@ -192,7 +219,7 @@ def factor_statistics() -> tuple[Float32[np.ndarray, " R"], Float32[np.ndarray, 
 
 
 def motion_loss(regressor: MotionRegressor, batch: Batch, keys: Array) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the factors, in deviations. The norms use the statistics of the batch."""
+    """Mean squared error of the factors, in standard deviations. The norms use the batch's statistics."""
     regressor = nnx.clone(regressor)  # the norms of the copy note statistics, which are not used
     regressor.train()
     predicted = regressor(from_uint8(batch["faces"]))
@@ -219,10 +246,10 @@ def finish_norms(encoder: MotionEncoder, size: int, seed: int) -> None:
 
 
 def erase_person(encoder: MotionEncoder, size: int, seed: int) -> None:
-    """Takes out of the mouth's features what tells who it is, beside the factors that are read from them.
+    """Removes from the mouth's features what tells people apart, except in the directions of its factors.
 
-    No output of a loss asks for it, yet the wide head of the mouth lets through the size of the face and its
-    colors. The features are projected (`erasing_projection`), by the last layer of the head.
+    The loss does not ask for the size of the face or its colors, nor does it penalise them in so wide a head.
+    The last layer of the head takes up the projection (`erasing_projection`).
 
     Args:
         encoder: The trained encoder, whose norms are set.
@@ -232,9 +259,8 @@ def erase_person(encoder: MotionEncoder, size: int, seed: int) -> None:
     features, factors, numbers = [], [], []
     wanted = [READ.index(name) for name in HEADS["mouth"]]
     encode = nnx.jit(lambda encoder, faces: encoder.parts(encoder.face_feature(from_uint8(faces))).mouth)
-    for start in range(0, _ERASED_BATCHES * _ERASED_BATCH, _ERASED_BATCH):
-        generators = [np.random.default_rng([seed, *_ERASED, start + i]) for i in range(_ERASED_BATCH)]
-        stills = draw_stills(generators, size=size, crop_size=encoder.config.image_size)
+    people, crop_size = range(_ERASED_FACES), encoder.config.image_size
+    for stills in still_batches((seed, *_ERASED), people, "Erasure", size=size, crop_size=crop_size):
         features.append(np.asarray(encode(encoder, stills.crops)))
         factors.append(stills.factors()[:, wanted])
         numbers.append(stills.numbers())

@@ -118,9 +118,9 @@ class MiniatureConfig(StagesConfig):
         acting: Strength of acting in the clips of which encoders are trained; `data.acting` is that of the
             transformer's. Encoders that have seen people act serve both.
         people: People in the clips of each dataset of the transformer's training.
-        initial: Weight store that training begins with. Its encoders, VAE and face detector are taken over;
-            those of speech, face and motion, VAE and face detector are trained where it lacks them. Its
-            transformer, if it has one, is trained on with new adapters. Empty: all are trained from scratch.
+        initial: Weight store to start from. Its encoders, VAE and face detector are taken over; of those of
+            speech, face and motion, VAE and face detector, missing ones are trained. Its transformer, if it
+            has one, is trained further, with new adapters. Empty: all are trained from scratch.
         folder: Folder of the workdir for encoded clips, stages and weights; empty: the workdir itself.
     """
 
