@@ -7,11 +7,12 @@ RUN := $(VENV)/bin/python
 EXAMPLE := fantasy_jax/assets/example
 # Another choice of extras is another stamp, so that it is installed on top.
 comma := ,
+space := $(subst ,, )
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 help:
 	@echo "make install    a virtual environment in $(VENV) with everything that is needed"
-	@echo "make demo       talking videos from what comes with the project: out/demo.mp4, and what its controls do"
+	@echo "make demo       a talking and two acting videos from what comes with the project, in $(DEMO)"
 	@echo "make test       all tests that are quick"
 	@echo "make test-all   all tests, slow ones too"
 	@echo "make lint       style, format and layers of imports"
@@ -27,17 +28,19 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-SAMPLE := sample.py --config=configs/tiny.py --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav
-MEASURE := -m fantasy_jax.evaluation.video --image=$(EXAMPLE)/portrait.png --face=0.19,0.05,0.76,0.80
+DEMO := out/demo
+TALK := sample.py --config=configs/tiny.py
+ACT := sample.py --config=configs/tiny_portrait.py
+DRIVERS := $(EXAMPLE)/driver_1.mp4 $(EXAMPLE)/driver_2.mp4
 
 # With whatever extras are installed; the tests need those of `test`.
 demo: $(or $(wildcard $(VENV)/.installed-*),$(INSTALLED))
-	$(RUN) $(SAMPLE) --output=out/demo.mp4
-	$(RUN) $(MEASURE) out/demo.mp4
-	$(RUN) $(SAMPLE) --output=out/demo_still.mp4 --config.sample.face_motion=0 --config.sample.body_motion=0
-	$(RUN) $(MEASURE) out/demo_still.mp4
-	$(RUN) $(SAMPLE) --output=out/demo_lively.mp4 --config.sample.face_motion=1 --config.sample.body_motion=1
-	$(RUN) $(MEASURE) out/demo_lively.mp4
+	$(RUN) $(TALK) --image=$(EXAMPLE)/portrait.png --audio=$(EXAMPLE)/speech.wav --output=$(DEMO)/talk.mp4
+	$(RUN) -m fantasy_jax.evaluation.video $(DEMO)/talk.mp4 --image=$(EXAMPLE)/portrait.png --face=0.19,0.05,0.76,0.80
+	$(RUN) $(ACT) --image=$(EXAMPLE)/portrait.png --driver=$(firstword $(DRIVERS)) --output=$(DEMO)/act.mp4
+	$(RUN) $(ACT) --image=$(EXAMPLE)/pair.png --size=64x128 $(DRIVERS:%=--driver=%) --output=$(DEMO)/two.mp4
+	$(RUN) -m fantasy_jax.evaluation.panels $(DEMO)/demo.png --row=$(DEMO)/talk.mp4 --row=$(DEMO)/act.mp4,$(firstword $(DRIVERS)) \
+		--row=$(DEMO)/two.mp4,$(subst $(space),$(comma),$(DRIVERS))
 
 test: install
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
@@ -54,4 +57,4 @@ lint: install
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 clean:
-	rm -rf $(VENV) build out *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build $(DEMO) *.egg-info .pytest_cache .ruff_cache

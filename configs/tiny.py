@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
             # A hard lip mask degrades what is outside of the lips.
             StageConfig(
                 audio_attention="frame",
-                num_steps=3000 if quick else 7500,
+                num_steps=3000 if quick else 9700,
                 lip_mask_probability=0.8,
                 outside_lips=0.15,
                 optimizer=optimizer,

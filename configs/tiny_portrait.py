@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ConfigError(f"tiny_portrait.py:{variant}: no such variant; there is quick")
     quick, talking = variant == "quick", tiny.get_config(variant)
     stage = StageConfig(
-        num_steps=1500 if quick else 3500,
+        num_steps=1500 if quick else 2000,
         dropout=0.2,
         timesteps="logit_normal",
         shift=3.0,
@@ -68,7 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
     return to_config_dict(
         {
             "task": "miniature_portrait",
-            "weights": str(BUNDLED) if BUNDLED.is_dir() else "",
+            "weights": str(BUNDLED),
             "video": talking.video,
             "model": small_model(),
             "sample": sample,

@@ -35,15 +35,16 @@ from fantasy_jax.miniature.train_vae import (
 from fantasy_jax.miniature.trainer import TRAININGS, MiniatureConfig, MiniatureTrainer
 from fantasy_jax.miniature.vae import MiniatureVAEConfig
 from fantasy_jax.models.wan import WanTransformer
+from fantasy_jax.pipelines.portrait import BUNDLED as PORTRAIT
 from fantasy_jax.pipelines.talking import BUNDLED
 from fantasy_jax.pipelines.tasks import pipeline_of
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import component_of
 from fantasy_jax.video import VideoConfig
+from fantasy_jax.weights.inspect import store_origins
 from fantasy_jax.weights.loading import stored_network
 
 ROOT = Path(__file__).parent.parent
-ENCODERS = ROOT / "fantasy_jax/assets/tiny_encoders"
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=25)
 
 
@@ -270,6 +271,7 @@ def test_talking_and_portrait_share_the_vae_of_people_who_act(tmp_path):
         ["motion", "detector", "vae"],
     )
     assert talking.encoder_settings("vae") == portrait.encoder_settings("vae")
+    assert store_origins(BUNDLED)["vae"] == store_origins(PORTRAIT)["vae"]
     assert (talking.data.acting, portrait.data.acting) == (0, 1)
     assert clip_settings(talking.encoder_data, 1) == clip_settings(portrait.data, 1)
     assert portrait.config.people == (1, 2)
@@ -279,8 +281,8 @@ def test_talking_and_portrait_share_the_vae_of_people_who_act(tmp_path):
 
 
 def test_sizes_of_stored_encoders_must_be_those_of_the_config(tmp_path):
-    with pytest.raises(WeightsError, match=r"^[^\n]*tiny_encoders[^\n]*vae[^\n]*$"):
-        make_trainer(tmp_path, "tiny.py", model={"vae": {"refiner": 32}}, initial=str(ENCODERS))
+    with pytest.raises(WeightsError, match=r"^[^\n]*assets/tiny/vae[^\n]*$"):
+        make_trainer(tmp_path, "tiny.py", model={"vae": {"refiner": 32}}, initial=str(BUNDLED))
     with pytest.raises(ConfigError, match=r"^train.initial: [^\n]*none of face_detector, [^\n]*$"):
         make_trainer(tmp_path, "tiny_portrait.py", initial=str(tmp_path))
 
@@ -310,19 +312,23 @@ def assert_equal(one, other):
 
 @pytest.mark.slow
 def test_stored_encoders_are_taken_over_and_decide_what_is_encoded(tmp_path):
-    few = {"train_clips": 2, "test_clips": 1}
-    stored = {"data": few, "initial": str(ENCODERS), "people": (1,), "shares": ()}
-    trainer = make_trainer(tmp_path, "tiny_portrait.py", **stored)
+    few, encoders = {"train_clips": 2, "test_clips": 1}, tmp_path / "encoders"
+    encoders.mkdir()
+    for slot in ("vae", "motion_encoder", "face_detector"):
+        (encoders / slot).symlink_to(PORTRAIT / slot)
+    stored = {"data": few, "initial": str(encoders), "people": (1,), "shares": ()}
+    workdir = tmp_path / "work"
+    trainer = make_trainer(workdir, "tiny_portrait.py", **stored)
     assert not trainer.encoders
     networks, encoded = trainer.prepare()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "portrait"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["data", "portrait"]
     for slot in ("vae", "motion_encoder", "face_detector"):
-        assert_equal(networks[slot], stored_network(ENCODERS, slot))
+        assert_equal(networks[slot], stored_network(PORTRAIT, slot))
     assert len(open_split(encoded[1], "train")) == 2
     wanted = initial_networks(trainer.model, seed=0)["transformer"].patch_in.kernel[...]
     np.testing.assert_array_equal(networks["transformer"].patch_in.kernel[...], wanted)
     with pytest.raises(ConfigError, match=r"train\.initial"):
-        make_trainer(tmp_path, "tiny_portrait.py", **stored | {"initial": ""}).prepare()
+        make_trainer(workdir, "tiny_portrait.py", **stored | {"initial": ""}).prepare()
 
 
 def test_vae_stage_config_error():

@@ -39,8 +39,22 @@ def test_each_clip_is_shown_below_what_drives_it(tmp_path, monkeypatch, capsys):
     assert 700 < talk[2] < 920
     with pytest.raises(MediaError):
         main(["out/none.png", "--row=act.mp4"])  # without sound or drivers
+    with pytest.raises(ConfigError, match=r"none\.jpg"):
+        main(["out/none.jpg", "--row=talk.mp4"])
     with pytest.raises(ConfigError, match="--row=a,"):
         parse_row("a,")
+
+
+def test_sound_that_ends_before_the_clip_ends_in_the_picture_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sound = (2000 * np.sin(np.arange(6400) / 5)).astype(np.int16)  # 0.4 s
+    media.write_audio("s.wav", sound, 16_000)
+    frames = np.full((20, 32, 32, 3), (200, 30, 30), np.uint8)  # 0.8 s
+    media.write_video("talk.mp4", frames, 25, lossless=True, audio="s.wav")
+    main(["demo.png", "--row=talk.mp4"])
+    drawn = np.asarray(Image.open("demo.png")).astype(int)[30:70, 90:]
+    loud = (np.abs(drawn - (40, 100, 180)).max(axis=-1) < 8).sum(axis=0) > 5
+    assert 0.4 < np.nonzero(loud)[0].max() / drawn.shape[1] < 0.6
 
 
 def test_a_waveform_has_the_height_of_the_loudest_part():

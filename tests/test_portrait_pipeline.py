@@ -322,7 +322,7 @@ def test_a_store_of_another_pipeline_is_refused(tmp_path, monkeypatch):
     write_pipeline(tmp_path, "FantasyTalkingPipeline", VIDEO, SampleConfig())
     with pytest.raises(WeightsError, match="FantasyTalkingPipeline"):
         FantasyPortraitPipeline.from_pretrained(tmp_path)
-    monkeypatch.setattr(FantasyPortraitPipeline, "bundled", tmp_path / "none")
+    monkeypatch.setattr(FantasyPortraitPipeline, "bundled", None)
     with pytest.raises(ConfigError, match="bundled"):
         FantasyPortraitPipeline.from_pretrained()
 

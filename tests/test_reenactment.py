@@ -218,4 +218,4 @@ def test_arms_are_trained_once_and_measured(tmp_path, monkeypatch, capsys):
     ablation.main(arguments)
     assert [path.stat().st_mtime_ns for path in states] == times
     assert (tmp_path / "figures.json").read_text() == figures
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| full | 2 | ")
+    assert capsys.readouterr().out.splitlines()[-2].startswith("| full | 2 | ")

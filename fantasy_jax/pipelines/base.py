@@ -157,7 +157,7 @@ class Pipeline:
             WeightsError: The store is missing, incomplete, damaged, or of another pipeline; or a LoRA file is
                 missing, damaged or for another transformer.
         """
-        if directory is None and not (cls.bundled and cls.bundled.is_dir()):
+        if directory is None and cls.bundled is None:
             raise ConfigError(f"{cls.__name__}: has no bundled weights; name the folder of a store")
         dtype = dtype or ("float32" if directory is None else "bfloat16")
         directory = cls.bundled if directory is None else Path(directory)

@@ -31,7 +31,7 @@ from fantasy_jax.typing import Array, Float
 from fantasy_jax.video import TEMPORAL_FACTOR
 
 BUNDLED = Path(__file__).parents[1] / "assets/tiny_portrait"
-"""The portrait miniature's weights, where they come with the package."""
+"""The portrait miniature's weights, which come with the package."""
 
 
 class FantasyPortraitPipeline(Pipeline):
