@@ -1,7 +1,7 @@
 """The miniature: everything that the 14B system has, small enough for two CPU cores.
 
 64 x 64 pixels, 17 frames at 25 frames per second. Sampling takes seconds, with the weights that come with the
-project. Training them from scratch takes two hours on two cores:
+project. Training them from scratch takes two and a half hours on two cores:
 
     .venv/bin/python train.py --config=configs/tiny.py --workdir=out/tiny
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from fantasy_jax.config import to_config_dict
 from fantasy_jax.errors import ConfigError
 from fantasy_jax.evaluation.video import USUAL_FACE_BOX
-from fantasy_jax.miniature.audio import RotaryAudioAdapterConfig
+from fantasy_jax.miniature.rotary import RotaryAudioAdapterConfig
 from fantasy_jax.miniature.synthetic import SyntheticConfig
 from fantasy_jax.miniature.train_vae import VAEStageConfig
 from fantasy_jax.miniature.trainer import MiniatureConfig

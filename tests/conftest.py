@@ -1,9 +1,11 @@
 """Every test checks the shapes and types of all signatures at run time."""
 
 import atexit
+import inspect
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from xla_flags import quick_flags
@@ -43,6 +45,18 @@ def highest_precision():
     """Matrix products in full float32, on TPUs and GPUs too."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def optimized_sampling(monkeypatch):
+    """Samples with programs that LLVM optimizes: hundreds of steps take longer than compiling them."""
+    from fantasy_jax.diffusion import sampler
+    from fantasy_jax.miniature import held_out
+
+    optimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    step = inspect.unwrap(sampler.guided_step)
+    monkeypatch.setattr(sampler, "guided_step", optimized(step, static_argnums=(0, 1), donate_argnums=3))
+    monkeypatch.setattr(held_out, "_decode", optimized(lambda vae, latents: vae.decode(latents)))
 
 
 @pytest.fixture

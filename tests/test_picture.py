@@ -6,15 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fantasy_jax.config import section
 from fantasy_jax.evaluation.metrics import border_step
 from fantasy_jax.miniature import picture
 from fantasy_jax.miniature.driven import draw_own
 from fantasy_jax.miniature.vae import windows
 from fantasy_jax.models.halo import Rows
-from fantasy_jax.preprocessing.text import byte_tokenizer
-from fantasy_jax.system.model import ModelConfig
-from fantasy_jax.system.networks import random_networks
 
 
 def test_steps_across_borders_stand_out_in_blocks_and_not_in_a_ramp():
@@ -55,15 +51,11 @@ def test_noise_on_latents_costs_quality_and_the_figures_are_printed_and_written(
 
 @pytest.mark.slow
 def test_people_of_the_portrait_miniature_drive_themselves(tmp_path, monkeypatch):
-    def networks(config, weights, sampling):
-        return random_networks(section(ModelConfig, config, "model"), byte_tokenizer())
-
     def draw(*args, **settings):
         drawn.append(draw_own(*args, **settings))
         return drawn[-1]
 
     drawn = []
-    monkeypatch.setattr(picture, "load_networks", networks)
     monkeypatch.setattr(picture, "draw_own", draw)
     path = tmp_path / "picture.json"
     options = ["--clips=1", "--config.sample.num_inference_steps=1", f"--json={path}"]

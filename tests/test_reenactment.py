@@ -12,19 +12,19 @@ from helpers import normal
 
 from fantasy_jax.config import load_config, section
 from fantasy_jax.errors import ConfigError
-from fantasy_jax.miniature import ablation, reenactment, trainer
+from fantasy_jax.miniature import ablation, judge, reenactment, trainer
 from fantasy_jax.miniature.ablation import (
     ARMS,
     BASE,
     arm_model,
     combine,
+    differences,
     initial,
     table,
     under_official_mask,
 )
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.driven import draw_driven
-from fantasy_jax.miniature.held_out import Figure
 from fantasy_jax.miniature.judge import GROUPS, Judge, JudgeConfig, train_judge
 from fantasy_jax.miniature.reenactment import COLUMNS, Control, Reenactment, head_motion
 from fantasy_jax.miniature.train_motion_encoder import READ, MotionRegressor, MotionStageConfig
@@ -71,22 +71,22 @@ def test_the_truth_is_at_the_floor_another_act_at_chance_and_swapped_people_foll
     measure = Reenactment(driven, truths, DarkMouth(), face_encoder).measure
 
     truth = measure(truths)
-    assert [getattr(truth, group).mean for group in GROUPS] == [0, 0, 0]
-    assert truth.background.mean > 90
-    assert truth.identity.mean == pytest.approx(1)
-    assert truth.own.mean > 0.25  # half of it is smile, which this judge does not see
-    assert abs(truth.other.mean) < 0.25
-    assert truth.gap.mean == pytest.approx(truth.own.mean - truth.other.mean)
+    assert [getattr(truth, group).mean() for group in GROUPS] == [0, 0, 0]
+    assert truth.background.mean() > 90
+    assert truth.identity.mean() == pytest.approx(1)
+    assert truth.own.mean() > 0.25  # half of it is smile, which this judge does not see
+    assert abs(truth.other.mean()) < 0.25
+    assert truth.gap == pytest.approx(truth.own - truth.other)
 
     chance = measure(others)
     for group in GROUPS:
-        assert getattr(chance, group).mean == pytest.approx(1)
+        assert getattr(chance, group).mean() == pytest.approx(1)
 
     swapped = replace(driven, drivers=[drivers[::-1] for drivers in driven.drivers])
     mistaken = Reenactment(swapped, truths, DarkMouth(), face_encoder).measure(truths)
-    assert (mistaken.own, mistaken.other) == (truth.other, truth.own)
-    assert mistaken.gap.mean < 0
-    assert measure(np.flip(truths, axis=2)).background.mean < 30
+    np.testing.assert_array_equal((mistaken.own, mistaken.other), (truth.other, truth.own))
+    assert mistaken.gap.mean() < 0
+    assert measure(np.flip(truths, axis=2)).background.mean() < 30
 
 
 def test_the_motion_of_a_head_is_found():
@@ -100,7 +100,8 @@ def test_the_motion_of_a_head_is_found():
 
 
 @pytest.mark.slow
-def test_a_judge_has_to_read_enough_and_keeps_its_settings(tmp_path):
+def test_a_judge_has_to_read_enough_and_keeps_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "_NUM_PEOPLE", 64)
     config = JudgeConfig(encoder=SMALL, stage=MotionStageConfig(num_steps=2, batch_size=8))
     with pytest.raises(ConfigError, match=r"^judge.least_r2 is 0.7, but the judge's R2 are turn -?\d[^\n]*$"):
         train_judge(config, 32, tmp_path, make_mesh())
@@ -108,10 +109,12 @@ def test_a_judge_has_to_read_enough_and_keeps_its_settings(tmp_path):
         train_judge(replace(config, seed=2), 32, tmp_path, make_mesh())
 
 
+def control(*values):
+    return Control(*[np.array(values)] * len(COLUMNS))
+
+
 def test_errors_over_clips_and_over_seeds_are_apart():
-    one, other = (
-        Control(*[Figure(mean, error, 4)] * len(COLUMNS)) for mean, error in ((1.0, 0.1), (3.0, 0.3))
-    )
+    one, other = control(0.9, 1.1), control(2.7, 3.3)
     assert combine([one, other])["pose"] == {
         "mean": 2.0,
         "clips": pytest.approx(0.2),
@@ -120,6 +123,14 @@ def test_errors_over_clips_and_over_seeds_are_apart():
     rows = table({"full": {2: [one, other]}, "official-mask": {3: [one]}}).splitlines()[2:]
     assert rows[0].startswith("| full | 2 | 2.000 +- 0.200 +- 1.000 |")
     assert rows[1].startswith("| official mask | 3 | 1.000 +- 0.100 |")
+
+
+def test_arms_are_compared_on_the_same_clips():
+    arms = {"no-eal": {1: [control(1.5, 2.5)]}, "full": {1: [control(1.0, 2.0)], 2: [control(1.0, 2.0)]}}
+    compared = differences(arms)
+    assert table(compared).splitlines()[2].startswith(f"| {ARMS['no-eal'].title} | 1 | 0.500 +- 0.000 |")
+    assert {name: list(measured) for name, measured in compared.items()} == {"no-eal": [1]}
+    assert differences({"no-eal": arms["no-eal"]}) == {}
 
 
 def random_judge(*_):
@@ -211,7 +222,7 @@ def test_arms_are_trained_once_and_measured(tmp_path, monkeypatch, capsys):
     ]
     ablation.main(arguments)
     figures = (tmp_path / "figures.json").read_text()
-    assert set(json.loads(figures)["full"]["2"][0]) == set(COLUMNS)
+    assert set(json.loads(figures)["arms"]["full"]["2"][0]) == set(COLUMNS)
     states = list((tmp_path / "portrait/ablation/seed_0").glob("*/stage_1/checkpoints/*/"))
     assert sorted(path.parts[-4] + path.name for path in states if path.name.isdigit()) == ["base2", "full4"]
     times = [path.stat().st_mtime_ns for path in states]

@@ -25,7 +25,7 @@ from real_people import media_file, need_mediapipe
 
 from fantasy_jax import media
 from fantasy_jax.errors import ConfigError, MediaError
-from fantasy_jax.miniature.audio import RotaryAudioAdapter, RotaryAudioAdapterConfig
+from fantasy_jax.miniature.rotary import RotaryAudioAdapter, RotaryAudioAdapterConfig
 from fantasy_jax.models.adapters.audio import AudioAdapter
 from fantasy_jax.models.layers import run
 from fantasy_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model

@@ -1,17 +1,15 @@
 """The miniature's weights that come with the project, and the measurements of them."""
 
-import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from fantasy_jax import media
 from fantasy_jax.config import build, load_config
-from fantasy_jax.diffusion import sampler
 from fantasy_jax.errors import ConfigError, MediaError
 from fantasy_jax.evaluation import video
 from fantasy_jax.evaluation.metrics import psnr, windowed_rms
@@ -58,8 +56,9 @@ def test_image_audio_and_prompt_each_change_the_result(pipeline):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized_sampling")
 def test_mouths_follow_their_own_audio(pipeline):
-    figures = lip_sync.lip_sync(held_out_clips(pipeline, 24))
+    figures = lip_sync.lip_sync(held_out_clips(pipeline, 32))
     assert figures["correlation_of_renders"].mean > 0.95
     assert figures["correlation_of_vae"].mean > 0.9
     assert figures["correlation"].mean > 0.7
@@ -95,18 +94,6 @@ def test_a_pause_lasts_four_frames():
     assert np.flatnonzero(lip_sync._pauses(opening)).tolist() == [3, 4, 5, 6]
 
 
-@pytest.fixture
-def optimized_steps(monkeypatch):
-    """Steps of sampling compiled with LLVM's optimizations: hundreds of them take longer than compiling."""
-    step = jax.jit(
-        inspect.unwrap(sampler.guided_step),
-        static_argnums=(0, 1),
-        donate_argnums=3,
-        compiler_options={"xla_backend_optimization_level": 3},
-    )
-    monkeypatch.setattr(sampler, "guided_step", step)
-
-
 def generating_once(held_out):
     """The same clips, whose videos are generated once for equal settings."""
     generate, videos = held_out.generate, {}
@@ -123,7 +110,8 @@ def generating_once(held_out):
 
 
 @pytest.mark.slow
-def test_controls_keep_identity_and_scale_motion(pipeline, optimized_steps, monkeypatch):
+@pytest.mark.usefixtures("optimized_sampling")
+def test_controls_keep_identity_and_scale_motion(pipeline, monkeypatch):
     monkeypatch.setattr(controls, "SETTINGS", (0.0, 0.5, 1.0))
     held_out = generating_once(held_out_clips(pipeline, 64))
     # The picture in every frame of the condition keeps the identity, and leaves the adapter nothing to add.
@@ -165,10 +153,31 @@ def test_figure_has_mean_and_standard_error():
     assert figure([1.0]).standard_error == 0
 
 
+def test_a_clip_is_compared_with_its_driver(tmp_path):
+    data, sizes = (
+        build(x, CONFIG[name], name) for x, name in ((SyntheticConfig, "data"), (VideoConfig, "video"))
+    )
+    one, other = records(data, sizes, "test", 2)
+    for clip, name in ((one, "driver"), (other, "other")):
+        media.write_video(tmp_path / f"{name}.mp4", clip["video"], 25)
+    clip = [str(tmp_path / "driver.mp4"), f"--json={tmp_path / 'figures.json'}"]
+
+    def followed(driver):
+        video.main([*clip, f"--driver={tmp_path / driver}"])
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert "correlation_with_energy" not in figures  # it is silent
+        return figures["correlation_with_driver"]
+
+    assert followed("driver.mp4") == pytest.approx(1)
+    assert followed("other.mp4") < 0.9
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "named"),
     [
         (["none.mp4"], MediaError, "none.mp4"),
+        (["{demo}", "--driver=none.mp4"], MediaError, "none.mp4"),
+        (["{demo}", "--driver={demo}", "--driver_face=0.1,0.2"], ConfigError, "--driver_face"),
         ([str(PORTRAIT)], MediaError, "portrait.png"),
         (["{demo}", "--face=0.1,0.2"], ConfigError, "--face"),
         (["{demo}", "--face=0.5,0,0.2,1"], ConfigError, "--face"),

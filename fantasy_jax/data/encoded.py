@@ -118,6 +118,7 @@ def encode_dataset(
     Returns:
         The folder of the encoded dataset.
     """
+    networks = networks.for_stage()
     splits = {split: open_split(source, split) for split in ("train", "test")}
     encoded = {
         split: _with_bar(stored_records(networks, records, convert), f"Encoding ({split})", len(records))
@@ -174,8 +175,7 @@ class ClipEncoder:
             for slot in ("vae", "image_encoder", "speech_encoder", "face_encoder", "motion_encoder")
         )
         self._text = texts or cache(lambda prompt: np.asarray(encode_text(networks, [prompt])[0][0]))
-        still = networks.config.transformer.still_condition
-        self._encode = nnx.jit(partial(_encode, still=still))
+        self._still = networks.config.transformer.still_condition
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
         """Encodes at most a batch of clips, all of one size."""
@@ -184,7 +184,7 @@ class ClipEncoder:
             np.stack([record[name] for record in filled]) if name in records[0] else None
             for name in ("video", "lips")
         )
-        encoded = self._encode(self._vae, self._image, video, lips)
+        encoded = _encode(self._vae, self._image, video, lips, still=self._still)
         arrays = {name: np.asarray(x, np.float32) for name, x in encoded.items()}
         return [
             {name: x[i] for name, x in arrays.items()} | self._per_clip(record)
@@ -234,6 +234,7 @@ def encode_people(encoder: MotionEncoder, record: Record) -> Record:
     return {"expression": expression, "labels": labels, "owners": np.where(numbers <= count, numbers, -1)}
 
 
+@partial(nnx.jit, static_argnames="still")
 def _encode(
     vae: WanVAE,
     image_encoder: CLIPVisionModel,

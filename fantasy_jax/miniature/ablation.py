@@ -30,7 +30,7 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.files import check_outputs
 from fantasy_jax.miniature.clips import SyntheticConfig
 from fantasy_jax.miniature.driven import DrivenClips
-from fantasy_jax.miniature.held_out import Figure, write_figures
+from fantasy_jax.miniature.held_out import Figure, figure, write_figures
 from fantasy_jax.miniature.judge import Judge
 from fantasy_jax.miniature.reenactment import (
     COLUMNS,
@@ -66,7 +66,7 @@ examples:
 """
 
 Measured = dict[int, list[Control]]
-"""Figures of an arm by the number of people, one for each seed."""
+"""Values of an arm by the number of people, one for each seed."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ ARMS = {
     "official-mask": Arm("official mask", weights="full", change=under_official_mask, measured=(3,)),
 }
 """The rows of the table by name. The paper's MED, its multi-person data, is here clips of two people."""
+_REFERENCE = "full"
+"""The arm that others are compared with."""
 
 
 class Ablation:
@@ -156,10 +158,10 @@ class Ablation:
         Args:
             names: Which of `ARMS`.
             seeds: Seeds of initial weights and training; clips and encoders remain.
-            measure: Returns the figures of an arm by the number of people.
+            measure: Returns the values of an arm by the number of people.
 
         Yields:
-            The figures so far, after each arm.
+            The values so far, after each arm.
         """
         results: dict[str, Measured] = {name: {} for name in names}
         for seed in seeds:
@@ -234,15 +236,28 @@ def combine(controls: Sequence[Control]) -> dict[str, dict[str, float]]:
     """
     combined = {}
     for each in fields(Control):
-        figures: list[Figure] = [getattr(control, each.name) for control in controls]
-        means = [x.mean for x in figures]
-        spread = np.std(means, ddof=1) / np.sqrt(len(means)) if len(means) > 1 else 0.0
+        by_seed = [figure(getattr(control, each.name)) for control in controls]
+        over_seeds = figure([x.mean for x in by_seed])
         combined[each.name] = {
-            "mean": float(np.mean(means)),
-            "clips": float(np.mean([x.standard_error for x in figures])),
-            "seeds": float(spread),
+            "mean": over_seeds.mean,
+            "clips": float(np.mean([x.standard_error for x in by_seed])),
+            "seeds": over_seeds.standard_error,
         }
     return combined
+
+
+def differences(results: Mapping[str, Measured]) -> dict[str, Measured]:
+    """The differences of the other arms to `full`, clip by clip and seed by seed, as far as it is measured.
+
+    Clips differ more from each other than arms do on the same clip, so the standard errors are smaller.
+    """
+    found: dict[str, Measured] = {}
+    for people, reference in results.get(_REFERENCE, {}).items():
+        for name, measured in results.items():
+            if name != _REFERENCE and people in measured:
+                pairs = zip(measured[people], reference, strict=False)
+                found.setdefault(name, {})[people] = [one.minus(other) for one, other in pairs]
+    return found
 
 
 def table(results: Mapping[str, Measured]) -> str:
@@ -311,9 +326,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure = _Measurement(arguments, config, (trained_judge(workdir, config), face_encoder))
         for results in ablation.run(names, seeds, measure):
             if arguments.json:
-                write_figures(results, arguments.json)
+                write_figures(_figures(results), arguments.json)
     print(table(results))
+    if compared := differences(results):
+        print(f"\nMinus {_REFERENCE}, clip by clip:\n\n{table(compared)}")
     print("After +-: the standard error over clips" + (", and that over seeds" if len(seeds) > 1 else ""))
+
+
+def _figures(results: Mapping[str, Measured]) -> dict[str, Any]:
+    """The figures of arms and of their differences, by arm and people, one for each seed."""
+
+    def each(of: Mapping[str, Measured]) -> dict[str, dict[int, list[dict[str, Figure]]]]:
+        return {
+            name: {people: [x.figures() for x in controls] for people, controls in measured.items()}
+            for name, measured in of.items()
+        }
+
+    return {"arms": each(results), f"minus_{_REFERENCE}": each(differences(results))}
 
 
 def _measured_arms(people: Sequence[int] | None) -> list[str]:

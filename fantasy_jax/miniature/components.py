@@ -9,10 +9,15 @@ import numpy as np
 
 from fantasy_jax.convert.rules import CONV3D, Rule, affine
 from fantasy_jax.convert.vae import CONV_IN_FRAME, official_rules
-from fantasy_jax.miniature.audio import RotaryAudioAdapter, RotaryAudioAdapterConfig
 from fantasy_jax.miniature.face_detector import FaceDetectorConfig, MiniatureFaceDetector
+from fantasy_jax.miniature.rotary import (
+    RotaryAudioAdapter,
+    RotaryAudioAdapterConfig,
+    RotaryExpressionAdapter,
+    RotaryExpressionAdapterConfig,
+)
 from fantasy_jax.miniature.vae import MiniatureVAE, MiniatureVAEConfig
-from fantasy_jax.system.components import AUDIO_ADAPTER
+from fantasy_jax.system.components import AUDIO_ADAPTER, EXPRESSION_ADAPTER
 from fantasy_jax.system.model import ModelConfig
 from fantasy_jax.system.registry import Component, Download, InputSpec, Layout, register
 from fantasy_jax.video import VideoConfig
@@ -54,18 +59,22 @@ register(
         (Layout("official", (), vae_rules),),
     )
 )
-register(
-    replace(
-        AUDIO_ADAPTER,
-        name="rotary_audio_adapter",
-        network=RotaryAudioAdapter,
-        presets={"miniature": RotaryAudioAdapterConfig()},
-        from_json=None,
-        layouts=tuple(replace(layout, signature=()) for layout in AUDIO_ADAPTER.layouts),
-        prefix="",
-        download=Download(),
+for adapter, network, config in (
+    (AUDIO_ADAPTER, RotaryAudioAdapter, RotaryAudioAdapterConfig()),
+    (EXPRESSION_ADAPTER, RotaryExpressionAdapter, RotaryExpressionAdapterConfig()),
+):
+    register(
+        replace(
+            adapter,
+            name=f"rotary_{adapter.slot}",
+            network=network,
+            presets={"miniature": config},
+            from_json=None,
+            layouts=tuple(replace(layout, signature=()) for layout in adapter.layouts),
+            prefix="",
+            download=Download(),
+        )
     )
-)
 register(
     Component(
         "miniature_face_detector",

@@ -127,7 +127,8 @@ class DrivenClips(HeldOutClips):
         wide = video.for_size(video.height, driven.people * video.width)
         super().__init__(networks, wide, config, driven.truths, seed=seed)
         self.driven = driven
-        pictures = encode_records(self.networks, driven.pictures)
+        own = driven.pictures is driven.truths
+        pictures = self.encoded if own else encode_records(self.networks, driven.pictures)
         self.encoded = [
             truth | {name: picture[name] for name in ("first_frame", "image")} | self._driven_by(i)
             for i, (truth, picture) in enumerate(zip(self.encoded, pictures, strict=True))

@@ -175,7 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_arguments(parser, min_clips=2)
     parser.add_argument(
-        "--noises", type=cli.integer(1), default=2, metavar="N", help="starting noises (default: %(default)s)"
+        "--noises",
+        type=cli.integer(1),
+        default=2,
+        metavar="N",
+        help="initial noises of each clip (default: %(default)s)",
     )
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)

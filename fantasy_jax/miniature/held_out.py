@@ -161,7 +161,7 @@ class HeldOutClips:
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Decodes latents to frames, with the VAE in a type (`PipelineConfig.vae_dtype`)."""
         vae = self.networks.with_dtypes(vae=dtype)["vae"]
-        return to_uint8(np.asarray(_decode(vae, jnp.asarray(latents)), np.float32))
+        return to_uint8(np.asarray(_decode(vae, np.asarray(latents)), np.float32))
 
     def reconstruct(self, noise: float = 0.0) -> UInt8[np.ndarray, "N T H W 3"]:
         """The VAE's reconstruction of every clip.
@@ -188,7 +188,7 @@ class HeldOutClips:
         curves: Sequence[Float[np.ndarray, " T"]],
     ) -> list[float]:
         """The same, clip by clip."""
-        boxes = [clip["face_box"][0] for clip in self.clips]
+        boxes = [clip["face_box"].reshape(-1, 4)[0] for clip in self.clips]
         return [
             correlation(mouth_opening(video, box), curve)
             for video, box, curve in zip(videos, boxes, curves, strict=True)

@@ -24,6 +24,7 @@ from fantasy_jax.miniature.train_motion_encoder import (
     finish_norms,
     motion_batches,
     motion_loss,
+    read_stills,
     still_batches,
 )
 from fantasy_jax.models.motion_encoder import MotionEncoderConfig
@@ -165,10 +166,8 @@ def explained(regressor: MotionRegressor, size: int) -> dict[str, float]:
         size: Height and width of the pictures.
     """
     crop_size, (means, deviations) = regressor.encoder.config.image_size, factor_statistics()
-    read, known = [], []
-    for stills in still_batches(_PEOPLE, range(_NUM_PEOPLE), "Judge", size=size, crop_size=crop_size):
-        read.append(read_factors(regressor, stills.crops))
-        known.append((stills.factors() - means) / deviations)
-    error = np.square(np.concatenate(read) - np.concatenate(known)).mean(axis=0)
-    r2 = 1 - error / np.concatenate(known).var(axis=0)
+    batches = still_batches(_PEOPLE, range(_NUM_PEOPLE), "Judge", size=size, crop_size=crop_size)
+    read, factors, _ = read_stills(partial(read_factors, regressor), batches)
+    known = (factors - means) / deviations
+    r2 = 1 - np.square(read - known).mean(axis=0) / known.var(axis=0)
     return dict(zip(READ, r2.tolist(), strict=True))

@@ -41,7 +41,7 @@ from fantasy_jax.video import TEMPORAL_FACTOR, VideoConfig, latent_frames, video
 
 EXAMPLES = """\
 examples:
-  the way of the pipelines alone, in clips of 2.6 and 10.3 seconds, from two starting noises:
+  the way of the pipelines alone, in clips of 2.6 and 10.3 seconds, from two initial noises:
   python -m fantasy_jax.miniature.long_clips --config=configs/tiny.py --clips=32 --only=picture --noises=2
   all ways, in clips of 65 frames:
   python -m fantasy_jax.miniature.long_clips --config=configs/tiny.py --clips=16 --frames=65
@@ -305,11 +305,17 @@ def main(argv: list[str] | None = None) -> None:
         "--frames",
         type=cli.integer(5),
         action="append",
-        help="frames of the clips, 4k + 1; may be repeated (65 and 257)",
+        help="frames of the clips, 4k + 1; may be repeated (default: 65 and 257)",
     )
-    parser.add_argument("--only", action="append", choices=WAYS, help="a way; may be repeated (default: all)")
     parser.add_argument(
-        "--noises", type=cli.integer(1), default=1, metavar="N", help="starting noises (%(default)s)"
+        "--only", action="append", choices=WAYS, help="how windows join; may be repeated (default: all)"
+    )
+    parser.add_argument(
+        "--noises",
+        type=cli.integer(1),
+        default=1,
+        metavar="N",
+        help="initial noises of each clip (default: %(default)s)",
     )
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)

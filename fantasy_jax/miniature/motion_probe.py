@@ -12,7 +12,7 @@ import numpy as np
 
 from fantasy_jax import cli
 from fantasy_jax.miniature.held_out import run_probe
-from fantasy_jax.miniature.train_motion_encoder import READ, still_batches
+from fantasy_jax.miniature.train_motion_encoder import READ, read_stills, still_batches
 from fantasy_jax.models.motion_encoder import MotionEncoder
 from fantasy_jax.system.encoders import encode_motion
 from fantasy_jax.typing import Float
@@ -83,22 +83,18 @@ def _features(
     encoder: MotionEncoder, size: int, seed: int, first: int, count: int, *, unseen: bool = False
 ) -> tuple[Float[np.ndarray, "N M"], Float[np.ndarray, "N R"]]:
     """Features of people, and their factors and numbers; the people are those from number `first` on."""
-    features, values = [], []
     people, crop_size = range(first, first + count), encoder.config.image_size
-    for stills in still_batches(
-        (seed, *_SEED), people, "Faces", size=size, crop_size=crop_size, unseen=unseen
-    ):
-        features.append(np.asarray(encode_motion(encoder, [stills.crops]))[0, :, 0])
-        values.append(np.concatenate([stills.factors(), stills.numbers()], axis=1))
-    return np.concatenate(features), np.concatenate(values)
+    batches = still_batches((seed, *_SEED), people, "Faces", size=size, crop_size=crop_size, unseen=unseen)
+    features, factors, numbers = read_stills(lambda faces: encode_motion(encoder, [faces])[0, :, 0], batches)
+    return features, np.concatenate([factors, numbers], axis=1)
 
 
 def report(results: dict[str, dict[str, float]]) -> str:
     """Formats the results of `probe` as lines of text."""
-    lines = [f"{'R2 on other people':<28} usual faces  unseen faces"]
+    lines = [f"{'R2 on people never seen':<28} usual faces  faces outside the range"]
     for name, values in results.items():
         label = "person (mean)" if name == "person" else name
-        lines.append(f"{label + ' ':.<28} {values['usual']:11.2f}  {values['unseen']:12.2f}")
+        lines.append(f"{label + ' ':.<28} {values['usual']:11.2f}  {values['unseen']:23.2f}")
     return "\n".join(lines)
 
 

@@ -11,9 +11,8 @@ fractions of that between the acts of two drivers, by the same face.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -68,7 +67,7 @@ _FARTHEST = 0.25
 
 @dataclass(frozen=True)
 class Control:
-    """Figures of driven clips of equally many people; means of all frames but the first, the picture.
+    """Values of driven clips of equally many people; means of all frames but the first, the picture.
 
     Attributes:
         expression: Mean absolute difference between the judge's readings of expression of the clip and those
@@ -85,14 +84,23 @@ class Control:
             faces if there are several; in dB.
     """
 
-    expression: Figure
-    pose: Figure
-    gaze: Figure
-    own: Figure
-    other: Figure
-    gap: Figure
-    identity: Figure
-    background: Figure
+    expression: Float[np.ndarray, " N"]
+    pose: Float[np.ndarray, " N"]
+    gaze: Float[np.ndarray, " N"]
+    own: Float[np.ndarray, " N"]
+    other: Float[np.ndarray, " N"]
+    gap: Float[np.ndarray, " N"]
+    identity: Float[np.ndarray, " N"]
+    background: Float[np.ndarray, " N"]
+
+    def minus(self, other: "Control") -> "Control":
+        """The differences to the values of the same clips, made otherwise."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Control(*(values - others for values, others in pairs))
+
+    def figures(self) -> dict[str, Figure]:
+        """Means over the clips, by field."""
+        return {name: figure(values) for name, values in vars(self).items()}
 
 
 COLUMNS = {
@@ -135,27 +143,27 @@ class Reenactment:
         self._likeness = self._identity(reconstruction).mean()
 
     def floor(self) -> Control:
-        """The figures of the VAE's reconstruction of the true answers."""
+        """The values of the VAE's reconstruction of the true answers."""
         return self.measure(self._reconstruction)
 
     def still(self) -> Control:
-        """The figures of the pictures, held still."""
+        """The values of the pictures, held still."""
         pictures = np.stack([picture["video"][:1] for picture in self._driven.pictures])
         return self.measure(np.repeat(pictures, self._reconstruction.shape[1], axis=1))
 
     def measure(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> Control:
-        """The figures of videos of all clips."""
+        """The values of videos of all clips."""
         readings = self._readings(list(videos))
         found = distances(readings, self._truth, self._judge)
-        shares = {group: figure(found[group] / self._chance[group].mean()) for group in GROUPS}
+        shares = {group: found[group] / self._chance[group].mean() for group in GROUPS}
         own, other = self._followed(readings)
         return Control(
             **shares,
-            own=figure(own),
-            other=figure(other),
-            gap=figure(own - other),
-            identity=figure(self._identity(videos) / self._likeness),
-            background=figure(self._background(videos)),
+            own=own,
+            other=other,
+            gap=own - other,
+            identity=self._identity(videos) / self._likeness,
+            background=self._background(videos),
         )
 
     def _readings(self, videos: Sequence[UInt8[np.ndarray, "T H W 3"]]) -> Float[np.ndarray, "N P T-1 K"]:
@@ -190,7 +198,7 @@ class Reenactment:
             cosines.append(np.einsum("ntc,nc->nt", made, shown[:, 0]).mean(axis=1))
         return np.mean(cosines, axis=0)
 
-    def _background(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> list[float]:
+    def _background(self, videos: UInt8[np.ndarray, "N T H W 3"]) -> Float[np.ndarray, " N"]:
         """PSNR of each clip."""
         found = []
         for video, wanted, truth in zip(videos, self._reconstruction, self._driven.truths, strict=True):
@@ -199,7 +207,7 @@ class Reenactment:
                 centres = truth["face_box"][:, 0, ::2].mean(axis=1).astype(int)
                 still[:, : centres.min()] = still[:, centres.max() :] = False
             found.append(psnr(video[1:, still], wanted[1:, still]))
-        return found
+        return np.array(found)
 
 
 def distances(
@@ -279,8 +287,7 @@ def table(controls: Mapping[str, Control]) -> str:
     columns = tuple(COLUMNS.values())
 
     def row(control: Control) -> list[str]:
-        figures: dict[str, Figure] = vars(control)
-        return cells({name: (x.mean, x.standard_error) for name, x in figures.items()})
+        return cells({name: (x.mean, x.standard_error) for name, x in control.figures().items()})
 
     rows = ([name, *row(control)] for name, control in controls.items())
     return cli.markdown_table(("clips", *columns), rows, numbers=columns)
@@ -304,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = Path(arguments.workdir)
     with full_disk_reported(workdir), lock_workdir(workdir):
         tools = trained_judge(workdir, config), face_encoder
-    controls: dict[str, Any] = {}
+    controls: dict[str, Control] = {}
     for people in arguments.people or (1, 2, 3):
         clips, measured = drive(
             networks, config, tools, people=people, count=arguments.clips, seed=arguments.seed
@@ -315,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         controls[f"{name}, still picture"] = measured.still()
     print(table(controls))
     if arguments.json:
-        write_figures(controls, arguments.json)
+        write_figures({name: control.figures() for name, control in controls.items()}, arguments.json)
 
 
 def drive(
@@ -353,7 +360,7 @@ def add_measuring_arguments(parser: cli.ArgumentParser) -> None:
         "--workdir",
         metavar="DIR",
         required=True,
-        help="workdir, in whose folder `judge` the judge is trained unless it is there",
+        help="workdir, which keeps what is trained: the judge, and the arms of an ablation",
     )
     parser.add_argument(
         "--faces",

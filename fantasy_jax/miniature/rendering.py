@@ -1,4 +1,4 @@
-"""Clips of procedural people, drawn with one compiled program, and where the faces are in them."""
+"""Clips of procedural people, drawn with one compiled program for each number of people, and their faces."""
 
 from functools import partial
 
@@ -14,12 +14,17 @@ from fantasy_jax.typing import Array, Float
 
 _REACH = 3
 """Width in which a person is painted, shoulders included; a square is 2 wide."""
+_FRAMES = 32
+"""Frames that are drawn at once, so that one program serves any number of clips of any length."""
 
 
-@partial(jax.jit, static_argnames="size")
 def render_batch(
-    faces: SyntheticFace, performances: Performance, places: Float[Array, "B P"], *, size: int
-) -> tuple[Float[Array, "B T {size} W 3"], Float[Array, "B T {size} W"]]:
+    faces: SyntheticFace,
+    performances: Performance,
+    places: Float[np.ndarray, "B P"],
+    *,
+    size: int,
+) -> tuple[Float[np.ndarray, "B T {size} W 3"], Float[np.ndarray, "B T {size} W"]]:
     """Renders a batch of clips of P people on canvases of P squares, W = P * size.
 
     Args:
@@ -32,9 +37,27 @@ def render_batch(
     Returns:
         Pixels in [-1, 1], and the lip mask: 1 inside the outer edge of visible lips.
     """
-    faces = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), faces)
-    frames = jax.vmap(partial(_frame, size=size), in_axes=(None, 1, None))
-    return jax.vmap(frames)(faces, performances, places)
+    clips, people, num_frames = np.shape(performances.turn)
+    total = clips * num_frames
+    rows = (
+        jax.tree.map(lambda x: np.repeat(np.asarray(x, np.float32), num_frames, axis=0), faces),
+        jax.tree.map(lambda x: np.moveaxis(x, 2, 1).reshape(total, people), performances),
+        np.repeat(places, num_frames, axis=0),
+    )
+    drawn = []
+    for start in range(0, total, _FRAMES):
+        chosen = np.minimum(np.arange(start, start + _FRAMES), total - 1)
+        drawn.append(_frames(*jax.tree.map(lambda x, chosen=chosen: x[chosen], rows), size=size))
+    pixels, lips = (np.concatenate(parts)[:total] for parts in zip(*drawn, strict=True))
+    return tuple(x.reshape(clips, num_frames, *x.shape[1:]) for x in (pixels, lips))
+
+
+@partial(jax.jit, static_argnames="size")
+def _frames(
+    faces: SyntheticFace, acts: Performance, places: Float[Array, "N P"], *, size: int
+) -> tuple[Float[Array, "N {size} W 3"], Float[Array, "N {size} W"]]:
+    """Renders frames, each of its own people."""
+    return jax.vmap(partial(_frame, size=size))(faces, acts, places)
 
 
 def _frame(faces: SyntheticFace, acts: Performance, places: Array, size: int) -> tuple[Array, Array]:

@@ -7,8 +7,9 @@ still tell of the person is erased.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,20 @@ def still_batches(
         yield draw_stills(generators, size=size, crop_size=crop_size, unseen=unseen)
 
 
+def read_stills(
+    read: Callable[[UInt8[np.ndarray, "B S S 3"]], Array | np.ndarray], batches: Iterable[Stills]
+) -> tuple[Float[np.ndarray, "N M"], Float[np.ndarray, "N R"], Float[np.ndarray, "N I"]]:
+    """What is read from the faces of people, with their factors and the numbers of their faces.
+
+    Args:
+        read: Returns values of each of a batch of aligned faces.
+        batches: The people (`still_batches`).
+    """
+    rows = [(np.asarray(read(stills.crops)), stills.factors(), stills.numbers()) for stills in batches]
+    values, factors, numbers = map(np.concatenate, zip(*rows, strict=True))
+    return values, factors, numbers
+
+
 def motion_batches(
     size: int,
     crop_size: int,
@@ -240,9 +255,9 @@ def finish_norms(encoder: MotionEncoder, size: int, seed: int) -> None:
         size: Height and width of the pictures.
         seed: Seed of the people.
     """
-    generators = [np.random.default_rng([seed, *_NORMS, i]) for i in range(_NORM_FACES)]
-    faces = draw_stills(generators, size=size, crop_size=encoder.config.image_size).crops
-    initialise_norms(encoder, faces)
+    people, crop_size = range(_NORM_FACES), encoder.config.image_size
+    batches = still_batches((seed, *_NORMS), people, "Norms", size=size, crop_size=crop_size)
+    initialise_norms(encoder, np.concatenate([stills.crops for stills in batches]))
 
 
 def erase_person(encoder: MotionEncoder, size: int, seed: int) -> None:
@@ -256,17 +271,14 @@ def erase_person(encoder: MotionEncoder, size: int, seed: int) -> None:
         size: Height and width of the pictures.
         seed: Seed of the people.
     """
-    features, factors, numbers = [], [], []
-    wanted = [READ.index(name) for name in HEADS["mouth"]]
     encode = nnx.jit(lambda encoder, faces: encoder.parts(encoder.face_feature(from_uint8(faces))).mouth)
     people, crop_size = range(_ERASED_FACES), encoder.config.image_size
-    for stills in still_batches((seed, *_ERASED), people, "Erasure", size=size, crop_size=crop_size):
-        features.append(np.asarray(encode(encoder, stills.crops)))
-        factors.append(stills.factors()[:, wanted])
-        numbers.append(stills.numbers())
-    shown = np.concatenate(features).astype(np.float64)
-    projection = erasing_projection(shown, np.concatenate(numbers), kept=np.concatenate(factors))
-    mean, layer = shown.mean(axis=0), encoder.heads["mouth"].dense2
+    batches = still_batches((seed, *_ERASED), people, "Erasure", size=size, crop_size=crop_size)
+    features, factors, numbers = read_stills(partial(encode, encoder), batches)
+    features = features.astype(np.float64)
+    wanted = [READ.index(name) for name in HEADS["mouth"]]
+    projection = erasing_projection(features, numbers, kept=factors[:, wanted])
+    mean, layer = features.mean(axis=0), encoder.heads["mouth"].dense2
     layer.kernel[...] = jnp.asarray(np.asarray(layer.kernel[...]) @ projection, layer.kernel.dtype)
     moved = (np.asarray(layer.bias[...]) - mean) @ projection + mean
     layer.bias[...] = jnp.asarray(moved, layer.bias.dtype)

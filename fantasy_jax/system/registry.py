@@ -161,12 +161,11 @@ class Component:
         """
 
         @nnx.jit
-        def draw(more: dict[str, Any]) -> nnx.Module:
-            # The default generator would take most of the compile time, once for each parameter.
-            rngs = traced_rngs(jax.random.key(seed, impl="rbg"))
-            return self._make(config, dtype, rngs, **more)
+        def draw(key: jax.Array, more: dict[str, Any]) -> nnx.Module:
+            return self._make(config, dtype, traced_rngs(key), **more)
 
-        return draw(more)
+        # The default generator would take most of the compile time, once for each parameter.
+        return draw(jax.random.key(seed, impl="rbg"), more)
 
     def build(
         self,

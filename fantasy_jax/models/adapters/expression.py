@@ -8,14 +8,15 @@ zero-initialised, as the audio adapter's are, so that a new adapter is a no-op.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import partial
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
 from fantasy_jax.config import Range, Settings, Width
 from fantasy_jax.models.adapters.base import Adapter
-from fantasy_jax.models.condition import Condition, zero_init_kv_layers
+from fantasy_jax.models.condition import Condition, KVProjection, zero_init_kv_layers
 from fantasy_jax.models.layers import LayerNorm
 from fantasy_jax.models.perceiver import Resampler, ResamplerConfig
 from fantasy_jax.models.windows import split_windows, window_ranges
@@ -92,6 +93,7 @@ class ExpressionAdapter(Adapter):
     input = "expression"
     dropout_group = "expression"
     per_person = "always"
+    kv_projection: ClassVar[type[KVProjection]] = KVProjection
 
     @classmethod
     def input_shape(cls, config: ExpressionAdapterConfig, video: VideoConfig) -> tuple[int, ...]:
@@ -125,7 +127,8 @@ class ExpressionAdapter(Adapter):
         self.mouth, self.emotion = resampler("mouth"), resampler("emotion")
         self.head, self.eye = resampler("head"), resampler("eye")
         sizes = (width, config.width, config.num_heads, config.num_layers)
-        self.layers = zero_init_kv_layers(*sizes, **types) if config.num_layers else None
+        layers = partial(zero_init_kv_layers, *sizes, projection=self.kv_projection, **types)
+        self.layers = layers() if config.num_layers else None
 
     @property
     def masked(self) -> bool:
