@@ -1,12 +1,12 @@
 """The portrait miniature: the networks of FantasyPortrait's 14B system, small enough for two CPU cores.
 
 Clips of one person have the size of those of `configs/tiny.py`, clips of two are twice as wide. Training on
-both, from scratch:
+both begins with VAE and transformer of the talking miniature, or without `train.initial` from scratch:
 
-    .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/portrait
+    .venv/bin/python train.py --config=configs/tiny_portrait.py --workdir=out/portrait \
+        --config.train.initial=fantasy_jax/assets/tiny
 
-The weights are in `portrait/weights`. With `--config.train.initial=DIR` it begins with the VAE and the
-transformer of the talking miniature.
+The weights are in the workdir's folder `portrait/weights`.
 
 `configs/tiny_portrait.py:quick` is the same with fewer clips and steps.
 """
@@ -21,9 +21,9 @@ from fantasy_jax.errors import ConfigError
 from fantasy_jax.miniature.ablation import AblationConfig
 from fantasy_jax.miniature.face_detector import FaceDetectorConfig
 from fantasy_jax.miniature.judge import JudgeConfig
+from fantasy_jax.miniature.rotary import RotaryExpressionAdapterConfig
 from fantasy_jax.miniature.synthetic import SyntheticConfig
 from fantasy_jax.miniature.trainer import MiniatureConfig
-from fantasy_jax.models.adapters.expression import ExpressionAdapterConfig
 from fantasy_jax.models.motion_encoder import MotionEncoderConfig
 from fantasy_jax.models.perceiver import ResamplerConfig
 from fantasy_jax.pipelines.config import PortraitSampleConfig
@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ConfigError(f"tiny_portrait.py:{variant}: no such variant; there is quick")
     quick, talking = variant == "quick", tiny.get_config(variant)
     stage = StageConfig(
-        num_steps=1500 if quick else 2000,
+        num_steps=1500 if quick else 6000,
         dropout=0.2,
         timesteps="logit_normal",
         shift=3.0,
@@ -90,7 +90,7 @@ def small_model() -> ModelConfig:
     removed = ("audio_adapter", "motion_adapter", "identity_adapter", "speech_encoder", "face_encoder")
     return talking.replace(
         **dict.fromkeys(removed),
-        expression_adapter=ExpressionAdapterConfig(
+        expression_adapter=RotaryExpressionAdapterConfig(
             head_width=motion.pose_dim,
             eye_width=motion.eye_dim,
             emotion_width=motion.emotion_dim,

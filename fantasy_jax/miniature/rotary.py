@@ -40,7 +40,7 @@ class TimedCondition(Condition):
     """A condition whose tokens have a time.
 
     Attributes:
-        frame_times: Times of the latent frames, `[B, F]`, in tokens from the start of the clip.
+        frame_times: Times of the latent frames, `[B, F]`, from the start of the clip, in the adapter's unit.
         token_times: Times of the tokens, in the same unit; the shape is that of `tokens` without the width.
     """
 
