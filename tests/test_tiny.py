@@ -177,6 +177,7 @@ def test_a_clip_is_compared_with_its_driver(tmp_path):
     [
         (["none.mp4"], MediaError, "none.mp4"),
         (["{demo}", "--driver=none.mp4"], MediaError, "none.mp4"),
+        (["{demo}", f"--driver={PORTRAIT}"], MediaError, "portrait.png: has 1 frame"),
         (["{demo}", "--driver={demo}", "--driver_face=0.1,0.2"], ConfigError, "--driver_face"),
         ([str(PORTRAIT)], MediaError, "portrait.png"),
         (["{demo}", "--face=0.1,0.2"], ConfigError, "--face"),

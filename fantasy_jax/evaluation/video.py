@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 
 from fantasy_jax import cli, media
+from fantasy_jax.errors import MediaError
 from fantasy_jax.evaluation.metrics import correlation, psnr, windowed_rms
 from fantasy_jax.evaluation.motion import motion
 from fantasy_jax.evaluation.mouth import mouth_opening
@@ -65,7 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         energy = windowed_rms(media.read_audio(arguments.video), len(video), fps)
         figures["correlation_with_energy"] = correlation(opening, energy)
     if arguments.driver:
-        driver = np.stack(list(islice(media.stream_frames(arguments.driver, fps), len(video))))
+        frames = list(islice(media.stream_frames(arguments.driver, fps), len(video)))
+        if len(frames) < 2:
+            raise MediaError(f"{arguments.driver}: has {len(frames)} frame(s), and no motion to compare with")
+        driver = np.stack(frames)
         followed = mouth_opening(driver, _box(arguments.driver_face, driver, "--driver_face"))
         figures["correlation_with_driver"] = correlation(opening[: len(followed)], followed)
     face, head = motion(video, box)

@@ -21,6 +21,7 @@ from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    add_noises_argument,
     check_json,
     figure,
     load_held_out,
@@ -174,13 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog=EXAMPLES,
     )
     add_arguments(parser, min_clips=2)
-    parser.add_argument(
-        "--noises",
-        type=cli.integer(1),
-        default=2,
-        metavar="N",
-        help="initial noises of each clip (default: %(default)s)",
-    )
+    add_noises_argument(parser, default=2)
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
     held_out = load_held_out(config, arguments.weights, num_clips=arguments.clips, seed=arguments.seed)

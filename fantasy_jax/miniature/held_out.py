@@ -284,6 +284,17 @@ def add_arguments(parser: cli.ArgumentParser, *, min_clips: int = 1) -> None:
     )
 
 
+def add_noises_argument(parser: cli.ArgumentParser, *, default: int) -> None:
+    """Adds the argument of measurements that repeat each clip."""
+    parser.add_argument(
+        "--noises",
+        type=cli.integer(1),
+        default=default,
+        metavar="N",
+        help="initial noises of each clip (default: %(default)s)",
+    )
+
+
 def check_json(arguments: Namespace, config: ConfigDict, *inputs: str | Path | None) -> None:
     """Checks `--json` before any work; `inputs` are read besides the config and the weights.
 

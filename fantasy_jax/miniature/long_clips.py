@@ -26,6 +26,7 @@ from fantasy_jax.miniature.held_out import (
     Figure,
     HeldOutClips,
     add_arguments,
+    add_noises_argument,
     check_json,
     figure,
     load_held_out,
@@ -310,13 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", action="append", choices=WAYS, help="how windows join; may be repeated (default: all)"
     )
-    parser.add_argument(
-        "--noises",
-        type=cli.integer(1),
-        default=1,
-        metavar="N",
-        help="initial noises of each clip (default: %(default)s)",
-    )
+    add_noises_argument(parser, default=1)
     arguments, config = cli.parse(parser, argv)
     check_json(arguments, config)
     window, results = section(VideoConfig, config, "video"), {}

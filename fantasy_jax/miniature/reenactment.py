@@ -11,7 +11,7 @@ fractions of that between the acts of two drivers, by the same face.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -95,8 +95,7 @@ class Control:
 
     def minus(self, other: "Control") -> "Control":
         """The differences to the values of the same clips, made otherwise."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Control(*(values - others for values, others in pairs))
+        return Control(**{name: values - getattr(other, name) for name, values in vars(self).items()})
 
     def figures(self) -> dict[str, Figure]:
         """Means over the clips, by field."""

@@ -91,8 +91,8 @@ def render_groups(video: VideoConfig, groups: list[SyntheticGroup]) -> Iterator[
     )
     places = np.stack([places for *_, places in ordered])
     pixels, lips = render_batch(faces, performances, places, size=video.height)
-    frames = np.round((np.asarray(pixels) + 1) * 127.5).astype(np.uint8)
-    masks = np.round(np.asarray(lips) * 255).astype(np.uint8)
+    frames = np.round((pixels + 1) * 127.5).astype(np.uint8)
+    masks = np.round(lips * 255).astype(np.uint8)
     for group, group_frames, mask in zip(groups, frames, masks, strict=True):
         yield {"video": group_frames, "lips": mask, "prompt": group.prompt, **_truth(group, video.height)}
 

@@ -142,7 +142,7 @@ def draw_stills(
     faces = jax.tree.map(lambda x: x[:, None], stack_faces(people))
     stacked = jax.tree.map(lambda *x: np.stack(x)[:, None], *acts)
     pixels, _ = render_batch(faces, stacked, np.zeros((len(people), 1), np.float32), size=size)
-    frames = np.round((np.asarray(pixels[:, 0]) + 1) * 127.5).astype(np.uint8)
+    frames = np.round((pixels[:, 0] + 1) * 127.5).astype(np.uint8)
     crops = []
     for frame, face, act, rng in zip(frames, people, acts, generators, strict=True):
         points = (face_points(face, act)[0].astype(np.float64) + 1) * size / 2

@@ -8,7 +8,6 @@ zero-initialised, as the audio adapter's are, so that a new adapter is a no-op.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
@@ -127,8 +126,9 @@ class ExpressionAdapter(Adapter):
         self.mouth, self.emotion = resampler("mouth"), resampler("emotion")
         self.head, self.eye = resampler("head"), resampler("eye")
         sizes = (width, config.width, config.num_heads, config.num_layers)
-        layers = partial(zero_init_kv_layers, *sizes, projection=self.kv_projection, **types)
-        self.layers = layers() if config.num_layers else None
+        self.layers = (
+            zero_init_kv_layers(*sizes, projection=self.kv_projection, **types) if config.num_layers else None
+        )
 
     @property
     def masked(self) -> bool:
